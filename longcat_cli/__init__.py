@@ -1,0 +1,20 @@
+"""The command `longcat`: one file a subcommand, each of which imports torch and engines only once it runs."""
+
+from __future__ import annotations
+
+import typer
+
+from longcat_cli import make_checkpoint
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
+app.command("make-checkpoint")(make_checkpoint.command)
+
+
+@app.callback()
+def longcat() -> None:
+    """LongCat-Flash for vLLM and SGLang."""
+
+
+def main() -> None:
+    """Entry point of the command line."""
+    app()

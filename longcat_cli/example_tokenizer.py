@@ -1,0 +1,69 @@
+"""A byte-level BPE tokenizer with LongCat-Flash's special tokens and chat template, trained on text at hand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+SPECIAL_TOKENS = ("<longcat_unk>", "<longcat_s>", "</longcat_s>", "<longcat_pad>")
+"""Left out of decoded text; their ids are their places here."""
+MARKERS = ("<longcat_tool_call>", "</longcat_tool_call>", "<longcat_think>", "</longcat_think>")
+"""One token each, but kept in decoded text: parsers of tool calls and of reasoning look for them there."""
+TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+"""The fields of `config.json` that name special tokens."""
+MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS) + len(MARKERS)
+"""Every byte is a token, so that any text can be encoded."""
+
+_CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+_CHARACTERS = 2_000_000
+
+
+def write(directory: Path, vocab_size: int, model_max_length: int) -> None:
+    """Write `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`.
+
+    The tokenizer has at most `vocab_size` tokens; fewer where the text has no more pairs to merge. Training takes
+    about a second.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[
+            *(AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS),
+            *(AddedToken(token, special=False, normalized=False) for token in MARKERS),
+        ],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_text(), trainer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+
+    unknown, bos, eos, pad = SPECIAL_TOKENS
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": unknown,
+        "bos_token": bos,
+        "eos_token": eos,
+        "pad_token": pad,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": model_max_length,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
+    shutil.copyfile(_CHAT_TEMPLATE, directory / "chat_template.jinja")
+
+
+def _text() -> Iterator[str]:
+    """Python's standard library: prose and code that every machine with Python has, in the order of file names."""
+    left = _CHARACTERS
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        yield text[:left]
+        left -= len(text)
+        if left <= 0:
+            return

@@ -1,0 +1,1 @@
+"""What LongCat-Flash is, in torch: configuration, checkpoint, routing, experts, latent attention, reference."""

@@ -1,0 +1,261 @@
+"""Published checkpoints: which tensors there are, where each goes, reading, writing and saying what is wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from longcat_core.config import ConfigError, LongcatConfig
+
+MTP_PREFIX = "model.mtp."
+INDEX_NAME = "model.safetensors.index.json"
+SCALE_SUFFIX = "_scale_inv"
+SCALE_BLOCK = 128
+"""FP8 releases scale weights by blocks of 128 x 128 (report, section 5)."""
+
+_EXPERT = re.compile(r"(?P<moe>.*\.mlp\.experts)\.(?P<expert>\d+)\.(?P<part>gate|up|down)_proj\.weight(_scale_inv)?")
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that does not belong to its configuration; the message lists every problem."""
+
+
+class Place(NamedTuple):
+    """Where a published tensor goes: a parameter of `reference.LongcatForCausalLM` and a part of it."""
+
+    parameter: str
+    index: int | slice | tuple[int, slice]
+
+
+def place(name: str, config: LongcatConfig) -> Place:
+    """Experts are stacked, the gate's rows above the up projection's; everything else keeps its name."""
+    match = _EXPERT.fullmatch(name)
+    if match is None:
+        return Place(name, slice(None))
+    inner, expert = config.expert_ffn_hidden_size, int(match["expert"])
+    parts: dict[str, Place] = {
+        "gate": Place(f"{match['moe']}.w13", (expert, slice(0, inner))),
+        "up": Place(f"{match['moe']}.w13", (expert, slice(inner, 2 * inner))),
+        "down": Place(f"{match['moe']}.w2", expert),
+    }
+    return parts[match["part"]]
+
+
+def expert_of(name: str) -> int | None:
+    """The FFN expert that a published tensor belongs to, or None."""
+    match = _EXPERT.fullmatch(name)
+    return int(match["expert"]) if match else None
+
+
+def expected_tensors(config: LongcatConfig, with_mtp: bool) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a published checkpoint, without FP8 scales."""
+    hidden, vocabulary = config.hidden_size, config.vocab_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocabulary, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (vocabulary, hidden)
+    for n in range(config.num_layers):
+        layer = f"model.layers.{n}"
+        for i in range(2):
+            shapes[f"{layer}.input_layernorm.{i}.weight"] = (hidden,)
+            shapes[f"{layer}.post_attention_layernorm.{i}.weight"] = (hidden,)
+            shapes |= _attention(f"{layer}.self_attn.{i}", config)
+            shapes |= _ffn(f"{layer}.mlps.{i}", hidden, config.ffn_hidden_size)
+        shapes[f"{layer}.mlp.router.classifier.weight"] = (config.num_experts, hidden)
+        shapes[f"{layer}.mlp.router.e_score_correction_bias"] = (config.num_experts,)
+        for e in range(config.n_routed_experts):
+            shapes |= _ffn(f"{layer}.mlp.experts.{e}", hidden, config.expert_ffn_hidden_size)
+    return shapes | (_mtp(config) if with_mtp else {})
+
+
+def read_config(directory: Path) -> LongcatConfig:
+    """Read `config.json`.
+
+    Raises:
+        ConfigError: if the file is missing, is not JSON, or is not a LongCat-Flash configuration.
+    """
+    path = directory / "config.json"
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; give the directory of a checkpoint") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: not JSON ({error})") from None
+    return LongcatConfig.from_hf(raw)
+
+
+class Audit:
+    """Compares the tensors of a checkpoint, as they come by, with those that the configuration calls for."""
+
+    def __init__(self, config: LongcatConfig) -> None:
+        self._expected = expected_tensors(config, with_mtp=True)
+        self._tied = config.tie_word_embeddings
+        self._seen: dict[str, torch.dtype | None] = {}
+        self._problems: list[str] = []
+
+    def accepts(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> bool:
+        """Note one tensor; False if it is not to be loaded, for a reason that is kept for the end."""
+        weight = name.removesuffix(SCALE_SUFFIX)
+        self._seen[name] = dtype
+        if name == "lm_head.weight" and self._tied:
+            return False  # transformers saves the tied head as well; it is the embedding
+        if weight not in self._expected:
+            self._problems.append(f"extra: {name} {list(shape)}; remove it, or check config.json")
+            return False
+        wanted = self._expected[weight]
+        if name != weight:
+            wanted = tuple(-(-size // SCALE_BLOCK) for size in wanted)
+        if shape != wanted:
+            self._problems.append(f"misshapen: {name} is {list(shape)}, wanted {list(wanted)}")
+            return False
+        return True
+
+    def raise_for_unexpected(self) -> None:
+        """Raise CheckpointError, listing every extra and misshapen tensor so far, if there are any."""
+        self._raise(self._problems)
+
+    def raise_for_all(self) -> None:
+        """Raise CheckpointError if, all having come by, tensors were extra, misshapen or missing; all are listed."""
+        has_mtp = any(name.startswith(MTP_PREFIX) for name in self._seen)
+        missing = [
+            f"missing: {name} {list(shape)}"
+            for name, shape in self._expected.items()
+            if name not in self._seen and (has_mtp or not name.startswith(MTP_PREFIX))
+        ]
+        unscaled = [
+            f"missing: {name}{SCALE_SUFFIX}, the scales of an FP8 weight; convert the checkpoint with its scales"
+            for name, dtype in self._seen.items()
+            if dtype in _FP8 and name + SCALE_SUFFIX not in self._seen
+        ]
+        self._raise(self._problems + missing + unscaled)
+
+    @staticmethod
+    def _raise(problems: list[str]) -> None:
+        if problems:
+            listed = "\n  ".join(problems)
+            raise CheckpointError(
+                f"the checkpoint does not match its config.json ({len(problems)} problems):\n  {listed}"
+            )
+
+
+def verify(directory: Path, config: LongcatConfig) -> None:
+    """Check every shard's header against the configuration, without reading weights.
+
+    Raises:
+        CheckpointError: if the directory has no safetensors, a shard is missing or truncated, or tensors are
+            missing, extra or misshapen; all problems are listed.
+    """
+    audit = Audit(config)
+    for shard in shards(directory):
+        with _OpenShard(shard) as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                piece = tensors.get_slice(name)
+                audit.accepts(name, tuple(piece.get_shape()), _DTYPES.get(piece.get_dtype()))
+    audit.raise_for_all()
+
+
+def load(directory: Path, config: LongcatConfig) -> dict[str, Tensor]:
+    """Read all tensors, by published name, after the checks of `verify`."""
+    verify(directory, config)
+    tensors: dict[str, Tensor] = {}
+    for shard in shards(directory):
+        with _OpenShard(shard) as opened:
+            for name in opened.keys():  # noqa: SIM118
+                if not (name == "lm_head.weight" and config.tie_word_embeddings):
+                    tensors[name] = opened.get_tensor(name)
+    return tensors
+
+
+def save(tensors: Mapping[str, Tensor], directory: Path, max_shard_size: int = 2**30) -> None:
+    """Write published tensors as sharded safetensors with an index. `max_shard_size` is in bytes."""
+    contiguous = {
+        name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    save_torch_state_dict(contiguous, directory, max_shard_size=max_shard_size, metadata={"format": "pt"})
+
+
+def shards(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: those its index names, or all there are.
+
+    Raises:
+        CheckpointError: if there are none, or the index names files that are not there.
+    """
+    index = directory / INDEX_NAME
+    if index.exists():
+        named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        absent = [name for name in named if not (directory / name).exists()]
+        if absent:
+            raise CheckpointError(f"{index} names shards that are not there: {', '.join(absent)}; download them again")
+        return [directory / name for name in named]
+    found = sorted(directory.glob("*.safetensors"))
+    if not found:
+        raise CheckpointError(f"{directory}: no *.safetensors; LongCat-Flash is loaded from safetensors only")
+    return found
+
+
+class _OpenShard:
+    """`safe_open`, whose errors name the file."""
+
+    def __init__(self, shard: Path) -> None:
+        self._shard = shard
+
+    def __enter__(self) -> safe_open:
+        try:
+            self._opened = safe_open(self._shard, framework="pt")
+            return self._opened.__enter__()
+        except SafetensorError as error:
+            size = self._shard.stat().st_size
+            raise CheckpointError(
+                f"{self._shard}: truncated or not safetensors at {size} bytes ({error}); download it again"
+            ) from None
+
+    def __exit__(self, *error: object) -> None:
+        self._opened.__exit__(*error)
+
+
+def _attention(prefix: str, config: LongcatConfig) -> dict[str, tuple[int, ...]]:
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    return {
+        f"{prefix}.q_a_proj.weight": (config.q_lora_rank, hidden),
+        f"{prefix}.q_a_layernorm.weight": (config.q_lora_rank,),
+        f"{prefix}.q_b_proj.weight": (heads * config.qk_head_dim, config.q_lora_rank),
+        f"{prefix}.kv_a_proj_with_mqa.weight": (config.latent_dim, hidden),
+        f"{prefix}.kv_a_layernorm.weight": (config.kv_lora_rank,),
+        f"{prefix}.kv_b_proj.weight": (heads * (config.qk_nope_head_dim + config.v_head_dim), config.kv_lora_rank),
+        f"{prefix}.o_proj.weight": (hidden, heads * config.v_head_dim),
+    }
+
+
+def _ffn(prefix: str, hidden: int, intermediate: int) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{prefix}.gate_proj.weight": (intermediate, hidden),
+        f"{prefix}.up_proj.weight": (intermediate, hidden),
+        f"{prefix}.down_proj.weight": (hidden, intermediate),
+    }
+
+
+def _mtp(config: LongcatConfig) -> dict[str, tuple[int, ...]]:
+    hidden, layer = config.hidden_size, f"{MTP_PREFIX}layers.0"
+    return {
+        f"{MTP_PREFIX}embed_tokens.weight": (config.vocab_size, hidden),
+        f"{MTP_PREFIX}norm.weight": (hidden,),
+        f"{layer}.eh_proj.weight": (hidden, 2 * hidden),
+        f"{layer}.enorm.m.weight": (hidden,),
+        f"{layer}.hnorm.m.weight": (hidden,),
+        f"{layer}.input_layernorm.weight": (hidden,),
+        f"{layer}.post_attention_layernorm.weight": (hidden,),
+        **_attention(f"{layer}.self_attn", config),
+        **_ffn(f"{layer}.transformer_layer.mlp", hidden, config.ffn_hidden_size),
+    }

@@ -1,0 +1,348 @@
+"""Every published spelling of a LongCat-Flash `config.json` into one dataclass, and the numbers derived from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A configuration that is not a LongCat-Flash model this package can run; the message lists every problem."""
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding of the `qk_rope_head_dim` part of queries and keys, interleaved pairs.
+
+    `factor` 1 is plain RoPE; anything else is YaRN (arXiv 2309.00071) as transformers'
+    `_compute_yarn_parameters` has it. LongCat-Flash-Thinking-2601 uses YaRN, the other releases plain RoPE.
+    """
+
+    theta: float
+    factor: float = 1.0
+    original_max_position_embeddings: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    attention_factor: float | None = None
+    truncate: bool = True
+
+    @property
+    def is_yarn(self) -> bool:
+        return self.factor != 1.0
+
+
+# The names under which each needed field is published, our own name first.
+_NEEDED: dict[str, tuple[str, ...]] = {
+    "vocab_size": ("vocab_size",),
+    "hidden_size": ("hidden_size",),
+    "num_layers": ("num_layers", "num_hidden_layers"),
+    "num_attention_heads": ("num_attention_heads",),
+    "q_lora_rank": ("q_lora_rank",),
+    "kv_lora_rank": ("kv_lora_rank",),
+    "qk_nope_head_dim": ("qk_nope_head_dim",),
+    "qk_rope_head_dim": ("qk_rope_head_dim",),
+    "v_head_dim": ("v_head_dim",),
+    "ffn_hidden_size": ("ffn_hidden_size", "intermediate_size"),
+    "expert_ffn_hidden_size": ("expert_ffn_hidden_size", "moe_intermediate_size"),
+    "n_routed_experts": ("n_routed_experts", "num_local_experts"),
+    "moe_topk": ("moe_topk", "num_experts_per_tok"),
+    "max_position_embeddings": ("max_position_embeddings",),
+}
+
+# Options of the router that have been published, with the values this package implements. `None` means absent.
+_ROUTER_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "router_bias": (None, False),
+    "router_dtype": (None, "float32", "torch.float32"),
+    "router_params_dtype": (None, "float32", "torch.float32"),
+    "rounter_params_dtype": (None, "float32", "torch.float32"),
+    "norm_topk_prob": (None, False),
+    "scoring_func": (None, "softmax"),
+    "topk_method": (None,),
+    "n_group": (None, 1),
+    "topk_group": (None, 1),
+}
+
+# Fields outside the router that would change the forward pass.
+_FIXED_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "hidden_act": (None, "silu"),
+    "attention_bias": (None, False),
+    "attention_method": (None, "MLA"),
+    "nextn_use_scmoe": (None, False),
+}
+
+
+@dataclass(frozen=True)
+class LongcatConfig:
+    """One LongCat-Flash model. Sizes are elements; names follow the published `config.json`.
+
+    Source: technical report (arXiv 2509.01322) and the published repositories.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_attention_heads: int
+    q_lora_rank: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    ffn_hidden_size: int
+    expert_ffn_hidden_size: int
+    n_routed_experts: int
+    moe_topk: int
+    max_position_embeddings: int
+    rope: RopeConfig
+    zero_expert_num: int = 0
+    routed_scaling_factor: float = 1.0
+    rms_norm_eps: float = 1e-5
+    # transformers builds the norms inside MLA with their default epsilon, not with `rms_norm_eps`.
+    mla_norm_eps: float = 1e-6
+    mla_scale_q_lora: bool = True
+    mla_scale_kv_lora: bool = True
+    tie_word_embeddings: bool = False
+    disable_quant_module: tuple[str, ...] = field(default=())
+
+    # -- shapes and factors of the forward pass --------------------------------------------------
+
+    @property
+    def num_experts(self) -> int:
+        """FFN and zero experts together: the router's width."""
+        return self.n_routed_experts + self.zero_expert_num
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def latent_dim(self) -> int:
+        """Values cached for one token and one attention: the normed latent and the rotary key."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def q_scale(self) -> float:
+        """Factor on the whole query (nope and rope parts)."""
+        return math.sqrt(self.hidden_size / self.q_lora_rank) if self.mla_scale_q_lora else 1.0
+
+    @property
+    def kv_scale(self) -> float:
+        """Factor on the normed latent, so on the keys' nope part and on the values; the rope key has none."""
+        return math.sqrt(self.hidden_size / self.kv_lora_rank) if self.mla_scale_kv_lora else 1.0
+
+    @property
+    def softmax_scale(self) -> float:
+        scale = self.qk_head_dim**-0.5
+        if self.rope.is_yarn and self.rope.mscale_all_dim:
+            scale *= yarn_mscale(self.rope.factor, self.rope.mscale_all_dim) ** 2
+        return scale
+
+    # -- derived numbers -------------------------------------------------------------------------
+
+    @property
+    def attention_parameters(self) -> int:
+        """Parameters of one MLA block."""
+        heads, rank = self.num_attention_heads, self.q_lora_rank
+        query = self.hidden_size * rank + rank + rank * heads * self.qk_head_dim
+        latent = self.hidden_size * self.latent_dim + self.kv_lora_rank
+        expand = self.kv_lora_rank * heads * (self.qk_nope_head_dim + self.v_head_dim)
+        return query + latent + expand + heads * self.v_head_dim * self.hidden_size
+
+    @property
+    def expert_parameters(self) -> int:
+        """Parameters of one FFN expert (37.75 M for LongCat-Flash-Chat)."""
+        return 3 * self.hidden_size * self.expert_ffn_hidden_size
+
+    @property
+    def _dense_layer_parameters(self) -> int:
+        dense_ffn = 3 * self.hidden_size * self.ffn_hidden_size
+        router = self.num_experts * (self.hidden_size + 1)
+        return 2 * (self.attention_parameters + dense_ffn + 2 * self.hidden_size) + router
+
+    @property
+    def total_parameters(self) -> int:
+        """All parameters of the main model, without the MTP layer."""
+        layer = self._dense_layer_parameters + self.n_routed_experts * self.expert_parameters
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return self.num_layers * layer + embeddings + self.hidden_size
+
+    def activated_parameters(self, ffn_experts: float) -> float:
+        """Parameters that one token multiplies with, when `ffn_experts` of its slots a layer are FFN experts.
+
+        The embedding is a lookup and does not count; the output head does.
+        """
+        layer = self._dense_layer_parameters + ffn_experts * self.expert_parameters
+        return self.num_layers * layer + self.vocab_size * self.hidden_size
+
+    def kv_cache_bytes_per_token(self, itemsize: int = 2) -> int:
+        """Bytes of cache for one token: two attentions a layer."""
+        return self.num_layers * 2 * self.latent_dim * itemsize
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    @classmethod
+    def from_hf(cls, hf_config: Mapping[str, Any] | Any) -> LongcatConfig:
+        """Read a `config.json` mapping, or a transformers configuration object.
+
+        `num_layers` counts decoder layers, each with two attentions. transformers saves `num_hidden_layers` as
+        twice that beside it; where only `num_hidden_layers` is given it counts decoder layers.
+
+        Raises:
+            ConfigError: with one line for each missing, misshapen or unsupported field.
+        """
+        raw: Mapping[str, Any] = hf_config if isinstance(hf_config, Mapping) else hf_config.to_dict()
+        problems: list[str] = []
+        values: dict[str, Any] = {}
+        for name, spellings in _NEEDED.items():
+            found = {s: raw[s] for s in spellings if raw.get(s) is not None}
+            if not found:
+                problems.append(f"{' or '.join(spellings)}: missing; give a positive integer")
+                continue
+            spelling, value = next(iter(found.items()))
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                problems.append(f"{spelling}: {value!r}, wanted a positive integer")
+                continue
+            values[name] = value
+            disagreeing = {s: v for s, v in found.items() if v not in _accepted_twins(name, value)}
+            for other, theirs in disagreeing.items():
+                problems.append(f"{other}: {theirs!r} contradicts {spelling}: {value!r}; remove one")
+        problems += _check_options(raw)
+        zero_expert_num = raw.get("zero_expert_num") or 0
+        zero_expert_type = raw.get("zero_expert_type")
+        if not isinstance(zero_expert_num, int) or zero_expert_num < 0:
+            problems.append(f"zero_expert_num: {zero_expert_num!r}, wanted an integer of at least 0")
+        elif zero_expert_num and zero_expert_type not in (None, "identity"):
+            problems.append(f"zero_expert_type: {zero_expert_type!r}, wanted 'identity', the only one published")
+        scaling = raw.get("routed_scaling_factor")
+        if not isinstance(scaling, (int, float)):
+            problems.append(f"routed_scaling_factor: {scaling!r}, wanted a number (6.0 in LongCat-Flash)")
+        rope = _read_rope(raw, problems)
+        if not problems:
+            problems += _check_sizes(values, zero_expert_num)
+        if problems:
+            raise ConfigError("not a LongCat-Flash configuration that can be served:\n  " + "\n  ".join(problems))
+        assert rope is not None
+        assert scaling is not None
+        return cls(
+            **values,
+            rope=rope,
+            zero_expert_num=zero_expert_num,
+            routed_scaling_factor=float(scaling),
+            rms_norm_eps=float(raw.get("rms_norm_eps") or 1e-5),
+            mla_scale_q_lora=raw.get("mla_scale_q_lora") is not False,
+            mla_scale_kv_lora=raw.get("mla_scale_kv_lora") is not False,
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
+            disable_quant_module=tuple(raw.get("disable_quant_module") or ()),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The fields of a `config.json` as LongCat-Flash-Chat is published; `from_hf` reads it back unchanged."""
+        rope: dict[str, Any] = {"rope_theta": self.rope.theta}
+        if self.rope.is_yarn:
+            yarn = {k: v for k, v in vars(self.rope).items() if k != "theta" and v is not None}
+            rope["rope_scaling"] = {"rope_type": "yarn", **yarn}
+        sizes = {name: getattr(self, name) for name in _NEEDED}
+        return {
+            "architectures": ["LongcatFlashForCausalLM"],
+            "attention_bias": False,
+            **sizes,
+            **rope,
+            "hidden_act": "silu",
+            "mla_scale_kv_lora": self.mla_scale_kv_lora,
+            "mla_scale_q_lora": self.mla_scale_q_lora,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rounter_params_dtype": "float32",
+            "routed_scaling_factor": self.routed_scaling_factor,
+            "router_bias": False,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "zero_expert_num": self.zero_expert_num,
+            "zero_expert_type": "identity",
+        }
+
+
+def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
+    """YaRN's attention temperature (arXiv 2309.00071, equation 22, with DeepSeek's multiplier)."""
+    return 1.0 if factor <= 1.0 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def canonical_hf(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The same configuration in the one spelling that transformers 5 reads without loss.
+
+    transformers' class halves `num_hidden_layers` and takes defaults of the 560 B model for what is missing, so
+    its reading of a file that has only `num_hidden_layers` is a model of half the depth.
+
+    Raises:
+        ConfigError: as `LongcatConfig.from_hf`.
+    """
+    config = LongcatConfig.from_hf(raw)
+    dropped = {spelling for spellings in _NEEDED.values() for spelling in spellings} | {"head_dim", "qk_head_dim"}
+    kept = {key: value for key, value in raw.items() if key not in dropped}
+    sizes = {name: getattr(config, name) for name in _NEEDED}
+    return {
+        **kept,
+        **sizes,
+        "head_dim": config.qk_rope_head_dim,  # transformers takes the rotary dimension from it
+        "zero_expert_num": config.zero_expert_num,
+        "rms_norm_eps": config.rms_norm_eps,
+        "model_type": "longcat_flash",
+    }
+
+
+def _accepted_twins(name: str, value: int) -> tuple[int, ...]:
+    return (value, 2 * value) if name == "num_layers" else (value,)
+
+
+def _check_options(raw: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for key, accepted in {**_ROUTER_OPTIONS, **_FIXED_OPTIONS}.items():
+        if raw.get(key) not in accepted:
+            wanted = " or ".join(repr(v) for v in accepted if v is not None) or "no such option"
+            problems.append(f"{key}: {raw[key]!r}, wanted {wanted}")
+    for key in raw:
+        if key.startswith(("router_", "rounter_")) and key not in _ROUTER_OPTIONS:
+            problems.append(f"{key}: {raw[key]!r} is an unknown router option; known are {', '.join(_ROUTER_OPTIONS)}")
+    return problems
+
+
+def _check_sizes(values: Mapping[str, int], zero_expert_num: int) -> list[str]:
+    problems = []
+    if values["moe_topk"] > values["n_routed_experts"] + zero_expert_num:
+        total = values["n_routed_experts"] + zero_expert_num
+        problems.append(f"moe_topk: {values['moe_topk']}, wanted at most the {total} experts there are")
+    if values["qk_rope_head_dim"] % 2:
+        problems.append(f"qk_rope_head_dim: {values['qk_rope_head_dim']}, wanted an even number")
+    return problems
+
+
+def _read_rope(raw: Mapping[str, Any], problems: list[str]) -> RopeConfig | None:
+    """`rope_theta` with `rope_scaling` (published) or `rope_parameters` (transformers 5)."""
+    parameters = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    theta = parameters.get("rope_theta", raw.get("rope_theta"))
+    if not isinstance(theta, (int, float)):
+        problems.append(f"rope_theta: {theta!r}, wanted a number (1e7 in LongCat-Flash)")
+        return None
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if kind == "default":
+        return RopeConfig(theta=float(theta))
+    if kind not in ("yarn", "deepseek_yarn"):
+        problems.append(f"rope_type: {kind!r}, wanted 'default' or 'yarn'")
+        return None
+    if not isinstance(parameters.get("factor"), (int, float)):
+        problems.append(f"rope_scaling.factor: {parameters.get('factor')!r}, wanted a number for YaRN")
+        return None
+    return RopeConfig(
+        theta=float(theta),
+        factor=float(parameters["factor"]),
+        original_max_position_embeddings=int(
+            parameters.get("original_max_position_embeddings") or raw.get("max_position_embeddings") or 0
+        ),
+        beta_fast=float(parameters.get("beta_fast") or 32),
+        beta_slow=float(parameters.get("beta_slow") or 1),
+        mscale=float(parameters.get("mscale") or 0),
+        mscale_all_dim=float(parameters.get("mscale_all_dim") or 0),
+        attention_factor=parameters.get("attention_factor"),
+        truncate=bool(parameters.get("truncate", True)),
+    )

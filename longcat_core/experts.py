@@ -1,0 +1,106 @@
+"""The zero-expert-aware MoE: one entry, `moe`, over row-compacted FFN experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longcat_core.routing import Routing
+
+ExpertFFN = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(rows [R, H], experts int32 [R], weights fp32 [R]) -> [R, H]: each row through its own expert, times its weight."""
+
+
+class Rows(NamedTuple):
+    """The slots that cost something, as a list of GEMM rows in token order."""
+
+    tokens: Tensor
+    """int64 [R]: the token of each row."""
+    experts: Tensor
+    """int32 [R]: the FFN expert of each row, local where an expert map was given."""
+    weights: Tensor
+    """fp32 [R]."""
+    starts: Tensor
+    """int64 [T]: the first row of each token."""
+
+
+def moe(hidden_states: Tensor, routing: Routing, w13: Tensor, w2: Tensor) -> Tensor:
+    """The whole MoE on one rank: `sum_k w_k FFN_k(x) + identity * x`, accumulated in fp32.
+
+    hidden_states: [T, H]; w13: [E, 2 I, H], gate above up; w2: [E, H, I]. Returns [T, H] in x's dtype. Runs
+    everywhere torch does and is differentiable.
+    """
+    routed = routed_experts(hidden_states, routing.ids, routing.weights, grouped_ffn(w13, w2))
+    return add_identity(routed, hidden_states, routing.identity)
+
+
+def add_identity(routed: Tensor, hidden_states: Tensor, identity: Tensor) -> Tensor:
+    """`routed + identity * x` in fp32, for fp32 `identity` [T]: the zero experts' whole contribution.
+
+    Under tensor or expert parallelism call it once, on the rank that owns the token, after the reduction.
+    """
+    return torch.addcmul(routed.float(), hidden_states.float(), identity.unsqueeze(-1)).to(hidden_states.dtype)
+
+
+def routed_experts(
+    hidden_states: Tensor, ids: Tensor, weights: Tensor, ffn: ExpertFFN, expert_map: Tensor | None = None
+) -> Tensor:
+    """The FFN experts' share, `sum_k w_k FFN_k(x)`: [T, H] in x's dtype; `ffn` sees rows of real slots only.
+
+    ids, weights: as in `Routing`; expert_map: int32 [E], the local number of a global expert or -1 where another
+    rank has it, whose slots then cost nothing here either.
+    """
+    rows = compact(ids, weights, expert_map)
+    if rows.tokens.numel() == 0:
+        return torch.zeros_like(hidden_states)
+    outputs = ffn(hidden_states.index_select(0, rows.tokens), rows.experts, rows.weights)
+    return combine(outputs, rows, hidden_states.shape[0])
+
+
+def compact(ids: Tensor, weights: Tensor, expert_map: Tensor | None = None) -> Rows:
+    """List the slots of local FFN experts, in token order."""
+    if expert_map is not None:
+        ids = torch.where(ids >= 0, expert_map[ids.clamp(min=0)], -1)
+    kept = ids >= 0
+    slots = kept.flatten().nonzero().squeeze(1)
+    counts = kept.sum(dim=1)
+    return Rows(
+        tokens=slots // ids.shape[1],
+        experts=ids.flatten()[slots],
+        weights=weights.flatten()[slots],
+        starts=counts.cumsum(0) - counts,
+    )
+
+
+def combine(outputs: Tensor, rows: Rows, num_tokens: int) -> Tensor:
+    """Sum of each token's weighted rows: [R, H] -> [num_tokens, H], accumulated in fp32."""
+    if outputs.requires_grad or outputs.device.type != "cpu":
+        summed = outputs.new_zeros(num_tokens, outputs.shape[1], dtype=torch.float32)
+        return summed.index_add(0, rows.tokens, outputs.float()).to(outputs.dtype)
+    # On a CPU index_add is serial; embedding_bag is the same segmented sum, vectorised and parallel, and
+    # accumulates in fp32 whatever the dtype.
+    return F.embedding_bag(torch.arange(outputs.shape[0]), outputs, rows.starts, mode="sum")
+
+
+def grouped_ffn(w13: Tensor, w2: Tensor) -> ExpertFFN:
+    """SwiGLU experts as one dense product an expert, over rows sorted by expert.
+
+    w13: [E, 2 I, H], gate above up; w2: [E, H, I].
+    """
+
+    def ffn(rows: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        order = experts.argsort(stable=True)
+        counts = torch.bincount(experts, minlength=w13.shape[0]).tolist()
+        parts = []
+        for expert, part in enumerate(rows[order].split(counts)):
+            if part.shape[0]:
+                gate, up = F.linear(part, w13[expert]).chunk(2, dim=-1)
+                parts.append(F.linear(F.silu(gate) * up, w2[expert]))
+        outputs = torch.cat(parts)[order.argsort()]
+        return (outputs.float() * weights.unsqueeze(-1)).to(rows.dtype)
+
+    return ffn

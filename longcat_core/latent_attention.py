@@ -1,0 +1,160 @@
+"""MLA over a paged latent cache in plain torch: prefill, chunks of it, decode and verification are one function."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Bounds on temporaries: (query, key) pairs of one head's mask in a prefill, and gathered slots in a decode batch.
+_PAIRS_AT_ONCE = 1 << 22
+_SLOTS_AT_ONCE = 1 << 17
+
+
+@dataclass(frozen=True)
+class RequestGroup:
+    """Requests with equally many new tokens and contexts of like length, attended to in one batch."""
+
+    queries: Tensor
+    """int64 [G, Q]: rows of the query tensor, the new tokens of each request in order."""
+    slots: Tensor
+    """int64 [G, N]: cache slots of each request's tokens, padded to the longest with slot 0."""
+    positions: Tensor
+    """int64 [G, Q]: position of each query. It sees the slots up to its own, so never the padding."""
+    is_whole_prompt: bool
+    """One request whose N tokens are all new, so that the mask is the plain causal triangle."""
+
+    def visible(self, first: int = 0, last: int | None = None) -> Tensor:
+        """bool [G, last - first, N]: may the query see the slot."""
+        return torch.arange(self.slots.shape[1]) <= self.positions[:, first:last, None]
+
+
+@dataclass(frozen=True)
+class PagedBatch:
+    """Where the tokens of one engine step lie in the cache; built once a step, used by every layer."""
+
+    groups: tuple[RequestGroup, ...]
+    num_tokens: int
+
+    @classmethod
+    def build(
+        cls, query_starts: Sequence[int], seq_lens: Sequence[int], block_table: Tensor, block_size: int
+    ) -> PagedBatch:
+        """Group the requests of a step.
+
+        query_starts: R + 1 offsets into the query tensor; seq_lens: R context lengths, new tokens included;
+        block_table: integer [R, blocks], the cache blocks of each request; block_size: tokens a block.
+
+        Raises:
+            ValueError: if a request has more new tokens than its context is long.
+        """
+        buckets: dict[tuple[int, int], list[int]] = {}
+        for request, length in enumerate(seq_lens):
+            new = query_starts[request + 1] - query_starts[request]
+            if new > length:
+                raise ValueError(f"request {request}: {new} new tokens, wanted at most its length {length}")
+            if new == 0:
+                continue
+            # Contexts in a bucket differ by less than two times, which bounds the padding; a prompt chunk is
+            # large enough to go alone.
+            key = (new, length.bit_length()) if new == 1 else (new, -1 - request)
+            buckets.setdefault(key, []).append(request)
+        groups = []
+        for (new, _), bucket in buckets.items():
+            longest = max(seq_lens[request] for request in bucket)
+            at_once = max(1, _SLOTS_AT_ONCE // longest)
+            for first in range(0, len(bucket), at_once):
+                requests = bucket[first : first + at_once]
+                lengths = torch.tensor([seq_lens[r] for r in requests]).unsqueeze(1)
+                starts = torch.tensor([query_starts[r] for r in requests]).unsqueeze(1)
+                positions = torch.arange(longest)
+                blocks = block_table[torch.tensor(requests)].long()[:, positions // block_size]
+                slots = blocks * block_size + positions % block_size
+                groups.append(
+                    RequestGroup(
+                        queries=starts + torch.arange(new),
+                        slots=slots.masked_fill(positions >= lengths, 0),
+                        positions=lengths - new + torch.arange(new),
+                        is_whole_prompt=len(requests) == 1 and new == longest,
+                    )
+                )
+        return cls(groups=tuple(groups), num_tokens=query_starts[len(seq_lens)])
+
+
+def write_latents(cache: Tensor, latents: Tensor, rope_keys: Tensor, slots: Tensor) -> None:
+    """Store new tokens: latents [T, L] and rope_keys [T, R] into cache [S, L + R] at slots [T]; -1 stores nothing."""
+    kept = slots >= 0
+    rows = torch.cat((latents, rope_keys), dim=-1).to(cache.dtype)
+    cache[slots[kept]] = rows[kept]
+
+
+def paged_attention(
+    queries: Tensor, cache: Tensor, batch: PagedBatch, w_uk: Tensor, w_uv: Tensor, softmax_scale: float
+) -> Tensor:
+    """Causal attention of new tokens over their requests' cached latents.
+
+    queries: [T, heads, nope + rope], scaled and rotated; cache: [S, L + rope], new tokens already written;
+    w_uk: [heads, nope, L] and w_uv: [heads, v, L], the two halves of `kv_b_proj`. Any sizes. Returns
+    [T, heads, v] in the queries' dtype; scores and softmax are fp32.
+    """
+    output = queries.new_empty(queries.shape[0], queries.shape[1], w_uv.shape[1])
+    for group in batch.groups:
+        keys = cache[group.slots]  # [G, N, L + rope]
+        new = queries[group.queries]  # [G, Q, heads, nope + rope]
+        attend = _attend_expanded if _is_prefill(group, w_uk, w_uv) else _attend_absorbed
+        output[group.queries] = attend(new, keys, group, w_uk, w_uv, softmax_scale).to(output.dtype)
+    return output
+
+
+def _is_prefill(group: RequestGroup, w_uk: Tensor, w_uv: Tensor) -> bool:
+    """Whether expanding the latents into keys and values costs less than attending in latent space.
+
+    With Q queries on N keys, a head multiplies N L (nope + v) to expand and then Q N (nope + v) to attend; in
+    latent space it is Q N 2 L (the rope part is common to both).
+    """
+    new = group.queries.shape[1]
+    latent, expanded = w_uk.shape[2], w_uk.shape[1] + w_uv.shape[1]
+    return latent * expanded + new * expanded < new * 2 * latent
+
+
+def _attend_absorbed(
+    queries: Tensor, keys: Tensor, group: RequestGroup, w_uk: Tensor, w_uv: Tensor, scale: float
+) -> Tensor:
+    """Attention among latents: `w_uk` goes into the query, `w_uv` onto the result. Returns [G, Q, heads, v]."""
+    nope, latent = w_uk.shape[1], w_uk.shape[2]
+    q_nope, q_rope = queries.split([nope, queries.shape[-1] - nope], dim=-1)
+    q_latent = torch.einsum("gqhp,hpl->gqhl", q_nope, w_uk)
+    keys = keys.float()
+    scores = torch.cat((q_latent, q_rope), dim=-1).float().flatten(1, 2) @ keys.transpose(1, 2) * scale
+    visible = group.visible().repeat_interleave(queries.shape[2], dim=1)
+    weights = scores.masked_fill_(~visible, float("-inf")).softmax(dim=-1)
+    context = (weights @ keys[..., :latent]).unflatten(1, queries.shape[1:3])
+    return torch.einsum("gqhl,hvl->gqhv", context.to(w_uv.dtype), w_uv)
+
+
+def _attend_expanded(
+    queries: Tensor, keys: Tensor, group: RequestGroup, w_uk: Tensor, w_uv: Tensor, scale: float
+) -> Tensor:
+    """Attention among keys and values expanded from the latents, a head each. Returns [G, Q, heads, v]."""
+    latents, rope_keys = keys.split([w_uk.shape[2], keys.shape[-1] - w_uk.shape[2]], dim=-1)
+    k_nope = torch.einsum("gnl,hpl->ghnp", latents, w_uk.to(latents.dtype))
+    values = torch.einsum("gnl,hvl->ghnv", latents, w_uv.to(latents.dtype))
+    k = torch.cat((k_nope, rope_keys.unsqueeze(1).expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
+    # torch's fused CPU kernel wants values as wide as keys; zero columns are dropped again below.
+    width = max(k.shape[-1], values.shape[-1])
+    q, k, v = (F.pad(t, (0, width - t.shape[-1])) for t in (queries.transpose(1, 2).to(k.dtype), k, values))
+    step = max(1, _PAIRS_AT_ONCE // k.shape[2])
+    if group.is_whole_prompt and q.shape[2] <= step:
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    else:
+        attended = torch.empty_like(q)
+        for first in range(0, q.shape[2], step):
+            mask = group.visible(first, first + step).unsqueeze(1)
+            part = q[:, :, first : first + step]
+            attended[:, :, first : first + step] = F.scaled_dot_product_attention(
+                part, k, v, attn_mask=mask, scale=scale
+            )
+    return attended[..., : values.shape[-1]].transpose(1, 2)

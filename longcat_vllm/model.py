@@ -1,0 +1,338 @@
+"""LongCat-Flash for vLLM: the decoder layer with its shortcut-connected MoE, and loading of published checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.attention import MLAAttention
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.quantization import QuantizationConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.model_executor.models.interfaces import SupportsPP
+from vllm.model_executor.models.utils import (
+    PPMissingLayer,
+    is_pp_missing_parameter,
+    make_empty_intermediate_tensors_factory,
+    make_layers,
+    maybe_prefix,
+)
+from vllm.platforms import current_platform
+from vllm.sequence import IntermediateTensors
+from vllm.v1.attention.backend import AttentionBackend
+
+from longcat_core import checkpoint, rotary
+from longcat_core.config import LongcatConfig
+from longcat_vllm.compat import require_supported
+from longcat_vllm.moe import LongcatMoE
+
+require_supported()
+
+
+class LongcatAttention(nn.Module):
+    """MLA. Both MLA scales are folded into the norms' weights when these are loaded."""
+
+    def __init__(
+        self, config: LongcatConfig, vllm_config: VllmConfig, quant_config: QuantizationConfig | None, prefix: str
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.num_heads = config.num_attention_heads // get_tensor_model_parallel_world_size()
+        self.fused_qkv_a_proj = MergedColumnParallelLinear(
+            config.hidden_size,
+            [config.q_lora_rank, config.latent_dim],
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.fused_qkv_a_proj",
+            disable_tp=True,
+        )
+        self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps=config.mla_norm_eps)
+        self.q_b_proj = ColumnParallelLinear(
+            config.q_lora_rank,
+            config.num_attention_heads * config.qk_head_dim,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.q_b_proj",
+        )
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, eps=config.mla_norm_eps)
+        self.kv_b_proj = ColumnParallelLinear(
+            config.kv_lora_rank,
+            config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim),
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.kv_b_proj",
+        )
+        self.o_proj = RowParallelLinear(
+            config.num_attention_heads * config.v_head_dim,
+            config.hidden_size,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.o_proj",
+        )
+        self.attn = MLAAttention(
+            num_heads=self.num_heads,
+            scale=config.softmax_scale,
+            qk_nope_head_dim=config.qk_nope_head_dim,
+            qk_rope_head_dim=config.qk_rope_head_dim,
+            v_head_dim=config.v_head_dim,
+            q_lora_rank=config.q_lora_rank,
+            kv_lora_rank=config.kv_lora_rank,
+            kv_b_proj=self.kv_b_proj,
+            cache_config=vllm_config.cache_config,
+            quant_config=quant_config,
+            prefix=f"{prefix}.attn",
+            attn_backend=_attention_backend(),
+        )
+
+    def forward(self, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """hidden_states: [T, H]; cos and sin: fp32 [T, 1, rope / 2]."""
+        config = self.config
+        qkv_a, _ = self.fused_qkv_a_proj(hidden_states)
+        q_a, latent, k_rope = qkv_a.split([config.q_lora_rank, config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+        query, _ = self.q_b_proj(self.q_a_layernorm(q_a))
+        q_nope, q_rope = query.unflatten(-1, (self.num_heads, -1)).split(
+            [config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1
+        )
+        query = torch.cat((q_nope, rotary.rotate_interleaved(q_rope, cos, sin)), dim=-1)
+        k_rope = rotary.rotate_interleaved(k_rope.unsqueeze(-2), cos, sin)
+        output_shape = (hidden_states.shape[0], self.num_heads * config.v_head_dim)
+        attended = self.attn(query, self.kv_a_layernorm(latent), k_rope, output_shape=output_shape)
+        output, _ = self.o_proj(attended)
+        return output
+
+
+def _attention_backend() -> type[AttentionBackend] | None:
+    """Ours on a CPU; None leaves the choice to the engine."""
+    if not current_platform.is_cpu():
+        return None
+    from longcat_vllm.attention import LatentAttentionBackend
+
+    return LatentAttentionBackend
+
+
+class LongcatFFN(nn.Module):
+    """Dense SwiGLU."""
+
+    def __init__(self, hidden: int, intermediate: int, quant_config: QuantizationConfig | None, prefix: str) -> None:
+        super().__init__()
+        self.gate_up_proj = MergedColumnParallelLinear(
+            hidden, [intermediate] * 2, bias=False, quant_config=quant_config, prefix=f"{prefix}.gate_up_proj"
+        )
+        self.act_fn = SiluAndMul()
+        self.down_proj = RowParallelLinear(
+            intermediate, hidden, bias=False, quant_config=quant_config, prefix=f"{prefix}.down_proj"
+        )
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        gate_up, _ = self.gate_up_proj(hidden_states)
+        output, _ = self.down_proj(self.act_fn(gate_up))
+        return output
+
+
+class LongcatDecoderLayer(nn.Module):
+    """Two attentions, two dense FFNs, and one MoE that reads after the first attention and is added at the end."""
+
+    def __init__(self, config: LongcatConfig, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        quant_config = vllm_config.quant_config
+        attention_quant = None if "self_attn" in config.disable_quant_module else quant_config
+        ffn_quant = None if "mlps" in config.disable_quant_module else quant_config
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = nn.ModuleList(
+            LongcatAttention(config, vllm_config, attention_quant, f"{prefix}.self_attn.{i}") for i in range(2)
+        )
+        self.mlps = nn.ModuleList(
+            LongcatFFN(hidden, config.ffn_hidden_size, ffn_quant, f"{prefix}.mlps.{i}") for i in range(2)
+        )
+        self.input_layernorm = nn.ModuleList(RMSNorm(hidden, eps=eps) for _ in range(2))
+        self.post_attention_layernorm = nn.ModuleList(RMSNorm(hidden, eps=eps) for _ in range(2))
+        self.mlp = LongcatMoE(config, quant_config, f"{prefix}.mlp")
+
+    def forward(
+        self, hidden_states: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if residual is None:
+            residual = hidden_states
+            hidden_states = self.input_layernorm[0](hidden_states)
+        else:
+            hidden_states, residual = self.input_layernorm[0](hidden_states, residual)
+        attended = self.self_attn[0](hidden_states, cos, sin)
+        hidden_states, residual = self.post_attention_layernorm[0](attended, residual)
+        shortcut = self.mlp(hidden_states)
+        hidden_states, residual = self.input_layernorm[1](self.mlps[0](hidden_states), residual)
+        attended = self.self_attn[1](hidden_states, cos, sin)
+        hidden_states, residual = self.post_attention_layernorm[1](attended, residual)
+        return self.mlps[1](hidden_states) + shortcut, residual
+
+
+@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "intermediate_tensors": 0, "inputs_embeds": 0})
+class LongcatModel(nn.Module):
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        self.config = config = LongcatConfig.from_hf(vllm_config.model_config.hf_config)
+        stage = get_pp_group()
+        self.embed_tokens = (
+            VocabParallelEmbedding(config.vocab_size, config.hidden_size, prefix=maybe_prefix(prefix, "embed_tokens"))
+            if stage.is_first_rank or (config.tie_word_embeddings and stage.is_last_rank)
+            else PPMissingLayer()
+        )
+        self.start_layer, self.end_layer, self.layers = make_layers(
+            config.num_layers,
+            lambda prefix: LongcatDecoderLayer(config, vllm_config, prefix),
+            prefix=maybe_prefix(prefix, "layers"),
+        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if stage.is_last_rank else PPMissingLayer()
+        self.register_buffer("inverse_frequencies", rotary.inverse_frequencies(config), persistent=False)
+        self.attention_factor = rotary.attention_factor(config.rope)
+        self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
+            ["hidden_states", "residual"], config.hidden_size
+        )
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        return self.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor | IntermediateTensors:
+        residual = None
+        if not get_pp_group().is_first_rank:
+            assert intermediate_tensors is not None
+            hidden_states, residual = intermediate_tensors["hidden_states"], intermediate_tensors["residual"]
+        elif inputs_embeds is not None:
+            hidden_states = inputs_embeds
+        else:
+            hidden_states = self.embed_input_ids(input_ids)
+        cos, sin = rotary.cos_sin(positions.unsqueeze(-1), self.inverse_frequencies, self.attention_factor)
+        for layer in islice(self.layers, self.start_layer, self.end_layer):
+            hidden_states, residual = layer(hidden_states, residual, cos, sin)
+        if not get_pp_group().is_last_rank:
+            return IntermediateTensors({"hidden_states": hidden_states, "residual": residual})
+        hidden_states, _ = self.norm(hidden_states, residual)
+        return hidden_states
+
+
+class LongcatFlashForCausalLM(nn.Module, SupportsPP):
+    packed_modules_mapping: ClassVar[dict[str, list[str]]] = {
+        "gate_up_proj": ["gate_proj", "up_proj"],
+        "fused_qkv_a_proj": ["q_a_proj", "kv_a_proj_with_mqa"],
+    }
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        self.model = LongcatModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        self.config = config = self.model.config
+        if get_pp_group().is_last_rank:
+            self.lm_head = ParallelLMHead(
+                config.vocab_size,
+                config.hidden_size,
+                quant_config=vllm_config.quant_config,
+                prefix=maybe_prefix(prefix, "lm_head"),
+            )
+            if config.tie_word_embeddings:
+                self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+        else:
+            self.lm_head = PPMissingLayer()
+        self.logits_processor = LogitsProcessor(config.vocab_size)
+        self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        return self.model.embed_input_ids(input_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor | IntermediateTensors:
+        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load published tensors; the names of the parameters that were written.
+
+        Raises:
+            CheckpointError: listing every tensor that is extra or misshapen. What is missing is found before the
+                engine starts (`compat.check_deployment`), or by vLLM, since updates of a running model are partial.
+        """
+        audit = checkpoint.Audit(self.config)
+        parameters = dict(self.named_parameters())
+        loaded: set[str] = set()
+        for name, tensor in weights:
+            if not audit.accepts(name, tuple(tensor.shape), tensor.dtype) or name.startswith(checkpoint.MTP_PREFIX):
+                continue
+            loaded |= self._load(parameters, name, tensor)
+        audit.raise_for_unexpected()
+        return loaded
+
+    def _load(self, parameters: dict[str, Tensor], name: str, tensor: Tensor) -> set[str]:
+        expert = checkpoint.expert_of(name)
+        if expert is not None:
+            target, shard = _expert_parameter(name)
+            if is_pp_missing_parameter(target, self):
+                return set()
+            parameter = parameters[target]
+            is_local = parameter.weight_loader(
+                parameter, tensor, target, shard_id=shard, expert_id=expert, return_success=True
+            )
+            return {target} if is_local else set()
+        target, shard_index = _packed_parameter(name)
+        if is_pp_missing_parameter(target, self):
+            return set()
+        parameter = parameters[target]
+        loader = getattr(parameter, "weight_loader", default_weight_loader)
+        if shard_index is None:
+            loader(parameter, self._with_scale(name, tensor))
+        else:
+            loader(parameter, tensor, shard_index)
+        return {target}
+
+    def _with_scale(self, name: str, tensor: Tensor) -> Tensor:
+        if name.endswith(".q_a_layernorm.weight"):
+            return (tensor.float() * self.config.q_scale).to(tensor.dtype)
+        if name.endswith(".kv_a_layernorm.weight"):
+            return (tensor.float() * self.config.kv_scale).to(tensor.dtype)
+        return tensor
+
+
+_PACKED = {
+    ".q_a_proj.": (".fused_qkv_a_proj.", 0),
+    ".kv_a_proj_with_mqa.": (".fused_qkv_a_proj.", 1),
+    ".gate_proj.": (".gate_up_proj.", 0),
+    ".up_proj.": (".gate_up_proj.", 1),
+}
+
+
+def _packed_parameter(name: str) -> tuple[str, int | None]:
+    """The parameter that a published tensor goes to, and which part of it."""
+    for part, (packed, shard) in _PACKED.items():
+        if part in name:
+            return name.replace(part, packed), shard
+    return name, None
+
+
+def _expert_parameter(name: str) -> tuple[str, str]:
+    """`....mlp.experts.7.up_proj.weight` -> (`....mlp.experts.routed_experts.w13_weight`, "w3")."""
+    experts, part, suffix = name.rsplit(".", 2)
+    stacked, shard = {"gate_proj": ("w13", "w1"), "up_proj": ("w13", "w3"), "down_proj": ("w2", "w2")}[part]
+    return f"{experts.rsplit('.', 1)[0]}.routed_experts.{stacked}_{suffix}", shard
