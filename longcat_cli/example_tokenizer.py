@@ -18,14 +18,13 @@ MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS) + len(MARKERS)
 """Every byte is a token, so that any text can be encoded."""
 
 _CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
-_CHARACTERS = 2_000_000
+_CHARACTERS = 1_000_000
 
 
 def write(directory: Path, vocab_size: int, model_max_length: int) -> None:
     """Write `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`.
 
-    The tokenizer has at most `vocab_size` tokens; fewer where the text has no more pairs to merge. Training takes
-    about a second.
+    The tokenizer has at most `vocab_size` tokens; fewer where the text has no more pairs to merge.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -33,15 +32,13 @@ def write(directory: Path, vocab_size: int, model_max_length: int) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[
-            *(AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS),
-            *(AddedToken(token, special=False, normalized=False) for token in MARKERS),
-        ],
+        vocab_size=vocab_size - len(MARKERS),
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(_text(), trainer)
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in MARKERS])
     tokenizer.save(str(directory / "tokenizer.json"))
 
     unknown, bos, eos, pad = SPECIAL_TOKENS
@@ -61,7 +58,8 @@ def write(directory: Path, vocab_size: int, model_max_length: int) -> None:
 def _text() -> Iterator[str]:
     """Python's standard library: prose and code that every machine with Python has, in the order of file names."""
     left = _CHARACTERS
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+    # Not those that begin with an underscore: some are written by the build of Python, and differ between machines.
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-z]*.py")):
         text = path.read_text(encoding="utf-8", errors="replace")
         yield text[:left]
         left -= len(text)

@@ -260,6 +260,7 @@ class LongcatConfig:
             "tie_word_embeddings": self.tie_word_embeddings,
             "zero_expert_num": self.zero_expert_num,
             "zero_expert_type": "identity",
+            **({"disable_quant_module": list(self.disable_quant_module)} if self.disable_quant_module else {}),
         }
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from longcat_core.config import LongcatConfig, canonical_hf
+from longcat_core.config import LongcatConfig
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -58,20 +58,11 @@ def install_config_class() -> None:
     Remove when: transformers' LongcatFlashConfig reads `num_hidden_layers` alone as the number of decoder layers and
     has no size defaults.
     """
-    import transformers
     from transformers import CONFIG_MAPPING
 
-    class LongcatFlashConfig(transformers.LongcatFlashConfig):
-        @classmethod
-        def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-            architectures = config_dict.get("architectures") or [ARCHITECTURE]
-            if architectures[0] == ARCHITECTURE:  # Flash-Lite has the same model_type
-                require_supported()
-                config_dict = canonical_hf(config_dict)
-            return super().from_dict(config_dict, **kwargs)
+    from longcat_vllm.config import LongcatFlashConfig
 
-    if CONFIG_MAPPING["longcat_flash"].__module__ != __name__:
-        CONFIG_MAPPING.register("longcat_flash", LongcatFlashConfig, exist_ok=True)
+    CONFIG_MAPPING.register("longcat_flash", LongcatFlashConfig, exist_ok=True)
 
 
 def install_config_check() -> None:

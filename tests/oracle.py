@@ -109,6 +109,7 @@ def _transformers_state(config: LongcatConfig, published: Mapping[str, Tensor]) 
             state.setdefault(f"{experts}.down_proj", torch.empty(shape))[int(index)] = tensor
         else:
             shape = (config.num_experts, 2 * inner, hidden)
-            stacked = state.setdefault(f"{experts}.gate_up_proj", torch.randn(shape) * 1e3)
+            garbage = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e3
+            stacked = state.setdefault(f"{experts}.gate_up_proj", garbage)
             stacked[int(index), slice(0, inner) if part == "gate" else slice(inner, None)] = tensor
     return state

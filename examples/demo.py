@@ -1,0 +1,193 @@
+"""Makes a small random LongCat-Flash, serves it with the stock `vllm serve`, and chats with it as any client would."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+from openai import APIConnectionError, DefaultHttpxClient, OpenAI, OpenAIError
+from rich.console import Console
+from rich.text import Text
+
+ROOT = Path(__file__).resolve().parents[1]
+CHECKPOINT = ROOT / ".cache" / "example-checkpoint"
+SERVER_LOG = ROOT / ".cache" / "example-server.log"
+COMMANDS = Path(sys.executable).parent
+"""Where `longcat` and `vllm` are: beside the Python that runs this."""
+MODEL = "longcat-example"
+QUESTION = "What does a zero expert cost?"
+NEW_TOKENS = 64
+START_TIMEOUT_S = 600
+STOP_TIMEOUT_S = 30
+LOG_TAIL = 120
+"""Lines: vLLM's processes report a failure one after the other, the one that knows its cause first."""
+
+console = Console(highlight=False)
+
+
+def main() -> int:
+    """Returns the exit status: 0 only if the model answered."""
+    _on_signals(_exit_on_signal)
+    try:
+        if not CHECKPOINT.exists():
+            subprocess.run([COMMANDS / "longcat", "make-checkpoint", CHECKPOINT], check=True)
+        with served(CHECKPOINT) as client:
+            prompt, answer = chat(client)
+        console.print(count_ffn_experts(CHECKPOINT, prompt, answer), soft_wrap=True)
+    except (OSError, RuntimeError, OpenAIError, subprocess.CalledProcessError) as error:
+        console.print(Text(f"The demo failed: {error}", style="red"))
+        return 1
+    return 0
+
+
+@contextmanager
+def served(checkpoint: Path) -> Iterator[OpenAI]:
+    """A client of a `vllm serve` that lasts as long as the `with` block, however that ends.
+
+    Raises:
+        RuntimeError: if the server ends, or is not ready in time; the end of its log is printed.
+    """
+    port = _free_port()
+    command = [str(COMMANDS / "vllm"), "serve", str(checkpoint), "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--served-model-name", MODEL, "--max-model-len", "2048"]
+    # Eager: ready in half a minute, no C++ compiler needed. Left to itself, vLLM takes 92 % of memory for its cache.
+    command += ["--enforce-eager", "--kv-cache-memory-bytes", str(256 * 2**20)]
+    console.print("$ " + " ".join(command), style="dim", markup=False, soft_wrap=True)
+    SERVER_LOG.parent.mkdir(exist_ok=True)
+    with SERVER_LOG.open("wb") as log:
+        # A session of its own: an interrupt from the keyboard reaches only this script, which then ends the server.
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        # Proxies of the environment are for other hosts than this one.
+        http_client = DefaultHttpxClient(trust_env=False)
+        with OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", http_client=http_client) as client:
+            _wait_until_ready(server, client)
+            yield client
+    except Exception:
+        console.print(
+            f"\nThe end of {SERVER_LOG}:\n", *_log_lines()[-LOG_TAIL:], sep="\n", markup=False, soft_wrap=True
+        )
+        raise
+    finally:
+        _end(server)
+
+
+def chat(client: OpenAI) -> tuple[list[int], list[int]]:
+    """Print the answer to `QUESTION` as it comes; returns the token ids of the prompt and of the answer.
+
+    Raises:
+        RuntimeError: if the server sent no token ids.
+    """
+    console.print(Text.assemble(("You      ", "bold"), QUESTION))
+    console.print(Text("LongCat  ", style="bold"), end="")
+    stream = client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": QUESTION}],
+        max_tokens=NEW_TOKENS,
+        temperature=0,
+        stream=True,
+        extra_body={"return_token_ids": True},
+    )
+    prompt: list[int] = []
+    answer: list[int] = []
+    for chunk in stream:
+        prompt += getattr(chunk, "prompt_token_ids", None) or []
+        for choice in chunk.choices:
+            answer += getattr(choice, "token_ids", None) or []
+            console.out(_printable(choice.delta.content or ""), end="", highlight=False)
+    console.print("\n(Random weights: the words mean nothing, but each is the model's likeliest.)", style="dim")
+    if not prompt or not answer:
+        raise RuntimeError(
+            f"the answer came with {len(prompt)} prompt and {len(answer)} answer token ids, wanted some of both"
+        )
+    return prompt, answer
+
+
+def count_ffn_experts(checkpoint: Path, prompt: list[int], answer: list[int]) -> str:
+    """A sentence on how many FFN experts a token of this chat took, counted in the reference model."""
+    with console.status("counting experts in the reference model"):
+        import torch
+
+        from longcat_core.reference import LongcatForCausalLM
+        from longcat_core.routing import Routing
+
+        model = LongcatForCausalLM.from_checkpoint(checkpoint)
+        taken: list[torch.Tensor] = []
+
+        def note(module: torch.nn.Module, inputs: object, routing: Routing) -> None:
+            taken.append((routing.ids >= 0).sum(dim=-1))
+
+        for layer in model.model.layers:
+            layer.mlp.router.register_forward_hook(note)
+        with torch.no_grad():
+            model(torch.tensor([prompt + answer]))
+    average = torch.stack(taken).float().mean()
+    return (
+        f"{average:.1f} of {model.config.moe_topk} slots were FFN experts, the rest cost nothing "
+        f"(mean of {len(prompt) + len(answer)} tokens in {len(taken)} layers)."
+    )
+
+
+def _wait_until_ready(server: subprocess.Popen[bytes], client: OpenAI) -> None:
+    started = time.monotonic()
+    with console.status("starting vLLM") as status:
+        while (elapsed := time.monotonic() - started) < START_TIMEOUT_S:
+            if server.poll() is not None:
+                raise RuntimeError(f"vllm serve ended with status {server.returncode} before it was ready")
+            with suppress(APIConnectionError):
+                client.with_options(max_retries=0, timeout=5).models.list()
+                console.print(f"vLLM is ready after {elapsed:.0f} s.")
+                return
+            last = (_log_lines() or [""])[-1]
+            status.update(Text(f"starting vLLM, {elapsed:.0f} s  {last}", overflow="ellipsis", no_wrap=True))
+            time.sleep(0.5)
+    raise RuntimeError(f"vllm serve was not ready after {START_TIMEOUT_S} s")
+
+
+def _end(server: subprocess.Popen[bytes]) -> None:
+    """End the server and its workers, which are a process group of their own."""
+    _on_signals(signal.SIG_IGN)  # nothing may come between this and the last process
+    with console.status("ending vLLM"), suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            server.wait(timeout=STOP_TIMEOUT_S)
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+    _on_signals(_exit_on_signal)
+
+
+def _on_signals(handler: signal.Handlers | Callable[[int, FrameType | None], None]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, handler)
+
+
+def _exit_on_signal(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _log_lines() -> list[str]:
+    return [_printable(line) for line in SERVER_LOG.read_text(errors="replace").splitlines() if line.strip()]
+
+
+def _printable(text: str) -> str:
+    """Without control characters, which a random model says as readily as any others."""
+    return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,8 @@
+"""Settings of the core tests: tiny tensors gain nothing from threads, and hypothesis is bounded by examples."""
+
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+settings.register_profile("core", deadline=None, max_examples=60)
+settings.load_profile("core")

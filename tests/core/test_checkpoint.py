@@ -1,0 +1,233 @@
+"""Reading and writing published checkpoints: every problem is said, by name, and all of them at once."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from longcat_core import checkpoint
+from longcat_core.checkpoint import CheckpointError
+from longcat_core.config import LongcatConfig
+from longcat_core.reference import LongcatForCausalLM
+from tests.cases import CASES, DEFAULT, in_dtype, published, write_checkpoint
+
+CONFIG = replace(DEFAULT, num_layers=1, hidden_size=200)
+DOWN = "model.layers.0.mlp.experts.3.down_proj.weight"
+GATE = "model.layers.0.mlps.1.gate_proj.weight"
+MTP_NORM = "model.mtp.norm.weight"
+
+
+@pytest.fixture()
+def tensors() -> dict[str, Tensor]:
+    return published(CONFIG)
+
+
+def problems(directory: Path, tensors: dict[str, Tensor], config: LongcatConfig = CONFIG) -> list[str]:
+    write_checkpoint(directory, config, tensors)
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.verify(directory, config)
+    heading, *lines = str(error.value).splitlines()
+    assert f"({len(lines)} problems)" in heading
+    return [line.strip() for line in lines]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_saved_is_loaded(case: str, tmp_path: Path) -> None:
+    config, tensors = CASES[case].config, CASES[case].published()
+    loaded = checkpoint.load(write_checkpoint(tmp_path, config, tensors), config)
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+
+
+def test_shards_are_indexed_and_read_back(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    checkpoint.save(tensors, tmp_path, max_shard_size=200_000)
+    assert len(checkpoint.shards(tmp_path)) > 2
+    loaded = checkpoint.load(tmp_path, CONFIG)
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+
+
+def test_saving_a_view_saves_only_the_view(tmp_path: Path) -> None:
+    stacked = torch.randn(64, 64)
+    checkpoint.save({"a": stacked[1], "b": stacked[:, 2:4].T, "c": stacked}, tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_size < 4 * (64 * 64 + 64 + 2 * 64) + 1000
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_published_tensor_has_a_place_of_its_own_and_none_is_left_empty(case: str) -> None:
+    config = CASES[case].config
+    model = LongcatForCausalLM(config)
+    state = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
+    for name, shape in checkpoint.expected_tensors(config, with_mtp=True).items():
+        place = checkpoint.place(name, config)
+        assert state[place.parameter][place.index].shape == shape, name
+        state[place.parameter][place.index] += 1
+    if config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    assert all((value == 1).all() for value in state.values())
+
+
+def test_zero_experts_have_no_tensors() -> None:
+    names = checkpoint.expected_tensors(CONFIG, with_mtp=True)
+    experts = {checkpoint.expert_of(name) for name in names} - {None}
+    assert experts == set(range(CONFIG.n_routed_experts))
+
+
+def test_missing_extra_and_misshapen_tensors_are_all_listed(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    del tensors[DOWN]
+    del tensors["model.norm.weight"]
+    tensors[GATE] = tensors[GATE].T
+    tensors["model.layers.0.mlp.router.classifier.weight"] = torch.zeros(CONFIG.n_routed_experts, CONFIG.hidden_size)
+    tensors["model.layers.0.mlp.experts.8.up_proj.weight"] = torch.zeros(32, 200)
+    tensors["model.rotary_emb.inv_freq"] = torch.zeros(4)
+    found = problems(tmp_path, tensors)
+    assert len(found) == 6
+    assert f"missing: {DOWN} [200, 32]" in found
+    assert "missing: model.norm.weight [200]" in found
+    assert f"misshapen: {GATE} is [200, 96], wanted [96, 200]" in found
+    assert "misshapen: model.layers.0.mlp.router.classifier.weight is [8, 200], wanted [12, 200]" in found
+    assert any(line.startswith("extra: model.layers.0.mlp.experts.8.up_proj.weight [32, 200]") for line in found)
+    assert any(line.startswith("extra: model.rotary_emb.inv_freq [4]") for line in found)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, -1])
+def test_a_truncated_shard_is_named(kept: int, tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    checkpoint.save(tensors, tmp_path, max_shard_size=200_000)
+    shard = checkpoint.shards(tmp_path)[1]
+    shard.write_bytes(shard.read_bytes()[:kept])
+    with pytest.raises(CheckpointError, match=rf"{shard.name}: truncated"):
+        checkpoint.load(tmp_path, CONFIG)
+
+
+def test_missing_shards_are_named(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    checkpoint.save(tensors, tmp_path, max_shard_size=200_000)
+    first, second, *_ = checkpoint.shards(tmp_path)
+    first.unlink()
+    second.unlink()
+    with pytest.raises(CheckpointError, match=rf"not there: {first.name}, {second.name}"):
+        checkpoint.verify(tmp_path, CONFIG)
+
+
+def test_a_directory_without_safetensors_is_named(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(CheckpointError, match=r"no \*\.safetensors"):
+        checkpoint.verify(tmp_path, CONFIG)
+
+
+def test_only_shards_that_the_index_names_are_read(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    checkpoint.save(tensors, tmp_path, max_shard_size=200_000)
+    checkpoint.shards(tmp_path)[0].with_name("consolidated.safetensors").write_bytes(b"not ours")
+    assert checkpoint.load(tmp_path, CONFIG).keys() == tensors.keys()
+
+
+# -- FP8 ---------------------------------------------------------------------------------------------
+
+
+def scales(tensor: Tensor) -> Tensor:
+    return torch.ones([-(-size // checkpoint.SCALE_BLOCK) for size in tensor.shape])
+
+
+def test_fp8_weights_with_scales_of_their_blocks_are_accepted(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    quantized = [name for name in tensors if ".mlp.experts." in name or ".mlps." in name]
+    for name in quantized:
+        tensors[f"{name}_scale_inv"] = scales(tensors[name])
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    write_checkpoint(tmp_path, CONFIG, tensors)
+    loaded = checkpoint.load(tmp_path, CONFIG)
+    assert loaded[GATE].dtype == torch.float8_e4m3fn
+    assert loaded[f"{GATE}_scale_inv"].shape == (1, 2)
+    assert loaded.keys() == tensors.keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_an_fp8_weight_without_scales_is_named(dtype: torch.dtype, tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    tensors[GATE] = tensors[GATE].to(dtype)
+    found = problems(tmp_path, tensors)
+    assert len(found) == 1
+    assert found[0].startswith(f"missing: {GATE}_scale_inv")
+
+
+def test_fp8_scales_of_another_block_size_are_misshapen(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    tensors[GATE] = tensors[GATE].to(torch.float8_e4m3fn)
+    tensors[f"{GATE}_scale_inv"] = torch.ones(2, 4)
+    found = problems(tmp_path, tensors)
+    assert found == [f"misshapen: {GATE}_scale_inv is [2, 4], wanted [1, 2]"]
+
+
+def test_scales_of_nothing_are_extra(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    tensors["model.nothing.weight_scale_inv"] = torch.ones(1, 1)
+    assert problems(tmp_path, tensors)[0].startswith("extra: model.nothing.weight_scale_inv")
+
+
+# -- the head and the MTP layer ------------------------------------------------------------------------
+
+
+def test_a_tied_head_may_be_absent_or_saved_beside_its_embedding(tmp_path: Path) -> None:
+    config = replace(CONFIG, tie_word_embeddings=True)
+    tensors = published(config)
+    assert "lm_head.weight" not in tensors
+    write_checkpoint(tmp_path / "absent", config, tensors)
+    write_checkpoint(tmp_path / "saved", config, {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]})
+    for directory in ("absent", "saved"):
+        assert checkpoint.load(tmp_path / directory, config).keys() == tensors.keys()
+
+
+def test_an_untied_head_is_missed(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    del tensors["lm_head.weight"]
+    assert problems(tmp_path, tensors) == ["missing: lm_head.weight [320, 200]"]
+
+
+def test_a_checkpoint_without_an_mtp_layer_is_complete(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, CONFIG, published(CONFIG, with_mtp=False))
+    checkpoint.verify(tmp_path, CONFIG)
+    assert LongcatForCausalLM.from_checkpoint(tmp_path).model.mtp is None
+
+
+def test_what_a_part_of_an_mtp_layer_lacks_is_listed(tmp_path: Path) -> None:
+    whole, main = published(CONFIG), published(CONFIG, with_mtp=False)
+    found = problems(tmp_path, {**main, MTP_NORM: whole[MTP_NORM]})
+    missing = whole.keys() - main.keys() - {MTP_NORM}
+    assert {line.split()[1] for line in found} == missing
+    assert all(line.startswith("missing: ") for line in found)
+
+
+# -- the audit of an engine that loads a part ----------------------------------------------------------
+
+
+def test_an_engine_that_loads_a_part_can_ask_only_for_what_is_unexpected() -> None:
+    audit = checkpoint.Audit(CONFIG)
+    shapes = checkpoint.expected_tensors(CONFIG, with_mtp=True)
+    assert all(audit.accepts(name, shape, None) for name, shape in shapes.items() if checkpoint.expert_of(name) != 3)
+    audit.raise_for_unexpected()
+    with pytest.raises(CheckpointError, match=DOWN):
+        audit.raise_for_all()
+    audit.accepts("model.nothing", (1,), None)
+    with pytest.raises(CheckpointError, match=r"\(1 problems\)"):
+        audit.raise_for_unexpected()
+
+
+def test_a_tensor_with_a_problem_is_not_accepted() -> None:
+    audit = checkpoint.Audit(CONFIG)
+    assert not audit.accepts("model.norm.weight", (201,), torch.float32)
+    assert not audit.accepts("model.norm.bias", (200,), torch.float32)
+    assert audit.accepts("model.norm.weight", (200,), torch.float32)
+
+
+def test_the_router_is_published_in_fp32_beside_bf16() -> None:
+    dtypes = {name: tensor.dtype for name, tensor in in_dtype(published(CONFIG), torch.bfloat16).items()}
+    assert {name for name, dtype in dtypes.items() if dtype == torch.float32} == {
+        "model.layers.0.mlp.router.classifier.weight",
+        "model.layers.0.mlp.router.e_score_correction_bias",
+    }
+
+
+def test_the_index_is_that_of_hugging_face(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    checkpoint.save(tensors, tmp_path, max_shard_size=200_000)
+    index = json.loads((tmp_path / checkpoint.INDEX_NAME).read_text())
+    assert index["weight_map"].keys() == tensors.keys()
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())

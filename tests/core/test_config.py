@@ -1,0 +1,208 @@
+"""Reading every published spelling of `config.json`, saying what is wrong with it, and the derived numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import LongcatFlashConfig
+
+from longcat_core import checkpoint
+from longcat_core.config import ConfigError, LongcatConfig, RopeConfig, canonical_hf
+from tests.cases import CASES, CHAT, DEFAULT, spellings
+
+RAW = DEFAULT.to_hf()
+EVERY_SPELLING = [(case, spelling) for case in CASES for spelling in spellings(CASES[case].config)]
+
+
+@pytest.mark.parametrize(("case", "spelling"), EVERY_SPELLING)
+def test_every_spelling_is_the_same_model(case: str, spelling: str) -> None:
+    config = CASES[case].config
+    assert LongcatConfig.from_hf(spellings(config)[spelling]) == config
+
+
+@pytest.mark.parametrize(("case", "spelling"), EVERY_SPELLING)
+def test_every_spelling_is_canonical_to_transformers(case: str, spelling: str) -> None:
+    config = CASES[case].config
+    theirs = LongcatFlashConfig.from_dict(canonical_hf(spellings(config)[spelling]))
+    same = ["num_layers", "hidden_size", "moe_topk", "n_routed_experts", "zero_expert_num", "ffn_hidden_size"]
+    same += ["expert_ffn_hidden_size", "rms_norm_eps", "qk_head_dim", "tie_word_embeddings", "routed_scaling_factor"]
+    assert {name: getattr(theirs, name) for name in same} == {name: getattr(config, name) for name in same}
+    assert theirs.head_dim == config.qk_rope_head_dim
+    assert theirs.rope_parameters["rope_theta"] == config.rope.theta
+    assert theirs.rope_parameters.get("factor", 1.0) == config.rope.factor
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_config_saved_by_transformers_is_the_same_model(case: str, tmp_path: Any) -> None:
+    config = CASES[case].config
+    theirs = LongcatFlashConfig.from_dict(canonical_hf(config.to_hf()))
+    assert LongcatConfig.from_hf(theirs) == config
+    theirs.save_pretrained(tmp_path)
+    assert LongcatConfig.from_hf(json.loads((tmp_path / "config.json").read_text())) == config
+    assert checkpoint.read_config(tmp_path) == config
+
+
+rope_configs = st.builds(RopeConfig, theta=st.floats(1e2, 1e8)) | st.builds(
+    RopeConfig,
+    theta=st.floats(1e2, 1e8),
+    factor=st.floats(1.5, 64),
+    original_max_position_embeddings=st.integers(16, 2**17),
+    beta_fast=st.floats(8, 64),
+    beta_slow=st.floats(0.5, 4),
+    mscale=st.floats(0, 2),
+    mscale_all_dim=st.floats(0, 2),
+    attention_factor=st.none() | st.floats(0.5, 2),
+    truncate=st.booleans(),
+)
+sizes = st.integers(1, 4096)
+configs = st.builds(
+    LongcatConfig,
+    **{name: sizes for name in ("vocab_size", "hidden_size", "num_layers", "num_attention_heads", "v_head_dim")},
+    **{name: sizes for name in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "ffn_hidden_size")},
+    **{name: sizes for name in ("expert_ffn_hidden_size", "max_position_embeddings")},
+    qk_rope_head_dim=sizes.map(lambda half: 2 * half),
+    n_routed_experts=st.integers(16, 512),
+    moe_topk=st.integers(1, 16),
+    zero_expert_num=st.integers(0, 256),
+    rope=rope_configs,
+    routed_scaling_factor=st.floats(0.1, 10),
+    rms_norm_eps=st.floats(1e-8, 1e-2),
+    mla_scale_q_lora=st.booleans(),
+    mla_scale_kv_lora=st.booleans(),
+    tie_word_embeddings=st.booleans(),
+    disable_quant_module=st.sampled_from([(), ("self_attn",), ("self_attn", "mlps", "mtp")]),
+)
+
+
+@given(configs)
+def test_to_hf_is_read_back_unchanged(config: LongcatConfig) -> None:
+    assert LongcatConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+
+
+# -- derived numbers ---------------------------------------------------------------------------------
+
+
+def test_longcat_flash_chat_has_its_published_numbers() -> None:
+    chat = LongcatConfig.from_hf(CHAT)
+    assert chat.total_parameters / 1e9 == pytest.approx(560, abs=2)
+    assert chat.activated_parameters(0) / 1e9 == pytest.approx(18.6, abs=0.1)
+    assert chat.activated_parameters(12) / 1e9 == pytest.approx(31.3, abs=0.1)
+    assert chat.expert_parameters / 1e6 == pytest.approx(37.75, abs=0.01)
+    assert chat.kv_cache_bytes_per_token() == 64_512
+    assert chat.q_scale == pytest.approx(2.0)
+    assert chat.kv_scale == pytest.approx(math.sqrt(12))
+    assert chat.softmax_scale == pytest.approx(192**-0.5)
+    assert (chat.num_experts, chat.latent_dim) == (768, 576)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_total_parameters_are_those_of_the_published_tensors(case: str) -> None:
+    config = CASES[case].config
+    shapes = checkpoint.expected_tensors(config, with_mtp=False).values()
+    assert config.total_parameters == sum(math.prod(shape) for shape in shapes)
+
+
+def test_an_mla_scale_turned_off_is_one() -> None:
+    config = LongcatConfig.from_hf({**CHAT, "mla_scale_q_lora": False, "mla_scale_kv_lora": False})
+    assert (config.q_scale, config.kv_scale) == (1.0, 1.0)
+
+
+def test_yarn_scales_the_softmax_only_with_mscale_all_dim() -> None:
+    plain = 24**-0.5
+    assert CASES["default"].config.softmax_scale == pytest.approx(plain)
+    assert CASES["yarn"].config.softmax_scale == pytest.approx(plain)
+    mscale = 0.1 * 0.8 * math.log(4) + 1
+    assert CASES["yarn_mscale_all_dim"].config.softmax_scale == pytest.approx(plain * mscale**2)
+
+
+# -- errors ------------------------------------------------------------------------------------------
+
+NEEDED = [
+    *("vocab_size", "hidden_size", "num_layers", "num_attention_heads", "q_lora_rank", "kv_lora_rank"),
+    *("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "ffn_hidden_size", "expert_ffn_hidden_size"),
+    *("n_routed_experts", "moe_topk", "max_position_embeddings", "routed_scaling_factor", "rope_theta"),
+]
+
+
+@pytest.mark.parametrize("field", NEEDED)
+def test_a_missing_field_is_named(field: str) -> None:
+    with pytest.raises(ConfigError, match=field) as error:
+        LongcatConfig.from_hf({key: value for key, value in RAW.items() if key != field})
+    assert len(str(error.value).splitlines()) == 2, "one heading and one problem"
+
+
+def test_all_missing_fields_are_listed_at_once() -> None:
+    with pytest.raises(ConfigError) as error:
+        LongcatConfig.from_hf({})
+    problems = str(error.value).splitlines()[1:]
+    assert len(problems) == len(NEEDED)
+    assert all(any(field in problem for problem in problems) for field in NEEDED)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": 0}, "hidden_size: 0, wanted a positive integer"),
+        ({"hidden_size": "64"}, "hidden_size: '64', wanted a positive integer"),
+        ({"num_layers": True}, "num_layers: True, wanted a positive integer"),
+        ({"num_layers": 2.0}, "num_layers: 2.0, wanted a positive integer"),
+        ({"zero_expert_num": -1}, "zero_expert_num: -1"),
+        ({"zero_expert_type": "copy"}, "zero_expert_type: 'copy', wanted 'identity'"),
+        ({"zero_expert_type": "drop"}, "zero_expert_type: 'drop', wanted 'identity'"),
+        ({"routed_scaling_factor": "6"}, "routed_scaling_factor: '6'"),
+        ({"router_z_loss": 0.1}, "router_z_loss: 0.1 is an unknown router option"),
+        ({"rounter_noise": 1}, "rounter_noise: 1 is an unknown router option"),
+        ({"router_bias": True}, "router_bias: True, wanted False"),
+        ({"router_dtype": "bfloat16"}, "router_dtype: 'bfloat16', wanted 'float32'"),
+        ({"rounter_params_dtype": "bfloat16"}, "rounter_params_dtype: 'bfloat16'"),
+        ({"norm_topk_prob": True}, "norm_topk_prob: True, wanted False"),
+        ({"scoring_func": "sigmoid"}, "scoring_func: 'sigmoid', wanted 'softmax'"),
+        ({"topk_method": "noaux_tc"}, "topk_method: 'noaux_tc', wanted no such option"),
+        ({"n_group": 8}, "n_group: 8, wanted 1"),
+        ({"hidden_act": "gelu"}, "hidden_act: 'gelu', wanted 'silu'"),
+        ({"attention_bias": True}, "attention_bias: True, wanted False"),
+        ({"intermediate_size": 97}, "intermediate_size: 97 contradicts ffn_hidden_size: 96"),
+        ({"moe_intermediate_size": 31}, "moe_intermediate_size: 31 contradicts expert_ffn_hidden_size: 32"),
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok: 5 contradicts moe_topk: 4"),
+        ({"num_hidden_layers": 3}, "num_hidden_layers: 3 contradicts num_layers: 2"),
+        ({"moe_topk": 13}, "moe_topk: 13, wanted at most the 12 experts"),
+        ({"moe_topk": 9, "zero_expert_num": 0}, "moe_topk: 9, wanted at most the 8 experts"),
+        ({"qk_rope_head_dim": 7}, "qk_rope_head_dim: 7, wanted an even number"),
+        ({"rope_theta": None}, "rope_theta: None, wanted a number"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rope_type: 'llama3', wanted 'default' or 'yarn'"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling.factor: None, wanted a number"),
+    ],
+)
+def test_an_error_names_the_field_the_value_and_what_is_wanted(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        LongcatConfig.from_hf({**RAW, **change})
+    assert message in str(error.value)
+    assert len(str(error.value).splitlines()) == 2, "one heading and one problem"
+
+
+def test_zero_expert_type_does_not_matter_without_zero_experts() -> None:
+    config = LongcatConfig.from_hf({**RAW, "zero_expert_num": 0, "zero_expert_type": "copy"})
+    assert config == replace(DEFAULT, zero_expert_num=0)
+
+
+def test_problems_of_different_kinds_are_listed_at_once() -> None:
+    change = {"hidden_size": -1, "zero_expert_type": "copy", "router_bias": True, "intermediate_size": 5}
+    with pytest.raises(ConfigError) as error:
+        LongcatConfig.from_hf({**RAW, **change, "rope_theta": None})
+    problems = str(error.value).splitlines()[1:]
+    assert len(problems) == 5
+    assert all(any(field in problem for problem in problems) for field in [*change, "rope_theta"])
+
+
+def test_an_unreadable_config_file_is_named(tmp_path: Any) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json: no such file"):
+        checkpoint.read_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"config\.json: not JSON"):
+        checkpoint.read_config(tmp_path)

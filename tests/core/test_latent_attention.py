@@ -1,0 +1,255 @@
+"""Attention over a paged latent cache against dense attention in float64, request by request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from longcat_core import latent_attention
+from longcat_core.latent_attention import PagedBatch, RequestGroup, paged_attention, write_latents
+from tests.oracle import relative_error
+
+SCALE = 0.3
+
+
+@dataclass(frozen=True)
+class Step:
+    """One engine step: requests with their whole latents, of which the last `new` are this step's tokens."""
+
+    queries: list[Tensor]  # [new, heads, nope + rope], one for each request
+    latents: list[Tensor]  # [length, L + rope]
+    w_uk: Tensor
+    w_uv: Tensor
+    block_size: int
+    block_table: Tensor
+    seed: int
+
+    @property
+    def latent(self) -> int:
+        return self.w_uk.shape[2]
+
+    def to(self, dtype: torch.dtype) -> Step:
+        return replace(
+            self,
+            queries=[query.to(dtype) for query in self.queries],
+            latents=[latents.to(dtype) for latents in self.latents],
+            w_uk=self.w_uk.to(dtype),
+            w_uv=self.w_uv.to(dtype),
+        )
+
+    def cache(self) -> Tensor:
+        """The cache before this step: earlier tokens in their slots, and what others left in all the rest."""
+        blocks = int(self.block_table.max()) + 2
+        shape = blocks * self.block_size, self.latents[0].shape[1]
+        cache = torch.randn(shape, generator=torch.Generator().manual_seed(self.seed)) * 100
+        cache = cache.to(self.w_uk.dtype)
+        for request, (query, latents) in enumerate(zip(self.queries, self.latents, strict=True)):
+            for position in range(len(latents) - len(query)):
+                cache[self.slot(request, position)] = latents[position]
+        return cache
+
+    def slot(self, request: int, position: int) -> int:
+        block = int(self.block_table[request, position // self.block_size])
+        return block * self.block_size + position % self.block_size
+
+    def run(self) -> Tensor:
+        """As an engine does: write this step's tokens, then attend."""
+        cache, starts = self.cache(), [0]
+        for request, (query, latents) in enumerate(zip(self.queries, self.latents, strict=True)):
+            new = range(len(latents) - len(query), len(latents))
+            slots = torch.tensor([self.slot(request, position) for position in new], dtype=torch.int64)
+            rows = latents[len(latents) - len(query) :]
+            write_latents(cache, rows[:, : self.latent], rows[:, self.latent :], slots)
+            starts.append(starts[-1] + len(query))
+        lengths = [len(latents) for latents in self.latents]
+        batch = PagedBatch.build(starts, lengths, self.block_table, self.block_size)
+        assert batch.num_tokens == starts[-1]
+        return paged_attention(torch.cat(self.queries), cache, batch, self.w_uk, self.w_uv, SCALE)
+
+    def truth(self) -> Tensor:
+        pairs = zip(self.queries, self.latents, strict=True)
+        return torch.cat([dense(query, latents, self.w_uk, self.w_uv) for query, latents in pairs])
+
+
+def dense(queries: Tensor, latents: Tensor, w_uk: Tensor, w_uv: Tensor) -> Tensor:
+    """One request in float64: each query sees the keys up to its own position."""
+    queries, latents, w_uk, w_uv = (t.double() for t in (queries, latents, w_uk, w_uv))
+    rank, rows = w_uk.shape[2], []
+    rope_keys = latents[:, None, rank:].expand(-1, w_uk.shape[0], -1)
+    keys = torch.cat((torch.einsum("nl,hpl->nhp", latents[:, :rank], w_uk), rope_keys), dim=-1)
+    values = torch.einsum("nl,hvl->nhv", latents[:, :rank], w_uv)
+    for index, query in enumerate(queries):
+        seen = len(latents) - len(queries) + index + 1
+        weights = (torch.einsum("hd,nhd->hn", query, keys[:seen]) * SCALE).softmax(dim=-1)
+        rows.append(torch.einsum("hn,nhv->hv", weights, values[:seen]))
+    return torch.stack(rows) if rows else values.new_empty(0, *values.shape[1:])
+
+
+def step(
+    requests: Sequence[tuple[int, int]],
+    block_size: int = 8,
+    seed: int = 0,
+    sizes: tuple[int, int, int, int, int] = (2, 6, 4, 8, 5),
+) -> Step:
+    """`requests`: how many tokens each had before, and has now anew; `sizes`: heads, nope, rope, latent, v."""
+    heads, nope, rope, latent, value = sizes
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    lengths = [before + new for before, new in requests]
+    blocks = [-(-length // block_size) for length in lengths]
+    shuffled = (torch.randperm(sum(blocks), generator=generator) + 1).split(blocks)  # block 0 is nobody's
+    block_table = torch.zeros(len(requests), max([1, *blocks]) + 1, dtype=torch.int32)
+    for row, own in zip(block_table, shuffled, strict=True):
+        row[: len(own)] = own
+    return Step(
+        queries=[normal(new, heads, nope + rope) for _, new in requests],
+        latents=[normal(length, latent + rope) for length in lengths],
+        w_uk=normal(heads, nope, latent) * latent**-0.5,
+        w_uv=normal(heads, value, latent) * latent**-0.5,
+        block_size=block_size,
+        block_table=block_table,
+        seed=seed,
+    )
+
+
+decodes = st.tuples(st.integers(0, 40), st.just(1))
+verifications = st.tuples(st.integers(0, 40), st.integers(2, 5))
+prompts = st.tuples(st.just(0), st.integers(1, 40))
+chunks = st.tuples(st.integers(1, 30), st.integers(6, 30))
+idle = st.tuples(st.integers(1, 9), st.just(0))
+steps = st.builds(
+    step,
+    requests=st.lists(decodes | verifications | prompts | chunks | idle, min_size=1, max_size=6),
+    block_size=st.sampled_from([1, 7, 8, 16]),
+    seed=st.integers(0, 2**31),
+    # Values wider and narrower than keys; latents both small and large beside the heads.
+    sizes=st.sampled_from([(2, 6, 4, 8, 5), (1, 4, 2, 32, 4), (3, 8, 8, 16, 20), (3, 5, 2, 3, 7)]),
+)
+
+
+@given(steps)
+def test_paged_attention_is_dense_attention(case: Step) -> None:
+    output, truth = case.run(), case.truth()
+    assert output.shape == truth.shape
+    torch.testing.assert_close(output.double(), truth, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_prefill", [False, True])
+@given(case=steps)
+def test_either_way_of_attending_fits_every_step(is_prefill: bool, case: Step) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latent_attention, "_is_prefill", lambda *_: is_prefill)
+        torch.testing.assert_close(case.run().double(), case.truth(), rtol=1e-4, atol=1e-5)
+
+
+@given(steps)
+def test_bounds_on_temporaries_change_nothing(case: Step) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latent_attention, "_PAIRS_AT_ONCE", 50)
+        patch.setattr(latent_attention, "_SLOTS_AT_ONCE", 50)
+        torch.testing.assert_close(case.run().double(), case.truth(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_prefill", [False, True])
+@given(case=steps)
+def test_bf16_is_as_good_as_its_roundings(is_prefill: bool, case: Step) -> None:
+    case = case.to(torch.bfloat16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latent_attention, "_is_prefill", lambda *_: is_prefill)
+        output = case.run()
+    assert output.dtype == torch.bfloat16
+    if output.numel():
+        assert relative_error(output, case.truth()) < 2**-5
+
+
+def paths_taken(case: Step) -> set[str]:
+    taken: set[str] = set()
+
+    def noting(name: str) -> Callable[..., Tensor]:
+        attend = getattr(latent_attention, name)
+        return lambda *arguments: (taken.add(name), attend(*arguments))[1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_attend_absorbed", "_attend_expanded"):
+            patch.setattr(latent_attention, name, noting(name))
+        case.run()
+    return taken
+
+
+@pytest.mark.parametrize(
+    ("requests", "paths"),
+    [
+        ([(30, 1), (3, 1)], {"_attend_absorbed"}),
+        ([(30, 4)], {"_attend_absorbed"}),
+        ([(0, 40)], {"_attend_expanded"}),
+        ([(20, 30)], {"_attend_expanded"}),
+        ([(0, 40), (12, 1), (20, 3)], {"_attend_absorbed", "_attend_expanded"}),
+    ],
+)
+def test_prompts_are_expanded_and_decodes_absorbed(requests: list[tuple[int, int]], paths: set[str]) -> None:
+    assert paths_taken(step(requests)) == paths
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 8, 16])
+def test_a_prompt_in_chunks_is_the_whole_prompt(block_size: int) -> None:
+    whole = step([(0, 45)], block_size)
+    truth = whole.truth()
+    bounds = [0, 20, 21, 40, 45]
+    for first, last in zip(bounds, bounds[1:], strict=False):
+        chunk = replace(whole, queries=[whole.queries[0][first:last]], latents=[whole.latents[0][:last]])
+        torch.testing.assert_close(chunk.run().double(), truth[first:last], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 8, 16])
+def test_requests_may_share_the_blocks_of_a_prefix(block_size: int) -> None:
+    shared = 2 * block_size
+    case = step([(shared, 3), (shared, 20), (shared + 5, 1)], block_size)
+    case.block_table[1:, :2] = case.block_table[0, :2]
+    for latents in case.latents[1:]:
+        latents[:shared] = case.latents[0][:shared]
+    torch.testing.assert_close(case.run().double(), case.truth(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_is_each_request_alone() -> None:
+    case = step([(30, 1), (9, 1), (16, 1), (17, 1), (0, 20), (12, 4)])
+    together = case.run().split([len(query) for query in case.queries])
+    for request, output in enumerate(together):
+        alone = replace(
+            case,
+            queries=[case.queries[request]],
+            latents=[case.latents[request]],
+            block_table=case.block_table[request : request + 1],
+        )
+        torch.testing.assert_close(alone.run(), output, rtol=1e-4, atol=1e-5)
+
+
+def test_decodes_of_like_length_attend_in_one_group() -> None:
+    lengths = [17, 30, 16, 31, 200]
+    batch = PagedBatch.build(list(range(6)), lengths, torch.zeros(5, 200, dtype=torch.int32), 1)
+    grouped = sorted(sorted(group.queries.flatten().tolist()) for group in batch.groups)
+    assert grouped == [[0, 1, 2, 3], [4]]
+
+
+def test_a_query_sees_the_slots_up_to_its_own() -> None:
+    group = RequestGroup(torch.zeros(1, 2), torch.zeros(1, 5), torch.tensor([[2, 3]]), is_whole_prompt=False)
+    assert group.visible().tolist() == [[[True, True, True, False, False], [True, True, True, True, False]]]
+
+
+def test_more_new_tokens_than_context_is_an_error() -> None:
+    with pytest.raises(ValueError, match="request 1: 3 new tokens, wanted at most its length 2"):
+        PagedBatch.build([0, 1, 4], [1, 2], torch.zeros(2, 1, dtype=torch.int32), 16)
+
+
+def test_slot_minus_one_stores_nothing() -> None:
+    cache = torch.zeros(4, 3)
+    write_latents(cache, torch.ones(3, 2), torch.full((3, 1), 2.0), torch.tensor([2, -1, 0]))
+    assert cache.tolist() == [[1, 1, 2], [0, 0, 0], [1, 1, 2], [0, 0, 0]]
