@@ -144,7 +144,8 @@ class CompactedRowsMethod(FusedMoEMethodBase):
     create_weights = UnquantizedFusedMoEMethod.create_weights
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        layer.cpu_kernel = select_cpu_kernel(layer.w13_weight, layer.w2_weight)
+        _, hidden, intermediate = layer.w2_weight.shape
+        layer.cpu_kernel = select_cpu_kernel(hidden, intermediate, layer.w2_weight.dtype)
         logger.info_once("LongCat experts on CPU: %s over rows of FFN experts only.", layer.cpu_kernel)
         pack = _PACK[layer.cpu_kernel]
         layer.w13_weight.data, layer.w2_weight.data = pack(layer.w13_weight.data), pack(layer.w2_weight.data)
@@ -173,13 +174,12 @@ class CompactedRowsMethod(FusedMoEMethodBase):
         )
 
 
-def select_cpu_kernel(w13: Tensor, w2: Tensor) -> str:
-    """The quickest kernel for these weights on this CPU: `bf16_dot`, `vector` or, for any shape, `torch`."""
-    tiled = w13.shape[1] % 64 == 0 and w13.shape[2] % 32 == 0
-    if not tiled:
+def select_cpu_kernel(hidden_size: int, intermediate_size: int, dtype: torch.dtype) -> str:
+    """The quickest kernel for experts of this shape on this CPU: `bf16_dot`, `vector` or, for any shape, `torch`."""
+    if hidden_size % 32 or intermediate_size % 32:
         return "torch"
     has_bf16_dot = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16_dot" if w13.dtype == torch.bfloat16 and has_bf16_dot else "vector"
+    return "bf16_dot" if dtype == torch.bfloat16 and has_bf16_dot else "vector"
 
 
 def _bf16_dot(w13: Tensor, w2: Tensor) -> ExpertFFN:

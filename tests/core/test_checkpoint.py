@@ -22,7 +22,7 @@ GATE = "model.layers.0.mlps.1.gate_proj.weight"
 MTP_NORM = "model.mtp.norm.weight"
 
 
-@pytest.fixture()
+@pytest.fixture
 def tensors() -> dict[str, Tensor]:
     return published(CONFIG)
 

@@ -63,9 +63,9 @@ rope_configs = st.builds(RopeConfig, theta=st.floats(1e2, 1e8)) | st.builds(
 sizes = st.integers(1, 4096)
 configs = st.builds(
     LongcatConfig,
-    **{name: sizes for name in ("vocab_size", "hidden_size", "num_layers", "num_attention_heads", "v_head_dim")},
-    **{name: sizes for name in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "ffn_hidden_size")},
-    **{name: sizes for name in ("expert_ffn_hidden_size", "max_position_embeddings")},
+    **dict.fromkeys(("vocab_size", "hidden_size", "num_layers", "num_attention_heads", "v_head_dim"), sizes),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "ffn_hidden_size"), sizes),
+    **dict.fromkeys(("expert_ffn_hidden_size", "max_position_embeddings"), sizes),
     qk_rope_head_dim=sizes.map(lambda half: 2 * half),
     n_routed_experts=st.integers(16, 512),
     moe_topk=st.integers(1, 16),

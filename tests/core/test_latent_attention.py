@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -204,7 +205,7 @@ def test_a_prompt_in_chunks_is_the_whole_prompt(block_size: int) -> None:
     whole = step([(0, 45)], block_size)
     truth = whole.truth()
     bounds = [0, 20, 21, 40, 45]
-    for first, last in zip(bounds, bounds[1:], strict=False):
+    for first, last in itertools.pairwise(bounds):
         chunk = replace(whole, queries=[whole.queries[0][first:last]], latents=[whole.latents[0][:last]])
         torch.testing.assert_close(chunk.run().double(), truth[first:last], rtol=1e-4, atol=1e-5)
 

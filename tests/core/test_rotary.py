@@ -81,9 +81,7 @@ def test_scores_depend_on_the_distance_only() -> None:
     def score(query_position: int, key_position: int) -> float:
         positions = torch.tensor([query_position, key_position])
         cos, sin = rotary.cos_sin(positions, frequencies, 1.0)
-        return float(
-            rotary.rotate_interleaved(q, cos[0], sin[0]) @ rotary.rotate_interleaved(k, cos[1], sin[1])
-        )
+        return float(rotary.rotate_interleaved(q, cos[0], sin[0]) @ rotary.rotate_interleaved(k, cos[1], sin[1]))
 
     assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-4)
     assert score(7, 3) != pytest.approx(score(7, 4), abs=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -40,7 +41,7 @@ def choose(logits: list[float], bias: list[float], top_k: int) -> tuple[list[flo
     scores = [value / sum(exponentials) for value in exponentials]
     order = sorted(range(len(scores)), key=lambda expert: -(scores[expert] + bias[expert]))
     ranked = [scores[expert] + bias[expert] for expert in order]
-    assume(all(better - worse > 1e-5 for better, worse in zip(ranked, ranked[1:], strict=False)))
+    assume(all(better - worse > 1e-5 for better, worse in itertools.pairwise(ranked)))
     return scores, order[:top_k]
 
 

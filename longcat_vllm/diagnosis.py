@@ -1,0 +1,120 @@
+"""What `longcat doctor` says of vLLM: its version, what was hooked in this process, what a LongCat model would get."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from pathlib import Path
+
+from longcat_core.config import LongcatConfig
+from longcat_core.diagnosis import Finding
+from longcat_vllm import compat
+
+
+def diagnose(checkpoint: Path | None = None) -> list[Finding]:
+    """Findings in order of importance. `checkpoint`: a directory to check as well, and to choose kernels for.
+
+    Loads vLLM's plugins in this process, as any vLLM process does.
+    """
+    version = compat.engine_version()
+    supported = compat.SUPPORTED.contains(version, prereleases=True)
+    findings = [Finding("vLLM", str(version), "" if supported else f"wanted {compat.SUPPORTED}; install such a vLLM")]
+    if not supported:
+        return findings
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    findings += _hooks()
+    findings.append(_platform())
+    if checkpoint is not None:
+        findings.append(_checkpoint(checkpoint))
+    if not any(finding.problem for finding in findings):
+        findings += _implementations(checkpoint)
+    return findings
+
+
+def _hooks() -> list[Finding]:
+    from transformers import CONFIG_MAPPING
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    model = ModelRegistry.models.get(compat.ARCHITECTURE)
+    hooked = {
+        "model class": getattr(model, "module_name", type(model).__module__),
+        "configuration class": CONFIG_MAPPING["longcat_flash"].__module__,
+        "checkpoint check": getattr(MODELS_CONFIG_MAP.get(compat.ARCHITECTURE), "__module__", "none"),
+    }
+    return [Finding(name, module, _unhooked(name, module)) for name, module in hooked.items()]
+
+
+def _unhooked(name: str, module: str) -> str:
+    if module.startswith("longcat_vllm"):
+        return ""
+    if name in compat.hook_failures:
+        return f"the hook failed: {compat.hook_failures[name]}"
+    plugins = os.environ.get("VLLM_PLUGINS")
+    if plugins is not None and "longcat" not in plugins.split(","):
+        return f"VLLM_PLUGINS={plugins!r} leaves the plugin out; unset it or add 'longcat'"
+    points = [point.value for point in importlib.metadata.entry_points(group="vllm.general_plugins")]
+    if "longcat_vllm:register" not in points:
+        return "longcat-serving is not installed in this environment; run pip install longcat-serving"
+    return "replaced by another plugin; uninstall it, or choose with VLLM_PLUGINS"
+
+
+def _platform() -> Finding:
+    from vllm.platforms import current_platform
+
+    name = f"{type(current_platform).__module__}.{type(current_platform).__qualname__}"
+    if not current_platform.is_cpu() or name.startswith("longcat_vllm"):
+        return Finding("platform", name)
+    return Finding(
+        "platform",
+        name,
+        "on a CPU wanted longcat_vllm.platform; without it vLLM turns chunked prefill and prefix caching off. "
+        "Unset VLLM_TARGET_DEVICE, and uninstall other platform plugins",
+    )
+
+
+def _checkpoint(directory: Path) -> Finding:
+    from longcat_core import checkpoint
+
+    try:
+        config = checkpoint.read_config(directory)
+        checkpoint.verify(directory, config)
+    except ValueError as error:
+        return Finding("checkpoint", str(directory), str(error))
+    return Finding("checkpoint", f"{directory}: {config.total_parameters / 1e9:.3g} B parameters, complete")
+
+
+def _implementations(directory: Path | None) -> list[Finding]:
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return [
+            Finding("attention", "vLLM's MLA backend of its choice (--attention-backend)"),
+            Finding("MoE", "vLLM's FusedMoE kernels of its choice (--moe-backend), zero experts as id -1"),
+        ]
+    import torch
+
+    from longcat_vllm.attention import LatentAttentionBackend
+    from longcat_vllm.moe import select_cpu_kernel
+
+    backend = f"{LatentAttentionBackend.__module__}.{LatentAttentionBackend.__qualname__}"
+    kernels = []
+    for dtype in (torch.bfloat16, torch.float32):
+        hidden, inner = 6144, 2048
+        if directory is not None:
+            config = _config(directory)
+            hidden, inner = config.hidden_size, config.expert_ffn_hidden_size
+        kernel = select_cpu_kernel(hidden, inner, dtype)
+        kernels.append(f"{kernel} in {str(dtype).removeprefix('torch.')}")
+    return [
+        Finding("attention", f"{backend}: any sizes, chunked prefill, prefix caching"),
+        Finding("MoE", f"rows of FFN experts only; {', '.join(kernels)}"),
+    ]
+
+
+def _config(directory: Path) -> LongcatConfig:
+    from longcat_core import checkpoint
+
+    return checkpoint.read_config(directory)
