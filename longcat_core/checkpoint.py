@@ -34,7 +34,7 @@ class Place(NamedTuple):
     """Where a published tensor goes: a parameter of `reference.LongcatForCausalLM` and a part of it."""
 
     parameter: str
-    index: int | slice | tuple[int, slice]
+    part: int | slice | tuple[int, slice]
 
 
 def place(name: str, config: LongcatConfig) -> Place:
@@ -180,10 +180,10 @@ def load(directory: Path, config: LongcatConfig) -> dict[str, Tensor]:
 
 def save(tensors: Mapping[str, Tensor], directory: Path, max_shard_size: int = 2**30) -> None:
     """Write published tensors as sharded safetensors with an index. `max_shard_size` is in bytes."""
-    contiguous = {
-        name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
-    save_torch_state_dict(contiguous, directory, max_shard_size=max_shard_size, metadata={"format": "pt"})
+    copies = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+    save_torch_state_dict(copies, directory, max_shard_size=max_shard_size, metadata={"format": "pt"})
+    for shard in shards(directory):
+        shard.chmod(0o644)  # safetensors makes files that only their owner can read
 
 
 def shards(directory: Path) -> list[Path]:

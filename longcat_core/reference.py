@@ -93,6 +93,7 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.classifier = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.e_score_correction_bias: Tensor
         self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts))
 
     def forward(self, x: Tensor) -> Routing:
@@ -264,8 +265,9 @@ class LongcatForCausalLM(nn.Module):
         config = checkpoint.read_config(directory)
         tensors = checkpoint.load(directory, config)
         model = cls(config, with_mtp=any(name.startswith(checkpoint.MTP_PREFIX) for name in tensors)).to(dtype)
-        for layer in model.model.layers:
-            layer.mlp.router.float()
+        for module in model.modules():
+            if isinstance(module, Router):
+                module.float()
         model.load_published(tensors)
         return model.eval()
 
@@ -274,14 +276,14 @@ class LongcatForCausalLM(nn.Module):
         state = self.state_dict()
         for name, tensor in tensors.items():
             place = checkpoint.place(name, self.config)
-            state[place.parameter][place.index].copy_(tensor)
+            state[place.parameter][place.part].copy_(tensor)
 
     def published(self) -> dict[str, Tensor]:
         """The parameters under their published names, as views."""
         with_mtp = self.model.mtp is not None
         state = self.state_dict()
         places = {n: checkpoint.place(n, self.config) for n in checkpoint.expected_tensors(self.config, with_mtp)}
-        return {name: state[place.parameter][place.index] for name, place in places.items()}
+        return {name: state[place.parameter][place.part] for name, place in places.items()}
 
     def _angles(self, new: int, past: LatentCache | None) -> tuple[Tensor, Tensor]:
         first, device = past[0].shape[1] if past is not None else 0, self.lm_head.weight.device

@@ -85,12 +85,19 @@ def install_config_check() -> None:
 
 def check_deployment(vllm_config: VllmConfig) -> None:
     """Raise for what LongCat-Flash cannot be served with: ValueError, or CheckpointError for a local checkpoint."""
+    from vllm.platforms import current_platform
+
     from longcat_core import checkpoint
 
     require_supported()
     model = vllm_config.model_config
     if not model.use_mla:
         raise ValueError("LongCat-Flash is served with MLA only; unset VLLM_MLA_DISABLE")
+    if current_platform.is_cpu() and model.quantization is not None:
+        raise ValueError(
+            f"quantization: {model.quantization!r} is not supported for LongCat-Flash on a CPU; "
+            "give a bfloat16 or float32 checkpoint, and leave --quantization out"
+        )
     directory = Path(model.model)
     if directory.is_dir() and vllm_config.load_config.load_format != "dummy":
         checkpoint.verify(directory, LongcatConfig.from_hf(model.hf_config))

@@ -10,7 +10,7 @@ from longcat_core.config import canonical_hf
 from longcat_vllm.compat import ARCHITECTURE, require_supported
 
 
-class LongcatFlashConfig(transformers.LongcatFlashConfig):  # type: ignore[misc]
+class LongcatFlashConfig(transformers.LongcatFlashConfig):
     """Reads every published spelling, and refuses what is no LongCat-Flash or what this vLLM cannot serve."""
 
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import islice
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -196,6 +196,7 @@ class LongcatModel(nn.Module):
             prefix=maybe_prefix(prefix, "layers"),
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if stage.is_last_rank else PPMissingLayer()
+        self.inverse_frequencies: Tensor
         self.register_buffer("inverse_frequencies", rotary.inverse_frequencies(config), persistent=False)
         self.attention_factor = rotary.attention_factor(config.rope)
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
@@ -219,6 +220,7 @@ class LongcatModel(nn.Module):
         elif inputs_embeds is not None:
             hidden_states = inputs_embeds
         else:
+            assert input_ids is not None
             hidden_states = self.embed_input_ids(input_ids)
         cos, sin = rotary.cos_sin(positions.unsqueeze(-1), self.inverse_frequencies, self.attention_factor)
         for layer in islice(self.layers, self.start_layer, self.end_layer):
@@ -285,7 +287,7 @@ class LongcatFlashForCausalLM(nn.Module, SupportsPP):
         audit.raise_for_unexpected()
         return loaded
 
-    def _load(self, parameters: dict[str, Tensor], name: str, tensor: Tensor) -> set[str]:
+    def _load(self, parameters: dict[str, Any], name: str, tensor: Tensor) -> set[str]:
         expert = checkpoint.expert_of(name)
         if expert is not None:
             target, shard = _expert_parameter(name)

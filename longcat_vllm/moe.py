@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.quantization import QuantizationConfig
+from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
@@ -118,7 +120,7 @@ class ZeroExpertAwareExperts(RoutedExperts):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self._expert_map is None and not current_platform.is_cpu():
+        if self.expert_map is None and not current_platform.is_cpu():
             self._expert_map = torch.arange(self.global_num_experts, dtype=torch.int32, device=self.moe_config.device)
 
     def _get_quant_method(
@@ -126,11 +128,7 @@ class ZeroExpertAwareExperts(RoutedExperts):
     ) -> FusedMoEMethodBase:
         if not current_platform.is_cpu():
             return super()._get_quant_method(prefix, quant_config, moe_config)
-        if quant_config is not None:
-            raise ValueError(
-                f"{prefix}: {quant_config.get_name()} experts are not supported on a CPU; "
-                "give a bfloat16 or float32 checkpoint"
-            )
+        assert quant_config is None, "compat.check_deployment refuses it"
         return CompactedRowsMethod(moe_config)
 
 
@@ -147,8 +145,9 @@ class CompactedRowsMethod(FusedMoEMethodBase):
         _, hidden, intermediate = layer.w2_weight.shape
         layer.cpu_kernel = select_cpu_kernel(hidden, intermediate, layer.w2_weight.dtype)
         logger.info_once("LongCat experts on CPU: %s over rows of FFN experts only.", layer.cpu_kernel)
-        pack = _PACK[layer.cpu_kernel]
-        layer.w13_weight.data, layer.w2_weight.data = pack(layer.w13_weight.data), pack(layer.w2_weight.data)
+        pack = CPU_KERNELS[layer.cpu_kernel].pack
+        replace_parameter(layer, "w13_weight", pack(layer.w13_weight.data))
+        replace_parameter(layer, "w2_weight", pack(layer.w2_weight.data))
         layer.no_expert_map = torch.empty(0, dtype=torch.int32)
 
     def get_fused_moe_quant_config(self, layer: nn.Module) -> FusedMoEQuantConfig:
@@ -213,11 +212,17 @@ def _vector(w13: Tensor, w2: Tensor) -> ExpertFFN:
     return ffn
 
 
-_FFN = {"bf16_dot": _bf16_dot, "vector": _vector, "torch": grouped_ffn}
-_PACK = {
-    "bf16_dot": lambda weight: torch.ops._C.convert_weight_packed(weight),
-    "vector": lambda weight: ops.cpu_prepack_moe_weight(weight, "vec"),
-    "torch": lambda weight: weight,
+class CpuKernel(NamedTuple):
+    pack: Callable[[Tensor], Tensor]
+    """Stacked weights into the layout of the kernel, once after loading."""
+    ffn: Callable[[Tensor, Tensor], ExpertFFN]
+    """From packed w13 and w2."""
+
+
+CPU_KERNELS = {
+    "bf16_dot": CpuKernel(lambda weight: torch.ops._C.convert_weight_packed(weight), _bf16_dot),
+    "vector": CpuKernel(lambda weight: ops.cpu_prepack_moe_weight(weight, "vec"), _vector),
+    "torch": CpuKernel(lambda weight: weight, grouped_ffn),
 }
 
 
@@ -226,7 +231,7 @@ def _cpu_experts(
 ) -> Tensor:
     """The number of rows depends on the routing, so torch.compile must not look inside."""
     local = expert_map if expert_map.numel() else None
-    return routed_experts(hidden_states, ids, weights, _FFN[kernel](w13, w2), local)
+    return routed_experts(hidden_states, ids, weights, CPU_KERNELS[kernel].ffn(w13, w2), local)
 
 
 def _cpu_experts_fake(

@@ -1,0 +1,118 @@
+"""A stock `vllm serve` in processes of its own: started, asked over HTTP, ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+VLLM = Path(sys.executable).with_name("vllm")
+START_TIMEOUT_S = 300
+STOP_TIMEOUT_S = 20
+LOG_TAIL = 120
+"""Lines: vLLM's processes report a failure one after the other, the one that knows its cause first."""
+
+
+@dataclass(frozen=True)
+class Server:
+    process: subprocess.Popen[bytes]
+    http: httpx.Client
+    log: Path
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric over its labels.
+
+        Raises:
+            KeyError: if the server has no such metric.
+        """
+        lines = self.http.get("/metrics").raise_for_status().text.splitlines()
+        values = [float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name}{{", f"{name} "))]
+        if not values:
+            raise KeyError(name)
+        return sum(values)
+
+    def end(self) -> int:
+        """SIGTERM to the server, as a service manager sends it; its exit status.
+
+        Raises:
+            subprocess.TimeoutExpired: if it has not ended after `STOP_TIMEOUT_S`.
+        """
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(STOP_TIMEOUT_S)
+
+    def survivors(self) -> list[int]:
+        """Processes of the server's group that still run, the server itself among them."""
+        return [process for process in _processes() if _group_of(process) == self.process.pid]
+
+
+@contextmanager
+def serving(directory: Path, log: Path, *arguments: str) -> Iterator[Server]:
+    """A server that answers, and is gone afterwards with all its processes, however the `with` block ends.
+
+    Raises:
+        RuntimeError: with the end of the log, if it ends or is not ready in time.
+    """
+    port = _free_port()
+    command = [str(VLLM), "serve", str(directory), "--host", "127.0.0.1", "--port", str(port), *arguments]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
+        )
+    try:
+        # Proxies of the environment are for other hosts than this one.
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as http:
+            server = Server(process, http, log)
+            _wait_until_ready(server)
+            yield server
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def environment(**changes: str) -> Mapping[str, str]:
+    """A user's: without what the tests set for engines in their own process."""
+    ours = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL")
+    return {key: value for key, value in os.environ.items() if key not in ours} | changes
+
+
+def _wait_until_ready(server: Server) -> None:
+    started = time.monotonic()
+    while time.monotonic() - started < START_TIMEOUT_S:
+        if server.process.poll() is not None:
+            raise RuntimeError(f"vllm serve ended with status {server.process.returncode}:\n{_tail(server.log)}")
+        with suppress(httpx.TransportError):
+            if server.http.get("/health").is_success:
+                return
+        time.sleep(0.2)
+    raise RuntimeError(f"vllm serve was not ready after {START_TIMEOUT_S} s:\n{_tail(server.log)}")
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL:])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _processes() -> list[int]:
+    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+
+
+def _group_of(process: int) -> int | None:
+    with suppress(ProcessLookupError):
+        return os.getpgid(process)
+    return None

@@ -1,0 +1,177 @@
+"""The plugin is light, re-entrant and harmless to other models, and each of its patches is still needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.cases import CASES, write_checkpoint
+from tests.vllm.engine import serving
+
+
+def python(script: str, **environment: str) -> str:
+    """What a fresh interpreter prints last, with vLLM's plugins as the environment says."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env={**inherited, **environment}, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that is not LongCat's."""
+    torch.manual_seed(0)
+    directory = tmp_path_factory.mktemp("llama")
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def test_register_twice_is_harmless() -> None:
+    from longcat_vllm import compat, register
+
+    register()
+    register()
+    assert compat.hook_failures == {}
+
+
+def test_register_loads_no_model_code() -> None:
+    loaded = python(
+        "import json, sys\n"
+        "from vllm.plugins import load_general_plugins\n"
+        "load_general_plugins()\n"
+        "print(json.dumps([name for name in sys.modules if name.startswith('longcat_')]))"
+    )
+    rooms = {name.partition(".")[2] for name in json.loads(loaded)}
+    assert "compat" in rooms
+    assert rooms.isdisjoint({"model", "moe", "attention", "reference", "experts", "checkpoint"})
+
+
+def test_another_model_is_served_as_without_the_plugin(llama: Path) -> None:
+    """The same tokens, from the same platform settings and the same attention backend."""
+    script = f"""
+if __name__ == "__main__":
+    import json
+    from vllm import LLM, SamplingParams
+    from vllm.platforms import current_platform
+    llm = LLM({str(llama)!r}, dtype="float32", enforce_eager=True, max_model_len=128, skip_tokenizer_init=True,
+              kv_cache_memory_bytes=1 << 24)
+    config = llm.llm_engine.vllm_config
+    prompts = [{{"prompt_token_ids": list(range(5, 5 + n))}} for n in (1, 9, 40)]
+    sampling = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False)
+    tokens = [list(output.outputs[0].token_ids) for output in llm.generate(prompts, sampling, use_tqdm=False)]
+    settings = [config.cache_config.block_size, config.scheduler_config.enable_chunked_prefill,
+                config.cache_config.enable_prefix_caching, config.scheduler_config.max_num_batched_tokens]
+    print(json.dumps([type(current_platform).__name__, settings, tokens]))
+"""
+    in_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+    platform, *with_plugin = json.loads(python(script, **in_process))
+    stock, *without = json.loads(python(script, VLLM_PLUGINS="", **in_process))
+    assert (platform, stock) == ("LongcatCpuPlatform", "CpuPlatform")
+    assert with_plugin == without
+
+
+def test_a_hook_that_fails_is_an_error_for_longcat_and_for_nothing_else(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    import longcat_vllm
+    from longcat_vllm import compat
+
+    def broken() -> None:
+        raise ImportError("no such table")
+
+    monkeypatch.setattr(compat, "install_config_check", broken)
+    monkeypatch.setattr(compat, "hook_failures", {})
+    longcat_vllm.register()
+    longcat_vllm.register()
+    assert caplog.text.count("could not hook its checkpoint check") == 1
+    EngineArgs(str(llama), skip_tokenizer_init=True).create_engine_config()
+    case = CASES["default"]
+    directory = write_checkpoint(tmp_path, case.config, case.published())
+    with pytest.raises(RuntimeError, match=r"could not hook into vLLM .*checkpoint check.*no such table"):
+        EngineArgs(str(directory), skip_tokenizer_init=True).create_engine_config()
+
+
+def test_transformers_still_halves_the_layers_of_a_config_without_num_layers() -> None:
+    """If this fails, `compat.install_config_class` may have become unnecessary: see its docstring."""
+    layers = python(
+        "from transformers import LongcatFlashConfig\n"
+        "print(LongcatFlashConfig.from_dict({'num_hidden_layers': 28}).num_layers)"
+    )
+    assert layers == "14"
+
+
+def test_vllm_still_has_no_configuration_hook_for_longcat() -> None:
+    """If this fails, vLLM has an entry of its own, which `compat.install_config_check` must call."""
+    present = python(
+        "from vllm.model_executor.models.config import MODELS_CONFIG_MAP\n"
+        "print('LongcatFlashForCausalLM' in MODELS_CONFIG_MAP)",
+        VLLM_PLUGINS="",
+    )
+    assert present == "False"
+
+
+def test_vllm_still_turns_chunked_prefill_off_for_mla_on_a_cpu(tmp_path: Path) -> None:
+    """If this fails, `platform.LongcatCpuPlatform` may have become unnecessary."""
+    case = CASES["default"]
+    directory = write_checkpoint(tmp_path, case.config, case.published())
+    script = (
+        "import json\n"
+        "from vllm.engine.arg_utils import EngineArgs\n"
+        f"config = EngineArgs({str(directory)!r}, skip_tokenizer_init=True, block_size=8).create_engine_config()\n"
+        "print(json.dumps([config.scheduler_config.enable_chunked_prefill,"
+        " config.cache_config.enable_prefix_caching, config.cache_config.block_size]))"
+    )
+    assert json.loads(python(script, VLLM_PLUGINS="")) == [False, False, 16]
+    assert json.loads(python(script)) == [True, True, 8]
+
+
+def test_the_model_that_vllm_builds_is_ours(tmp_path: Path) -> None:
+    from longcat_vllm.model import LongcatFlashForCausalLM
+
+    case = CASES["default"]
+    with serving(write_checkpoint(tmp_path, case.config, case.published())) as engine:
+        assert isinstance(engine.model, LongcatFlashForCausalLM)
+
+
+def test_doctor_finds_nothing_wrong_here_and_what_is_wrong_elsewhere(tmp_path: Path) -> None:
+    case = CASES["default"]
+    directory = write_checkpoint(tmp_path, case.config, case.published())
+    longcat = Path(sys.executable).with_name("longcat")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+
+    def doctor(**environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [longcat, "doctor", directory],
+            capture_output=True,
+            text=True,
+            env={**inherited, **environment},
+            timeout=120,
+        )
+
+    well = doctor()
+    assert well.returncode == 0, well.stdout
+    assert "longcat_vllm.attention.LatentAttentionBackend" in well.stdout
+    ill = doctor(VLLM_PLUGINS="")
+    assert ill.returncode == 1
+    assert "VLLM_PLUGINS='' leaves the plugin out" in " ".join(ill.stdout.split())
