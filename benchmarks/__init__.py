@@ -1,0 +1,1 @@
+"""Every figure in the README: one script each, results as JSON."""

@@ -1,0 +1,101 @@
+"""One MoE layer on the CPU: ours against vLLM's own kernel, which computes zero-expert slots as expert 0.
+
+Both sides share router, softmax, top-k and the identity term; what differs is which GEMM rows are computed, and by
+which of vLLM's kernels. The engine's kernel is the one that vLLM 0.32 picks for this CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+from vllm import _custom_ops as ops
+
+from benchmarks import record
+from longcat_core.experts import add_identity, routed_experts
+from longcat_core.routing import Routing, route
+from longcat_vllm.moe import CPU_KERNELS, select_cpu_kernel
+
+HIDDEN, INNER, TOP_K = 1024, 512, 12
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+ROUTINGS = {"a third zero": 0.0, "all zero": 10.0, "no zero": -10.0}
+"""What is added to the zero experts' correction bias."""
+
+
+def layers(experts: int, dtype: torch.dtype, bias: Tensor) -> tuple[Callable[[Tensor, Tensor], Tensor], ...]:
+    """vLLM's layer and ours on the same random weights."""
+    w13 = (torch.randn(experts, 2 * INNER, HIDDEN) * HIDDEN**-0.5).to(dtype)
+    w2 = (torch.randn(experts, HIDDEN, INNER) * INNER**-0.5).to(dtype)
+    isa = "amx" if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() else "vec"
+    engine13, engine2 = ops.cpu_prepack_moe_weight(w13, isa), ops.cpu_prepack_moe_weight(w2, isa)
+    kernel = CPU_KERNELS[select_cpu_kernel(HIDDEN, INNER, dtype)]
+    ffn = kernel.ffn(kernel.pack(w13), kernel.pack(w2))
+
+    def routing(logits: Tensor) -> Routing:
+        return route(logits, bias, n_routed_experts=experts, top_k=TOP_K, routed_scaling_factor=6.0)
+
+    def engine(x: Tensor, logits: Tensor) -> Tensor:
+        chosen = routing(logits)
+        routed = torch.empty_like(x)
+        ids = chosen.ids.clamp(min=0)
+        ops.cpu_fused_moe(routed, x, engine13, engine2, None, None, chosen.weights, ids, "silu", isa)
+        return add_identity(routed, x, chosen.identity)
+
+    def ours(x: Tensor, logits: Tensor) -> Tensor:
+        chosen = routing(logits)
+        return add_identity(routed_experts(x, chosen.ids, chosen.weights, ffn), x, chosen.identity)
+
+    return engine, ours
+
+
+def main(pairs: int = 9, seconds: float = 0.05) -> None:
+    torch.manual_seed(0)
+    rows = []
+    settings = [(d, e, r) for d in (torch.bfloat16, torch.float32) for e in (64, 128) for r in ROUTINGS]
+    for dtype, experts, name in track(settings, "timing", console=Console(stderr=True)):
+        bias = torch.zeros(experts + experts // 2)
+        bias[experts:] = ROUTINGS[name]
+        engine, ours = layers(experts, dtype, bias)
+        for tokens in TOKENS:
+            x = torch.randn(tokens, HIDDEN).to(dtype)
+            logits = torch.randn(tokens, bias.numel())
+            torch.testing.assert_close(ours(x, logits), engine(x, logits), rtol=5e-2, atol=5e-2)
+            base, mine, ratio = record.paired_ratio(
+                partial(engine, x, logits), partial(ours, x, logits), pairs, seconds
+            )
+            rows.append(
+                {
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "experts": experts,
+                    "routing": name,
+                    "tokens": tokens,
+                    "engine_ms": round(base * 1e3, 4),
+                    "ours_ms": round(mine * 1e3, 4),
+                    "ratio": round(ratio, 3),
+                }
+            )
+    show(rows)
+    print(record.write("moe_layer", rows, hidden=HIDDEN, inner=INNER, top_k=TOP_K, pairs=pairs, seconds=seconds))
+
+
+def show(rows: list[dict[str, object]]) -> None:
+    table = Table("dtype", "experts", "routing", *(f"{tokens}" for tokens in TOKENS), title="vLLM's time over ours")
+    for start in range(0, len(rows), len(TOKENS)):
+        part = rows[start : start + len(TOKENS)]
+        table.add_row(
+            str(part[0]["dtype"]),
+            str(part[0]["experts"]),
+            str(part[0]["routing"]),
+            *(f"{row['ratio']:.2f}" for row in part),
+        )
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

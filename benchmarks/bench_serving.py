@@ -1,0 +1,156 @@
+"""Output tokens a second: stock `vllm serve` with the plugin, over HTTP, beside transformers' `generate`.
+
+The same random checkpoint in bf16, the same prompts, greedy, at 1 and 8 requests at once. transformers runs before and
+after the server, so that a machine that changes its speed shows.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import typer
+from openai import OpenAI
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import record
+from longcat_cli.make_checkpoint import make_checkpoint
+from longcat_core import checkpoint
+from longcat_core.config import LongcatConfig, RopeConfig
+from tests.oracle import oracle
+
+CONFIG = LongcatConfig(
+    vocab_size=4096,
+    hidden_size=512,
+    num_layers=4,
+    num_attention_heads=8,
+    q_lora_rank=192,
+    kv_lora_rank=128,
+    qk_nope_head_dim=64,
+    qk_rope_head_dim=32,
+    v_head_dim=64,
+    ffn_hidden_size=1024,
+    expert_ffn_hidden_size=256,
+    n_routed_experts=64,
+    zero_expert_num=32,
+    moe_topk=12,
+    max_position_embeddings=4096,
+    rope=RopeConfig(theta=1e7),
+    routed_scaling_factor=6.0,
+)
+PROMPT_TOKENS, NEW_TOKENS = 64, 128
+AT_ONCE = (1, 8)
+
+
+def main(rounds: int = 3) -> None:
+    console = Console(stderr=True)
+    prompts = torch.randint(4096, (max(AT_ONCE), PROMPT_TOKENS), generator=torch.Generator().manual_seed(0)).tolist()
+    with tempfile.TemporaryDirectory() as temporary, console.status("") as status:
+        directory = Path(temporary) / "checkpoint"
+        status.update("making a checkpoint")
+        make_checkpoint(directory, CONFIG, seed=0, dtype=torch.bfloat16)
+        status.update("transformers")
+        before = transformers_rates(directory, prompts, rounds)
+        status.update("starting vllm serve")
+        with server(directory) as client:
+            status.update("vllm serve")
+            ours = {n: served_rate(client, prompts[:n], rounds) for n in AT_ONCE}
+        status.update("transformers again")
+        after = transformers_rates(directory, prompts, rounds)
+    rows = [
+        {
+            "requests at once": n,
+            "vllm serve, tokens/s": round(ours[n], 1),
+            "transformers, tokens/s": round((before[n] + after[n]) / 2, 1),
+            "ratio": round(2 * ours[n] / (before[n] + after[n]), 2),
+            "transformers after / before": round(after[n] / before[n], 2),
+        }
+        for n in AT_ONCE
+    ]
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    Console(width=140).print(table)
+    print(record.write("serving", rows, prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS, model=CONFIG.to_hf()))
+
+
+def transformers_rates(directory: Path, prompts: list[list[int]], rounds: int) -> dict[int, float]:
+    """Output tokens a second of `generate`, the requests of a batch in one call."""
+    model = oracle(CONFIG, checkpoint.load(directory, CONFIG), torch.bfloat16)
+    rates = {}
+    for n in AT_ONCE:
+        ids = torch.tensor(prompts[:n])
+        seconds = []
+        for _ in range(rounds + 1):  # the first warms up
+            started = time.perf_counter()
+            output = model.generate(ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
+            seconds.append(time.perf_counter() - started)
+            assert output.shape[1] == PROMPT_TOKENS + NEW_TOKENS
+        rates[n] = n * NEW_TOKENS / statistics.median(seconds[1:])
+    return rates
+
+
+def served_rate(client: OpenAI, prompts: list[list[int]], rounds: int) -> float:
+    """Output tokens a second over HTTP, each request on a connection of its own."""
+    model = client.models.list().data[0].id
+
+    def complete(prompt: list[int]) -> int:
+        answer = client.completions.create(
+            model=model, prompt=prompt, max_tokens=NEW_TOKENS, temperature=0, extra_body={"ignore_eos": True}
+        )
+        assert answer.usage is not None
+        return answer.usage.completion_tokens
+
+    seconds = []
+    for round_ in range(rounds + 1):
+        # Another first token each round: a hit in the prefix cache would spare the prefill.
+        fresh = [[round_, *prompt[1:]] for prompt in prompts]
+        with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
+            started = time.perf_counter()
+            assert sum(pool.map(complete, fresh)) == len(prompts) * NEW_TOKENS
+            seconds.append(time.perf_counter() - started)
+    return len(prompts) * NEW_TOKENS / statistics.median(seconds[1:])
+
+
+@contextmanager
+def server(directory: Path) -> Iterator[OpenAI]:
+    """The stock command, until the block ends."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [Path(sys.executable).with_name("vllm"), "serve", directory, "--host", "127.0.0.1", "--port", str(port)]
+    options = ["--max-model-len", "1024", "--kv-cache-memory-bytes", str(256 << 20)]
+    log = directory.with_name("server.log")
+    with log.open("w") as output:
+        process = subprocess.Popen([*command, *options], stdout=output, stderr=output, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 300
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except OSError:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"vllm serve did not start:\n{log.read_text()[-3000:]}") from None
+                time.sleep(0.5)
+        yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=600)
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(60)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,69 @@
+"""What the plugin adds to the start of `vllm serve` for a model that is not LongCat's.
+
+Every process of a server (API server, engine core, worker) loads the plugin once. A fresh interpreter goes through what
+they have in common, imports, plugins and the configuration of a tiny Llama, with the plugin and with VLLM_PLUGINS=""
+by turns; its CPU seconds are compared, as the wall clock of such a run wavers by more than what is measured.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.progress import track
+from transformers import LlamaConfig
+
+from benchmarks import record
+
+SCRIPT = """
+from vllm.engine.arg_utils import EngineArgs
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+EngineArgs({directory!r}, skip_tokenizer_init=True).create_engine_config()
+"""
+
+
+def main(pairs: int = 9) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        LlamaConfig(
+            hidden_size=64, num_hidden_layers=2, num_attention_heads=2, architectures=["LlamaForCausalLM"]
+        ).save_pretrained(temporary)
+        cpu_seconds(Path(temporary), {})  # warms the file cache
+        times = [
+            (cpu_seconds(Path(temporary), {}), cpu_seconds(Path(temporary), {"VLLM_PLUGINS": ""}))
+            for _ in track(range(pairs), "starting", console=Console(stderr=True))
+        ]
+    added = statistics.median(with_plugin - without for with_plugin, without in times)
+    rows = [
+        {
+            "with plugin, CPU s": round(statistics.median(w for w, _ in times), 3),
+            "without, CPU s": round(statistics.median(w for _, w in times), 3),
+            "added to a process, CPU s": round(added, 3),
+        }
+    ]
+    Console().print(rows[0])
+    print(record.write("startup", rows, pairs=pairs))
+
+
+def cpu_seconds(directory: Path, environment: dict[str, str]) -> float:
+    """User and system time of one interpreter."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(directory=str(directory))],
+        env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", **environment},
+        check=True,
+        capture_output=True,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,69 @@
+"""How a benchmark's figures are kept: JSON with the device, the versions and the date, and paired timing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).with_name("results")
+
+
+def write(name: str, rows: list[dict[str, Any]], **settings: Any) -> Path:
+    """Write `results/NAME.json` and return its path."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    record = {"benchmark": name, **environment(), "settings": settings, "rows": rows}
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path
+
+
+def environment() -> dict[str, Any]:
+    """Device, versions, date."""
+    import torch
+
+    versions = {}
+    for package in ("longcat-serving", "torch", "transformers", "vllm"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "none"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    threads = f"{torch.get_num_threads()} threads"
+    return {"date": datetime.now(UTC).date().isoformat(), "device": f"{device}, {threads}", "versions": versions}
+
+
+def paired_ratio(
+    base: Callable[[], object], ours: Callable[[], object], pairs: int, seconds: float
+) -> tuple[float, float, float]:
+    """Median seconds of a call of each, and the median ratio base / ours of runs that lie side by side.
+
+    Each run of a pair lasts about `seconds`, so that the pair sees the same machine.
+    """
+    times: list[tuple[float, float]] = []
+    calls = [max(1, round(seconds / _time(function, 1))) for function in (base, ours) if _time(function, 1) > 0]
+    for _ in range(pairs):
+        times.append((_time(base, calls[0]), _time(ours, calls[1])))
+    ratio = statistics.median(b / o for b, o in times)
+    return statistics.median(b for b, _ in times), statistics.median(o for _, o in times), ratio
+
+
+def _time(function: Callable[[], object], calls: int) -> float:
+    started = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - started) / calls
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,264 @@
+"""What cannot be served is refused before any worker starts, by a message that names it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from packaging.version import Version
+from torch import Tensor
+from transformers import LlamaConfig
+
+from longcat_core import checkpoint
+from longcat_core.checkpoint import CheckpointError
+from tests.cases import CASES, Case, write_checkpoint
+from tests.oracle import assert_greedy_equal, greedy, oracle
+from tests.vllm.engine import serving
+from tests.vllm.server import processes_of, started
+
+CASE = CASES["default"]
+RAW = CASE.config.to_hf()
+TENSORS = CASE.published()
+NEEDED = [
+    *("vocab_size", "hidden_size", "num_layers", "num_attention_heads", "q_lora_rank", "kv_lora_rank"),
+    *("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "ffn_hidden_size", "expert_ffn_hidden_size"),
+    *("n_routed_experts", "moe_topk", "max_position_embeddings", "routed_scaling_factor", "rope_theta"),
+]
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+NORM, HEAD, EXPERT = "model.norm.weight", "lm_head.weight", "model.layers.1.mlp.experts.3.up_proj.weight"
+
+
+def configure(directory: Path, **engine_args: Any) -> Any:
+    """What `vllm serve` does before it starts any process; without waiting two seconds to read a bad config again."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vllm.transformers_utils.repo_utils.time", SimpleNamespace(sleep=lambda seconds: None))
+        return EngineArgs(str(directory), skip_tokenizer_init=True, **engine_args).create_engine_config()
+
+
+def refusal(directory: Path, **engine_args: Any) -> str:
+    """The message; vLLM wraps what is raised within its configuration classes."""
+    with pytest.raises((ValueError, RuntimeError)) as refused:
+        configure(directory, **engine_args)
+    return str(refused.value)
+
+
+def in_fp8(tensors: dict[str, Tensor], *, scales: bool) -> dict[str, Tensor]:
+    """The experts in FP8, with a scale for every block of 128 x 128 or without any."""
+    changed = dict(tensors)
+    for name, tensor in tensors.items():
+        if checkpoint.expert_of(name) is not None:
+            changed[name] = tensor.to(torch.float8_e4m3fn)
+            if scales:
+                changed[name + checkpoint.SCALE_SUFFIX] = torch.ones([-(-size // 128) for size in tensor.shape])
+    return changed
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "checkpoint", CASE.config, TENSORS)
+
+
+def with_config(directory: Path, raw: dict[str, Any]) -> Path:
+    (directory / "config.json").write_text(json.dumps(raw))
+    return directory
+
+
+# -- the configuration -------------------------------------------------------------------------------
+
+
+def test_a_good_checkpoint_is_not_refused(good: Path) -> None:
+    assert configure(good).model_config.architecture == "LongcatFlashForCausalLM"
+
+
+@pytest.mark.parametrize("field", NEEDED)
+def test_a_needed_field_that_is_missing_is_named(field: str, good: Path) -> None:
+    message = refusal(with_config(good, {key: value for key, value in RAW.items() if key != field}))
+    problems = [line.strip() for line in message.splitlines() if "missing" in line or "wanted" in line]
+    assert len(problems) == 1, message
+    assert field in problems[0].partition(":")[0].split(" or ")
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({"zero_expert_type": "drop"}, "zero_expert_type: 'drop', wanted 'identity'"),
+        ({"zero_expert_num": -1}, "zero_expert_num: -1, wanted an integer of at least 0"),
+        ({"router_temperature": 2}, "router_temperature: 2 is an unknown router option; known are router_bias,"),
+        ({"router_bias": True}, "router_bias: True, wanted False"),
+        ({"norm_topk_prob": True}, "norm_topk_prob: True, wanted False"),
+        ({"scoring_func": "sigmoid"}, "scoring_func: 'sigmoid', wanted 'softmax'"),
+        ({"hidden_act": "gelu"}, "hidden_act: 'gelu', wanted 'silu'"),
+        ({"hidden_size": "64"}, "hidden_size: '64', wanted a positive integer"),
+        ({"moe_topk": 13}, "moe_topk: 13, wanted at most the 12 experts there are"),
+        ({"num_experts_per_tok": 3}, "num_experts_per_tok: 3 contradicts moe_topk: 4; remove one"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2}}, "rope_type: 'linear', wanted 'default' or 'yarn'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_an_option_that_cannot_be_served_is_named_with_its_value_and_what_is_wanted(
+    change: dict[str, Any], wanted: str, good: Path
+) -> None:
+    assert wanted in refusal(with_config(good, RAW | change))
+
+
+# -- the tensors -------------------------------------------------------------------------------------
+
+
+def test_missing_extra_and_misshapen_tensors_are_all_listed(tmp_path: Path) -> None:
+    tensors = {name: tensor for name, tensor in TENSORS.items() if name not in (HEAD, EXPERT)}
+    tensors |= {NORM: torch.zeros(65), "model.norm.bias": torch.zeros(64)}
+    message = refusal(write_checkpoint(tmp_path, CASE.config, tensors))
+    assert "does not match its config.json (4 problems)" in message
+    assert f"missing: {HEAD} [320, 64]" in message
+    assert f"missing: {EXPERT} [32, 64]" in message
+    assert f"misshapen: {NORM} is [65], wanted [64]" in message
+    assert "extra: model.norm.bias [64]" in message
+
+
+def test_a_config_of_another_depth_than_the_tensors_is_refused(good: Path) -> None:
+    message = refusal(with_config(good, RAW | {"num_layers": 1}))
+    assert "extra: model.layers.1.mlp.experts.0.down_proj.weight [64, 32]" in message
+    assert "model.layers.0" not in message
+
+
+@pytest.fixture
+def shards(good: Path) -> list[Path]:
+    (good / "model.safetensors").unlink()
+    checkpoint.save(TENSORS, good, max_shard_size=300_000)
+    found = sorted(good.glob("*.safetensors"))
+    assert len(found) > 2
+    configure(good)
+    return found
+
+
+def test_a_truncated_shard_is_named(good: Path, shards: list[Path]) -> None:
+    size = shards[1].stat().st_size
+    with shards[1].open("r+b") as shard:
+        shard.truncate(size - 1)
+    message = refusal(good)
+    assert f"{shards[1]}: truncated or not safetensors at {size - 1} bytes" in message
+    assert not any(shard.name in message for shard in (shards[0], *shards[2:]))
+
+
+def test_missing_shards_are_named(good: Path, shards: list[Path]) -> None:
+    for shard in shards[:2]:
+        shard.unlink()
+    message = refusal(good)
+    assert f"names shards that are not there: {shards[0].name}, {shards[1].name}; download them again" in message
+    assert shards[2].name not in message
+
+
+def test_a_directory_without_safetensors_is_refused_unless_the_weights_are_to_be_random(good: Path) -> None:
+    (good / "model.safetensors").unlink()
+    assert f"{good}: no *.safetensors" in refusal(good)
+    configure(good, load_format="dummy")
+
+
+def test_fp8_weights_without_scales_are_all_named(tmp_path: Path) -> None:
+    message = refusal(write_checkpoint(tmp_path, CASE.config, in_fp8(TENSORS, scales=False)))
+    experts = [name for name in TENSORS if checkpoint.expert_of(name) is not None]
+    assert f"({len(experts)} problems)" in message
+    for name in experts:
+        assert f"missing: {name}_scale_inv, the scales of an FP8 weight" in message
+
+
+# -- the deployment ----------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="FP8 is for a GPU")
+@pytest.mark.parametrize(
+    ("raw", "engine_args"), [(RAW | {"quantization_config": FP8}, {}), (RAW, {"quantization": "fp8"})]
+)
+def test_fp8_on_a_cpu_is_refused(raw: dict[str, Any], engine_args: dict[str, Any], tmp_path: Path) -> None:
+    tensors = in_fp8(TENSORS, scales=True) if "quantization_config" in raw else TENSORS
+    message = refusal(write_checkpoint(tmp_path, CASE.config, tensors, raw), **engine_args)
+    assert "quantization: 'fp8' is not supported for LongCat-Flash on a CPU; give a bfloat16 or float32" in message
+
+
+def test_attention_without_mla_is_refused(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm import envs
+
+    envs.disable_envs_cache()  # an engine in this process has turned it on
+    monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
+    assert "served with MLA only; unset VLLM_MLA_DISABLE" in refusal(good)
+
+
+@pytest.mark.parametrize("version", ["0.26.0", "0.31.2", "0.34.0"])
+def test_an_engine_of_another_version_is_refused_for_longcat_and_for_nothing_else(
+    version: str, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longcat_vllm.compat.engine_version", lambda: Version(version))
+    message = refusal(good)
+    assert f"found {version}; install a vLLM in that range" in message
+    assert "on vLLM <0.34,>=0.32" in message
+    llama = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2)
+    llama.architectures = ["LlamaForCausalLM"]
+    llama.save_pretrained(tmp_path / "llama")
+    assert configure(tmp_path / "llama").model_config.architecture == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize("version", ["0.32.0+cpu", "0.32.1", "0.33.0rc1"])
+def test_an_engine_of_a_supported_version_is_not_refused(
+    version: str, good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longcat_vllm.compat.engine_version", lambda: Version(version))
+    configure(good)
+
+
+# -- the real command --------------------------------------------------------------------------------
+
+
+def failed_serve(directory: Path) -> str:
+    """The output of a `vllm serve` that ends by itself, with an error and without having started an engine."""
+    log = directory.with_name("server.log")
+    with started(directory, log, "--enforce-eager", "--kv-cache-memory-bytes", str(1 << 20)) as process:
+        assert process.wait(60) > 0
+        assert processes_of(process) == []
+    output = log.read_text()
+    assert "EngineCore" not in output
+    return output
+
+
+def test_vllm_serve_ends_with_every_bad_tensor_named_and_no_engine_started(tmp_path: Path) -> None:
+    tensors = {name: tensor for name, tensor in TENSORS.items() if name != HEAD} | {NORM: torch.zeros(65)}
+    output = failed_serve(write_checkpoint(tmp_path / "checkpoint", CASE.config, tensors))
+    assert f"missing: {HEAD} [320, 64]" in output
+    assert f"misshapen: {NORM} is [65], wanted [64]" in output
+
+
+def test_vllm_serve_ends_with_a_bad_option_named_and_no_engine_started(good: Path) -> None:
+    output = failed_serve(with_config(good, RAW | {"zero_expert_type": "drop"}))
+    assert "zero_expert_type: 'drop', wanted 'identity'" in output
+
+
+# -- weights that come from a loader -----------------------------------------------------------------
+
+
+def test_extra_and_misshapen_tensors_of_a_loader_are_all_listed(checkpoint_of: Callable[[Case], Path]) -> None:
+    brought = {EXPERT: torch.zeros(33, 64), NORM: TENSORS[NORM], "model.norm.bias": torch.zeros(64)}
+    with serving(checkpoint_of(CASE)) as engine, pytest.raises(CheckpointError) as refused:
+        engine.model.load_weights(brought.items())
+    assert str(refused.value).splitlines()[1:] == [
+        f"  misshapen: {EXPERT} is [33, 64], wanted [32, 64]",
+        "  extra: model.norm.bias [64]; remove it, or check config.json",
+    ]
+
+
+def test_an_update_of_one_layer_of_a_running_model_is_in_the_next_token(
+    checkpoint_of: Callable[[Case], Path],
+) -> None:
+    update = {name: tensor for name, tensor in CASE.published(seed=1).items() if name.startswith("model.layers.1.")}
+    prompt = CASE.prompts(1, 20)[0]
+    before, after = (greedy(oracle(CASE.config, tensors), prompt, 4) for tensors in (TENSORS, TENSORS | update))
+    assert [choice.token for choice in before] != [choice.token for choice in after]
+    with serving(checkpoint_of(CASE), enable_prefix_caching=False) as engine:
+        assert_greedy_equal(engine.greedy([prompt], 4)[0], before)
+        engine.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": update.items()})
+        assert_greedy_equal(engine.greedy([prompt], 4)[0], after)
