@@ -101,7 +101,16 @@ class Audit:
 
     def __init__(self, config: LongcatConfig) -> None:
         self._expected = expected_tensors(config, with_mtp=True)
-        self._tied = config.tie_word_embeddings
+        # transformers also saves a tied head, which is the embedding, and rows for zero experts, which are never read.
+        zero_experts = range(config.n_routed_experts, config.num_experts)
+        self._redundant = {
+            f"model.layers.{n}.mlp.experts.{e}.{part}_proj.weight"
+            for n in range(config.num_layers)
+            for e in zero_experts
+            for part in ("gate", "up")
+        }
+        if config.tie_word_embeddings:
+            self._redundant.add("lm_head.weight")
         self._seen: dict[str, torch.dtype | None] = {}
         self._problems: list[str] = []
 
@@ -109,8 +118,8 @@ class Audit:
         """Note one tensor; False if it is not to be loaded, for a reason that is kept for the end."""
         weight = name.removesuffix(SCALE_SUFFIX)
         self._seen[name] = dtype
-        if name == "lm_head.weight" and self._tied:
-            return False  # transformers saves the tied head as well; it is the embedding
+        if name in self._redundant:
+            return False
         if weight not in self._expected:
             self._problems.append(f"extra: {name} {list(shape)}; remove it, or check config.json")
             return False
@@ -167,19 +176,27 @@ def verify(directory: Path, config: LongcatConfig) -> None:
 
 
 def load(directory: Path, config: LongcatConfig) -> dict[str, Tensor]:
-    """Read all tensors, by published name, after the checks of `verify`."""
+    """Read all tensors, by published name, after the checks of `verify`.
+
+    Raises:
+        CheckpointError: as `verify`, and for FP8 weights.
+    """
     verify(directory, config)
+    expected = expected_tensors(config, with_mtp=True)
     tensors: dict[str, Tensor] = {}
     for shard in shards(directory):
         with _OpenShard(shard) as opened:
             for name in opened.keys():  # noqa: SIM118
-                if not (name == "lm_head.weight" and config.tie_word_embeddings):
+                if name.endswith(SCALE_SUFFIX):
+                    raise CheckpointError(f"{shard}: {name} scales FP8 weights; wanted float32 or bfloat16 weights")
+                if name in expected:
                     tensors[name] = opened.get_tensor(name)
     return tensors
 
 
 def save(tensors: Mapping[str, Tensor], directory: Path, max_shard_size: int = 2**30) -> None:
     """Write published tensors as sharded safetensors with an index. `max_shard_size` is in bytes."""
+    directory.mkdir(parents=True, exist_ok=True)
     copies = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
     save_torch_state_dict(copies, directory, max_shard_size=max_shard_size, metadata={"format": "pt"})
     for shard in shards(directory):
@@ -194,7 +211,10 @@ def shards(directory: Path) -> list[Path]:
     """
     index = directory / INDEX_NAME
     if index.exists():
-        named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"{index}: not a safetensors index ({error!r}); download it again") from None
         absent = [name for name in named if not (directory / name).exists()]
         if absent:
             raise CheckpointError(f"{index} names shards that are not there: {', '.join(absent)}; download them again")

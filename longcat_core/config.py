@@ -212,38 +212,38 @@ class LongcatConfig:
         problems += _check_options(raw)
         zero_expert_num = raw.get("zero_expert_num") or 0
         zero_expert_type = raw.get("zero_expert_type")
-        if not isinstance(zero_expert_num, int) or zero_expert_num < 0:
+        if not isinstance(zero_expert_num, int) or isinstance(zero_expert_num, bool) or zero_expert_num < 0:
             problems.append(f"zero_expert_num: {zero_expert_num!r}, wanted an integer of at least 0")
         elif zero_expert_num and zero_expert_type not in (None, "identity"):
             problems.append(f"zero_expert_type: {zero_expert_type!r}, wanted 'identity', the only one published")
-        scaling = raw.get("routed_scaling_factor")
-        if not isinstance(scaling, (int, float)):
-            problems.append(f"routed_scaling_factor: {scaling!r}, wanted a number (6.0 in LongCat-Flash)")
+        scaling = _number(raw, "routed_scaling_factor", problems)
+        eps = _number(raw, "rms_norm_eps", problems, default=1e-5)
+        unquantized = raw.get("disable_quant_module") or ()
+        if isinstance(unquantized, str):
+            problems.append(f"disable_quant_module: {unquantized!r}, wanted a list of module kinds")
         rope = _read_rope(raw, problems)
         if not problems:
             problems += _check_sizes(values, zero_expert_num)
         if problems:
             raise ConfigError("not a LongCat-Flash configuration that can be served:\n  " + "\n  ".join(problems))
         assert rope is not None
-        assert scaling is not None
         return cls(
             **values,
             rope=rope,
             zero_expert_num=zero_expert_num,
-            routed_scaling_factor=float(scaling),
-            rms_norm_eps=float(raw.get("rms_norm_eps") or 1e-5),
+            routed_scaling_factor=scaling,
+            rms_norm_eps=eps,
             mla_scale_q_lora=raw.get("mla_scale_q_lora") is not False,
             mla_scale_kv_lora=raw.get("mla_scale_kv_lora") is not False,
             tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
-            disable_quant_module=tuple(raw.get("disable_quant_module") or ()),
+            disable_quant_module=tuple(unquantized),
         )
 
     def to_hf(self) -> dict[str, Any]:
         """The fields of a `config.json` as LongCat-Flash-Chat is published; `from_hf` reads it back unchanged."""
         rope: dict[str, Any] = {"rope_theta": self.rope.theta}
         if self.rope.is_yarn:
-            yarn = {k: v for k, v in vars(self.rope).items() if k != "theta" and v is not None}
-            rope["rope_scaling"] = {"rope_type": "yarn", **yarn}
+            rope["rope_scaling"] = _rope_to_hf(self.rope)
         sizes = {name: getattr(self, name) for name in _NEEDED}
         return {
             "architectures": ["LongcatFlashForCausalLM"],
@@ -279,13 +279,15 @@ def canonical_hf(raw: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: as `LongcatConfig.from_hf`.
     """
     config = LongcatConfig.from_hf(raw)
-    dropped = {spelling for spellings in _NEEDED.values() for spelling in spellings} | {"head_dim", "qk_head_dim"}
+    dropped = {spelling for spellings in _NEEDED.values() for spelling in spellings}
+    dropped |= {"head_dim", "qk_head_dim", "rope_theta", "rope_scaling"}
     kept = {key: value for key, value in raw.items() if key not in dropped}
     sizes = {name: getattr(config, name) for name in _NEEDED}
     return {
         **kept,
         **sizes,
         "head_dim": config.qk_rope_head_dim,  # transformers takes the rotary dimension from it
+        "rope_parameters": {"rope_theta": config.rope.theta, **_rope_to_hf(config.rope)},
         "zero_expert_num": config.zero_expert_num,
         "rms_norm_eps": config.rms_norm_eps,
         "model_type": "longcat_flash",
@@ -318,32 +320,50 @@ def _check_sizes(values: Mapping[str, int], zero_expert_num: int) -> list[str]:
     return problems
 
 
+def _number(
+    raw: Mapping[str, Any], name: str, problems: list[str], *, default: float | None = None, above: float = 0.0
+) -> float:
+    """A number above `above`, or the default where the field is absent; else a problem is noted."""
+    value = raw.get(name)
+    if value is None and default is not None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > above:
+        problems.append(f"{name}: {value!r}, wanted a number above {above:g}")
+        return 0.0
+    return float(value)
+
+
 def _read_rope(raw: Mapping[str, Any], problems: list[str]) -> RopeConfig | None:
     """`rope_theta` with `rope_scaling` (published) or `rope_parameters` (transformers 5)."""
-    parameters = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-    theta = parameters.get("rope_theta", raw.get("rope_theta"))
-    if not isinstance(theta, (int, float)):
-        problems.append(f"rope_theta: {theta!r}, wanted a number (1e7 in LongCat-Flash)")
-        return None
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    found = {"rope_theta": raw.get("rope_theta")}
+    found |= {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    known = len(problems)
+    theta = _number(found, "rope_theta", problems)
+    kind = found.get("rope_type") or found.get("type") or "default"
     if kind == "default":
-        return RopeConfig(theta=float(theta))
+        return RopeConfig(theta=theta) if len(problems) == known else None
     if kind not in ("yarn", "deepseek_yarn"):
         problems.append(f"rope_type: {kind!r}, wanted 'default' or 'yarn'")
         return None
-    if not isinstance(parameters.get("factor"), (int, float)):
-        problems.append(f"rope_scaling.factor: {parameters.get('factor')!r}, wanted a number for YaRN")
-        return None
-    return RopeConfig(
-        theta=float(theta),
-        factor=float(parameters["factor"]),
+    context = raw.get("max_position_embeddings")
+    rope = RopeConfig(
+        theta=theta,
+        factor=_number(found, "factor", problems, above=1.0),
         original_max_position_embeddings=int(
-            parameters.get("original_max_position_embeddings") or raw.get("max_position_embeddings") or 0
+            _number(found, "original_max_position_embeddings", problems, default=context)
         ),
-        beta_fast=float(parameters.get("beta_fast") or 32),
-        beta_slow=float(parameters.get("beta_slow") or 1),
-        mscale=float(parameters.get("mscale") or 0),
-        mscale_all_dim=float(parameters.get("mscale_all_dim") or 0),
-        attention_factor=parameters.get("attention_factor"),
-        truncate=bool(parameters.get("truncate", True)),
+        beta_fast=_number(found, "beta_fast", problems, default=32.0),
+        beta_slow=_number(found, "beta_slow", problems, default=1.0),
+        mscale=_number(found, "mscale", problems, default=0.0, above=-1.0),
+        mscale_all_dim=_number(found, "mscale_all_dim", problems, default=0.0, above=-1.0),
+        attention_factor=found.get("attention_factor"),
+        truncate=found.get("truncate") is not False,
     )
+    return rope if len(problems) == known else None
+
+
+def _rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
+    """In the terms of transformers' `rope_parameters`, but for `rope_theta`."""
+    if not rope.is_yarn:
+        return {"rope_type": "default"}
+    return {"rope_type": "yarn", **{k: v for k, v in vars(rope).items() if k != "theta" and v is not None}}

@@ -12,7 +12,7 @@ from torch import Tensor
 from longcat_core.routing import Routing
 
 ExpertFFN = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(rows [R, H], experts int32 [R], weights fp32 [R]) -> [R, H]: each row through its own expert, times its weight."""
+"""(rows [R, H], experts int32 [R, k], weights fp32 [R, k]) -> [R, H]: the weighted sum of each row's k experts."""
 
 
 class Rows(NamedTuple):
@@ -21,7 +21,7 @@ class Rows(NamedTuple):
     tokens: Tensor
     """int64 [R]: the token of each row."""
     experts: Tensor
-    """int32 [R]: the FFN expert of each row, local where an expert map was given."""
+    """int32 [R]: the FFN expert of each row."""
     weights: Tensor
     """fp32 [R]."""
     starts: Tensor
@@ -54,17 +54,23 @@ def routed_experts(
     ids, weights: as in `Routing`; expert_map: int32 [E], the local number of a global expert or -1 where another
     rank has it, whose slots then cost nothing here either.
     """
-    rows = compact(ids, weights, expert_map)
+    if expert_map is not None:
+        ids = torch.where(ids >= 0, expert_map[ids.clamp(min=0)], -1)
+    if hidden_states.shape[0] == 1:  # needs no gathering: a row's k may be what this token has
+        kept = ids[0] >= 0
+        if not kept.any():
+            return torch.zeros_like(hidden_states)
+        return ffn(hidden_states, ids[:, kept], weights[:, kept])
+    rows = compact(ids, weights)
     if rows.tokens.numel() == 0:
         return torch.zeros_like(hidden_states)
-    outputs = ffn(hidden_states.index_select(0, rows.tokens), rows.experts, rows.weights)
+    inputs = hidden_states.index_select(0, rows.tokens)
+    outputs = ffn(inputs, rows.experts.unsqueeze(1), rows.weights.unsqueeze(1))
     return combine(outputs, rows, hidden_states.shape[0])
 
 
-def compact(ids: Tensor, weights: Tensor, expert_map: Tensor | None = None) -> Rows:
-    """List the slots of local FFN experts, in token order."""
-    if expert_map is not None:
-        ids = torch.where(ids >= 0, expert_map[ids.clamp(min=0)], -1)
+def compact(ids: Tensor, weights: Tensor) -> Rows:
+    """List the slots of FFN experts, in token order; ids and weights: [T, K], -1 being no FFN expert."""
     kept = ids >= 0
     slots = kept.flatten().nonzero().squeeze(1)
     counts = kept.sum(dim=1)
@@ -93,14 +99,15 @@ def grouped_ffn(w13: Tensor, w2: Tensor) -> ExpertFFN:
     """
 
     def ffn(rows: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        order = experts.argsort(stable=True)
-        counts = torch.bincount(experts, minlength=w13.shape[0]).tolist()
+        inputs = rows.repeat_interleave(experts.shape[1], dim=0)
+        order = experts.flatten().argsort(stable=True)
+        counts = torch.bincount(experts.flatten(), minlength=w13.shape[0]).tolist()
         parts = []
-        for expert, part in enumerate(rows[order].split(counts)):
+        for expert, part in enumerate(inputs[order].split(counts)):
             if part.shape[0]:
                 gate, up = F.linear(part, w13[expert]).chunk(2, dim=-1)
                 parts.append(F.linear(F.silu(gate) * up, w2[expert]))
-        outputs = torch.cat(parts)[order.argsort()]
-        return (outputs.float() * weights.unsqueeze(-1)).to(rows.dtype)
+        outputs = torch.cat(parts)[order.argsort()].unflatten(0, experts.shape)
+        return (outputs.float() * weights.unsqueeze(-1)).sum(dim=1).to(rows.dtype)
 
     return ffn

@@ -21,7 +21,8 @@ class RequestGroup:
     queries: Tensor
     """int64 [G, Q]: rows of the query tensor, the new tokens of each request in order."""
     slots: Tensor
-    """int64 [G, N]: cache slots of each request's tokens, padded to the longest with slot 0."""
+    """int64 [G, N]: cache slots of each request's tokens, padded to the longest with its own first slot, since a weight
+    of 0 does not undo what a slot that nobody has written may hold."""
     positions: Tensor
     """int64 [G, Q]: position of each query. It sees the slots up to its own, so never the padding."""
     is_whole_prompt: bool
@@ -76,7 +77,7 @@ class PagedBatch:
                 groups.append(
                     RequestGroup(
                         queries=starts + torch.arange(new),
-                        slots=slots.masked_fill(positions >= lengths, 0),
+                        slots=torch.where(positions < lengths, slots, slots[:, :1]),
                         positions=lengths - new + torch.arange(new),
                         is_whole_prompt=len(requests) == 1 and new == longest,
                     )

@@ -191,8 +191,8 @@ def _bf16_dot(w13: Tensor, w2: Tensor) -> ExpertFFN:
             rows,
             w13,
             w2,
-            weights.unsqueeze(1),
-            experts.unsqueeze(1),
+            weights,
+            experts,
             ops.CPUQuantMethod.UNQUANT,
             *(None,) * 5,
         )
@@ -206,7 +206,7 @@ def _vector(w13: Tensor, w2: Tensor) -> ExpertFFN:
 
     def ffn(rows: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         outputs = torch.empty_like(rows)
-        ops.cpu_fused_moe(outputs, rows, w13, w2, None, None, weights.unsqueeze(1), experts.unsqueeze(1), "silu", "vec")
+        ops.cpu_fused_moe(outputs, rows, w13, w2, None, None, weights, experts, "silu", "vec")
         return outputs
 
     return ffn

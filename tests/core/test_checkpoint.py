@@ -83,7 +83,7 @@ def test_missing_extra_and_misshapen_tensors_are_all_listed(tensors: dict[str, T
     del tensors["model.norm.weight"]
     tensors[GATE] = tensors[GATE].T
     tensors["model.layers.0.mlp.router.classifier.weight"] = torch.zeros(CONFIG.n_routed_experts, CONFIG.hidden_size)
-    tensors["model.layers.0.mlp.experts.8.up_proj.weight"] = torch.zeros(32, 200)
+    tensors["model.layers.0.mlp.experts.12.up_proj.weight"] = torch.zeros(32, 200)
     tensors["model.rotary_emb.inv_freq"] = torch.zeros(4)
     found = problems(tmp_path, tensors)
     assert len(found) == 6
@@ -91,7 +91,7 @@ def test_missing_extra_and_misshapen_tensors_are_all_listed(tensors: dict[str, T
     assert "missing: model.norm.weight [200]" in found
     assert f"misshapen: {GATE} is [200, 96], wanted [96, 200]" in found
     assert "misshapen: model.layers.0.mlp.router.classifier.weight is [8, 200], wanted [12, 200]" in found
-    assert any(line.startswith("extra: model.layers.0.mlp.experts.8.up_proj.weight [32, 200]") for line in found)
+    assert any(line.startswith("extra: model.layers.0.mlp.experts.12.up_proj.weight [32, 200]") for line in found)
     assert any(line.startswith("extra: model.rotary_emb.inv_freq [4]") for line in found)
 
 
@@ -138,10 +138,21 @@ def test_fp8_weights_with_scales_of_their_blocks_are_accepted(tensors: dict[str,
         tensors[f"{name}_scale_inv"] = scales(tensors[name])
         tensors[name] = tensors[name].to(torch.float8_e4m3fn)
     write_checkpoint(tmp_path, CONFIG, tensors)
-    loaded = checkpoint.load(tmp_path, CONFIG)
-    assert loaded[GATE].dtype == torch.float8_e4m3fn
-    assert loaded[f"{GATE}_scale_inv"].shape == (1, 2)
-    assert loaded.keys() == tensors.keys()
+    checkpoint.verify(tmp_path, CONFIG)
+    with pytest.raises(checkpoint.CheckpointError, match="wanted float32 or bfloat16 weights"):
+        checkpoint.load(tmp_path, CONFIG)
+
+
+def test_what_transformers_saves_beyond_the_published_tensors_is_passed_over(
+    tensors: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """It saves rows of its stacked experts for zero experts too."""
+    experts = "model.layers.0.mlp.experts"
+    gate = tensors[f"{experts}.0.gate_proj.weight"]
+    extra = {f"{experts}.{CONFIG.n_routed_experts}.gate_proj.weight": torch.zeros_like(gate)}
+    assert extra.keys().isdisjoint(tensors)
+    write_checkpoint(tmp_path, CONFIG, tensors | extra)
+    assert checkpoint.load(tmp_path, CONFIG).keys() == tensors.keys()
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])

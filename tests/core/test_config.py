@@ -176,7 +176,7 @@ def test_all_missing_fields_are_listed_at_once() -> None:
         ({"qk_rope_head_dim": 7}, "qk_rope_head_dim: 7, wanted an even number"),
         ({"rope_theta": None}, "rope_theta: None, wanted a number"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rope_type: 'llama3', wanted 'default' or 'yarn'"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling.factor: None, wanted a number"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "factor: None, wanted a number above 1"),
     ],
 )
 def test_an_error_names_the_field_the_value_and_what_is_wanted(change: dict[str, Any], message: str) -> None:

@@ -79,7 +79,7 @@ def loop(x: Tensor, routing: Routing, w13: Tensor, w2: Tensor) -> Tensor:
 def counting(ffn: ExpertFFN, rows_seen: list[int]) -> ExpertFFN:
     def counted(rows: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         assert (experts >= 0).all()
-        rows_seen.append(rows.shape[0])
+        rows_seen.append(experts.numel())
         return ffn(rows, experts, weights)
 
     return counted

@@ -32,9 +32,7 @@ class Engine:
     def outputs(self, prompts: Sequence[list[int]], new_tokens: int, **sampling: Any) -> list[Any]:
         from vllm import SamplingParams
 
-        parameters = SamplingParams(
-            temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False, **sampling
-        )
+        parameters = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False, **sampling)
         return self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], parameters, use_tqdm=False)
 
     def log_softmax(self, prompt: list[int], vocab_size: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -41,10 +41,9 @@ def directory(checkpoint_of: Callable[[Case], Path]) -> Path:
 
 
 @pytest.fixture
-def two_ranks_on_few_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def two_ranks_on_few_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM binds each rank to cores of its own, and refuses when there are not enough."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    yield
 
 
 def test_prompts_in_chunks_of_16_tokens(directory: Path) -> None:

@@ -89,7 +89,9 @@ def test_the_kernel_test_fails_when_the_expert_map_is_ignored(monkeypatch: pytes
     x, w13, w2 = torch.randn(9, 32), torch.randn(4, 64, 32), torch.randn(4, 32, 32)
     routing = Routing(torch.randint(4, (9, 2), dtype=torch.int32), torch.rand(9, 2), torch.zeros(9))
     assert_kernel_is_reference("vector", 2, (x, w13, w2, routing))
-    compact = experts.compact
-    monkeypatch.setattr(experts, "compact", lambda ids, weights, _expert_map: compact(ids.clamp(max=1), weights))
+    routed = experts.routed_experts
+    monkeypatch.setattr(
+        "longcat_vllm.moe.routed_experts", lambda x, ids, weights, ffn, _map: routed(x, ids.clamp(max=1), weights, ffn)
+    )
     with pytest.raises(AssertionError):
         assert_kernel_is_reference("vector", 2, (x, w13, w2, routing))
