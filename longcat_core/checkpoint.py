@@ -111,6 +111,7 @@ class Audit:
         }
         if config.tie_word_embeddings:
             self._redundant.add("lm_head.weight")
+        self._is_quantized = config.is_quantized
         self._seen: dict[str, torch.dtype | None] = {}
         self._problems: list[str] = []
 
@@ -143,12 +144,18 @@ class Audit:
             for name, shape in self._expected.items()
             if name not in self._seen and (has_mtp or not name.startswith(MTP_PREFIX))
         ]
+        in_fp8 = [name for name, dtype in self._seen.items() if dtype in _FP8]
         unscaled = [
             f"missing: {name}{SCALE_SUFFIX}, the scales of an FP8 weight; convert the checkpoint with its scales"
-            for name, dtype in self._seen.items()
-            if dtype in _FP8 and name + SCALE_SUFFIX not in self._seen
+            for name in in_fp8
+            if name + SCALE_SUFFIX not in self._seen
         ]
-        self._raise(self._problems + missing + unscaled)
+        undeclared = (
+            [f"missing: quantization_config in config.json, while {len(in_fp8)} tensors are FP8, {in_fp8[0]} the first"]
+            if in_fp8 and not unscaled and not self._is_quantized
+            else []
+        )
+        self._raise(self._problems + missing + unscaled + undeclared)
 
     @staticmethod
     def _raise(problems: list[str]) -> None:

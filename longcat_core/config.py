@@ -105,6 +105,7 @@ class LongcatConfig:
     mla_scale_q_lora: bool = True
     mla_scale_kv_lora: bool = True
     tie_word_embeddings: bool = False
+    is_quantized: bool = False
     disable_quant_module: tuple[str, ...] = field(default=())
 
     # -- shapes and factors of the forward pass --------------------------------------------------
@@ -236,6 +237,7 @@ class LongcatConfig:
             mla_scale_q_lora=raw.get("mla_scale_q_lora") is not False,
             mla_scale_kv_lora=raw.get("mla_scale_kv_lora") is not False,
             tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
+            is_quantized=bool(raw.get("quantization_config")),
             disable_quant_module=tuple(unquantized),
         )
 

@@ -56,14 +56,17 @@ def routed_experts(
     """
     if expert_map is not None:
         ids = torch.where(ids >= 0, expert_map[ids.clamp(min=0)], -1)
-    if hidden_states.shape[0] == 1:  # needs no gathering: a row's k may be what this token has
-        kept = ids[0] >= 0
-        if not kept.any():
-            return torch.zeros_like(hidden_states)
-        return ffn(hidden_states, ids[:, kept], weights[:, kept])
-    rows = compact(ids, weights)
-    if rows.tokens.numel() == 0:
+    kept = ids >= 0
+    counts = kept.sum(dim=1)
+    total = int(counts.sum())
+    if total == 0:
         return torch.zeros_like(hidden_states)
+    most = int(counts.max())
+    if (
+        total == most * counts.numel()
+    ):  # a single token, or no zero experts: the kernel may sum a token's experts itself
+        return ffn(hidden_states, ids[kept].view(-1, most), weights[kept].view(-1, most))
+    rows = compact(ids, weights)
     inputs = hidden_states.index_select(0, rows.tokens)
     outputs = ffn(inputs, rows.experts.unsqueeze(1), rows.weights.unsqueeze(1))
     return combine(outputs, rows, hidden_states.shape[0])

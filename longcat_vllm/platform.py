@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vllm.logger import init_logger
 from vllm.platforms import cpu_platform_plugin
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from vllm.platforms.cpu import CpuPlatform
 else:
     CpuPlatform = resolve_obj_by_qualname(cpu_platform_plugin())  # plain or Zen, as vLLM would have chosen
+
+logger = init_logger(__name__)
 
 
 class LongcatCpuPlatform(CpuPlatform):
@@ -36,3 +39,8 @@ class LongcatCpuPlatform(CpuPlatform):
         scheduler.max_num_batched_tokens = budget
         if block_size is not None:
             cache.block_size = block_size
+        logger.info_once(
+            "LongCat-Flash on a CPU keeps chunked prefill (%s) and prefix caching (%s) as they were set.",
+            chunked,
+            prefix,
+        )

@@ -137,10 +137,11 @@ def test_fp8_weights_with_scales_of_their_blocks_are_accepted(tensors: dict[str,
     for name in quantized:
         tensors[f"{name}_scale_inv"] = scales(tensors[name])
         tensors[name] = tensors[name].to(torch.float8_e4m3fn)
-    write_checkpoint(tmp_path, CONFIG, tensors)
-    checkpoint.verify(tmp_path, CONFIG)
+    (undeclared,) = problems(tmp_path, tensors)
+    assert undeclared.startswith("missing: quantization_config in config.json")
+    checkpoint.verify(tmp_path, replace(CONFIG, is_quantized=True))
     with pytest.raises(checkpoint.CheckpointError, match="wanted float32 or bfloat16 weights"):
-        checkpoint.load(tmp_path, CONFIG)
+        checkpoint.load(tmp_path, replace(CONFIG, is_quantized=True))
 
 
 def test_what_transformers_saves_beyond_the_published_tensors_is_passed_over(
@@ -166,7 +167,7 @@ def test_an_fp8_weight_without_scales_is_named(dtype: torch.dtype, tensors: dict
 def test_fp8_scales_of_another_block_size_are_misshapen(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     tensors[GATE] = tensors[GATE].to(torch.float8_e4m3fn)
     tensors[f"{GATE}_scale_inv"] = torch.ones(2, 4)
-    found = problems(tmp_path, tensors)
+    found = problems(tmp_path, tensors, replace(CONFIG, is_quantized=True))
     assert found == [f"misshapen: {GATE}_scale_inv is [2, 4], wanted [1, 2]"]
 
 
