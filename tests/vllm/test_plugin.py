@@ -175,3 +175,22 @@ def test_doctor_finds_nothing_wrong_here_and_what_is_wrong_elsewhere(tmp_path: P
     ill = doctor(VLLM_PLUGINS="")
     assert ill.returncode == 1
     assert "VLLM_PLUGINS='' leaves the plugin out" in " ".join(ill.stdout.split())
+
+
+def test_vllms_own_longcat_still_does_not_run_on_a_cpu(tmp_path: Path) -> None:
+    """The README says so. With the one latent size that vLLM's CPU_MLA takes, it gets as far as the router."""
+    case = CASES["latent_512_rope_64"]
+    directory = write_checkpoint(tmp_path, case.config, case.published())
+    script = f"""
+if __name__ == "__main__":
+    from vllm import LLM, SamplingParams
+    llm = LLM({str(directory)!r}, dtype="float32", enforce_eager=True, max_model_len=128, skip_tokenizer_init=True,
+              kv_cache_memory_bytes=1 << 24)
+    try:
+        llm.generate([{{"prompt_token_ids": [5, 6, 7]}}], SamplingParams(max_tokens=2, detokenize=False))
+        print("served")
+    except AttributeError as error:
+        print(error)
+"""
+    outcome = python(script, VLLM_PLUGINS="", VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR")
+    assert "topk_softmax" in outcome
