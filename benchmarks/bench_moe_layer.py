@@ -20,7 +20,7 @@ from vllm import _custom_ops as ops
 from benchmarks import record
 from longcat_core.experts import add_identity, routed_experts
 from longcat_core.routing import Routing, route
-from longcat_vllm.moe import CPU_KERNELS, select_cpu_kernel
+from longcat_vllm.cpu_experts import CPU_KERNELS, select_cpu_kernel
 
 HIDDEN, INNER, TOP_K = 1024, 512, 12
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)

@@ -7,22 +7,13 @@ after the server, so that a machine that changes its speed shows.
 from __future__ import annotations
 
 import concurrent.futures
-import os
-import signal
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import typer
-from openai import OpenAI
 from rich.console import Console
 from rich.table import Table
 
@@ -31,6 +22,7 @@ from longcat_cli.make_checkpoint import make_checkpoint
 from longcat_core import checkpoint
 from longcat_core.config import LongcatConfig, RopeConfig
 from tests.oracle import oracle
+from tests.vllm.server import Server, serving
 
 CONFIG = LongcatConfig(
     vocab_size=4096,
@@ -65,9 +57,10 @@ def main(rounds: int = 3) -> None:
         status.update("transformers")
         before = transformers_rates(directory, prompts, rounds)
         status.update("starting vllm serve")
-        with server(directory) as client:
+        options = ["--max-model-len", "1024", "--kv-cache-memory-bytes", str(256 << 20)]
+        with serving(directory, directory.with_name("server.log"), *options) as server:
             status.update("vllm serve")
-            ours = {n: served_rate(client, prompts[:n], rounds) for n in AT_ONCE}
+            ours = {n: served_rate(server, prompts[:n], rounds) for n in AT_ONCE}
         status.update("transformers again")
         after = transformers_rates(directory, prompts, rounds)
     rows = [
@@ -103,16 +96,14 @@ def transformers_rates(directory: Path, prompts: list[list[int]], rounds: int) -
     return rates
 
 
-def served_rate(client: OpenAI, prompts: list[list[int]], rounds: int) -> float:
+def served_rate(server: Server, prompts: list[list[int]], rounds: int) -> float:
     """Output tokens a second over HTTP, each request on a connection of its own."""
-    model = client.models.list().data[0].id
+    model = server.http.get("/v1/models").json()["data"][0]["id"]
 
     def complete(prompt: list[int]) -> int:
-        answer = client.completions.create(
-            model=model, prompt=prompt, max_tokens=NEW_TOKENS, temperature=0, extra_body={"ignore_eos": True}
-        )
-        assert answer.usage is not None
-        return answer.usage.completion_tokens
+        request = {"model": model, "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
+        answer = server.http.post("/v1/completions", json=request).raise_for_status().json()
+        return answer["usage"]["completion_tokens"]
 
     seconds = []
     for round_ in range(rounds + 1):
@@ -123,33 +114,6 @@ def served_rate(client: OpenAI, prompts: list[list[int]], rounds: int) -> float:
             assert sum(pool.map(complete, fresh)) == len(prompts) * NEW_TOKENS
             seconds.append(time.perf_counter() - started)
     return len(prompts) * NEW_TOKENS / statistics.median(seconds[1:])
-
-
-@contextmanager
-def server(directory: Path) -> Iterator[OpenAI]:
-    """The stock command, until the block ends."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [Path(sys.executable).with_name("vllm"), "serve", directory, "--host", "127.0.0.1", "--port", str(port)]
-    options = ["--max-model-len", "1024", "--kv-cache-memory-bytes", str(256 << 20)]
-    log = directory.with_name("server.log")
-    with log.open("w") as output:
-        process = subprocess.Popen([*command, *options], stdout=output, stderr=output, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 300
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-                break
-            except OSError:
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"vllm serve did not start:\n{log.read_text()[-3000:]}") from None
-                time.sleep(0.5)
-        yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=600)
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(60)
 
 
 if __name__ == "__main__":

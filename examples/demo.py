@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 ROOT = Path(__file__).resolve().parents[1]
-CHECKPOINT = ROOT / ".cache" / "example-checkpoint"
+CHECKPOINT = ROOT / ".cache" / f"example-checkpoint-{version('longcat-serving')}"
 SERVER_LOG = ROOT / ".cache" / "example-server.log"
 COMMANDS = Path(sys.executable).parent
 """Where `longcat` and `vllm` are: beside the Python that runs this."""

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from longcat_core.diagnosis import Finding
@@ -34,7 +35,7 @@ def command(
     table = Table("", "found", "to do", show_edge=False)
     for finding in findings:
         mark = "[red]✗[/red]" if finding.problem else "[green]✓[/green]"
-        table.add_row(f"{mark} {finding.subject}", finding.value, finding.problem)
+        table.add_row(f"{mark} {finding.subject}", escape(finding.value), escape(finding.problem))
     Console(width=None if Console().is_terminal else 160).print(table)
     if any(finding.problem for finding in findings):
         raise typer.Exit(1)

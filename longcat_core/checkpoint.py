@@ -80,6 +80,16 @@ def expected_tensors(config: LongcatConfig, with_mtp: bool) -> dict[str, tuple[i
     return shapes | (_mtp(config) if with_mtp else {})
 
 
+def folded(name: str, tensor: Tensor, config: LongcatConfig) -> Tensor:
+    """The tensor an engine loads: the norms inside the main model's and the MTP layer's MLA take the MLA scales into
+    their weights, once, so that the forward pass has none; everything else is as published."""
+    if name.endswith(".q_a_layernorm.weight"):
+        return (tensor.float() * config.q_scale).to(tensor.dtype)
+    if name.endswith(".kv_a_layernorm.weight"):
+        return (tensor.float() * config.kv_scale).to(tensor.dtype)
+    return tensor
+
+
 def read_config(directory: Path) -> LongcatConfig:
     """Read `config.json`.
 

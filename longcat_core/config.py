@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -106,7 +106,7 @@ class LongcatConfig:
     mla_scale_kv_lora: bool = True
     tie_word_embeddings: bool = False
     is_quantized: bool = False
-    disable_quant_module: tuple[str, ...] = field(default=())
+    disable_quant_module: tuple[str, ...] = ()
 
     # -- shapes and factors of the forward pass --------------------------------------------------
 
@@ -194,7 +194,9 @@ class LongcatConfig:
         Raises:
             ConfigError: with one line for each missing, misshapen or unsupported field.
         """
-        raw: Mapping[str, Any] = hf_config if isinstance(hf_config, Mapping) else hf_config.to_dict()
+        raw: Mapping[str, Any] = hf_config.to_dict() if hasattr(hf_config, "to_dict") else hf_config
+        if not isinstance(raw, Mapping):
+            raise ConfigError(f"config.json: {type(raw).__name__}, wanted an object of fields")
         problems: list[str] = []
         values: dict[str, Any] = {}
         for name, spellings in _NEEDED.items():
@@ -220,8 +222,11 @@ class LongcatConfig:
         scaling = _number(raw, "routed_scaling_factor", problems)
         eps = _number(raw, "rms_norm_eps", problems, default=1e-5)
         unquantized = raw.get("disable_quant_module") or ()
-        if isinstance(unquantized, str):
+        if not isinstance(unquantized, (list, tuple)) or not all(isinstance(kind, str) for kind in unquantized):
             problems.append(f"disable_quant_module: {unquantized!r}, wanted a list of module kinds")
+            unquantized = ()
+        scales_q, scales_kv = (_boolean(raw, f"mla_scale_{part}_lora", problems, True) for part in ("q", "kv"))
+        ties = _boolean(raw, "tie_word_embeddings", problems, False)
         rope = _read_rope(raw, problems)
         if not problems:
             problems += _check_sizes(values, zero_expert_num)
@@ -234,9 +239,9 @@ class LongcatConfig:
             zero_expert_num=zero_expert_num,
             routed_scaling_factor=scaling,
             rms_norm_eps=eps,
-            mla_scale_q_lora=raw.get("mla_scale_q_lora") is not False,
-            mla_scale_kv_lora=raw.get("mla_scale_kv_lora") is not False,
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
+            mla_scale_q_lora=scales_q,
+            mla_scale_kv_lora=scales_kv,
+            tie_word_embeddings=ties,
             is_quantized=bool(raw.get("quantization_config")),
             disable_quant_module=tuple(unquantized),
         )
@@ -329,16 +334,30 @@ def _number(
     value = raw.get(name)
     if value is None and default is not None:
         return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > above:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not above < value < math.inf:
         problems.append(f"{name}: {value!r}, wanted a number above {above:g}")
         return 0.0
     return float(value)
 
 
+def _boolean(raw: Mapping[str, Any], name: str, problems: list[str], default: bool) -> bool:
+    value = raw.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        problems.append(f"{name}: {value!r}, wanted true or false")
+    return bool(value)
+
+
 def _read_rope(raw: Mapping[str, Any], problems: list[str]) -> RopeConfig | None:
     """`rope_theta` with `rope_scaling` (published) or `rope_parameters` (transformers 5)."""
-    found = {"rope_theta": raw.get("rope_theta")}
-    found |= {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    found: dict[str, Any] = {"rope_theta": raw.get("rope_theta")}
+    for name in ("rope_scaling", "rope_parameters"):
+        given = raw.get(name) or {}
+        if not isinstance(given, Mapping):
+            problems.append(f"{name}: {given!r}, wanted an object")
+            return None
+        found |= given
     known = len(problems)
     theta = _number(found, "rope_theta", problems)
     kind = found.get("rope_type") or found.get("type") or "default"
@@ -348,17 +367,20 @@ def _read_rope(raw: Mapping[str, Any], problems: list[str]) -> RopeConfig | None
         problems.append(f"rope_type: {kind!r}, wanted 'default' or 'yarn'")
         return None
     context = raw.get("max_position_embeddings")
+    context = context if isinstance(context, int) else None
     rope = RopeConfig(
         theta=theta,
         factor=_number(found, "factor", problems, above=1.0),
         original_max_position_embeddings=int(
-            _number(found, "original_max_position_embeddings", problems, default=context)
+            _number(found, "original_max_position_embeddings", problems, default=context or 1.0)
         ),
         beta_fast=_number(found, "beta_fast", problems, default=32.0),
         beta_slow=_number(found, "beta_slow", problems, default=1.0),
         mscale=_number(found, "mscale", problems, default=0.0, above=-1.0),
         mscale_all_dim=_number(found, "mscale_all_dim", problems, default=0.0, above=-1.0),
-        attention_factor=found.get("attention_factor"),
+        attention_factor=None
+        if found.get("attention_factor") is None
+        else _number(found, "attention_factor", problems),
         truncate=found.get("truncate") is not False,
     )
     return rope if len(problems) == known else None

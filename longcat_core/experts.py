@@ -19,13 +19,11 @@ class Rows(NamedTuple):
     """The slots that cost something, as a list of GEMM rows in token order."""
 
     tokens: Tensor
-    """int64 [R]: the token of each row."""
+    """int64 [R]: the token of each row, ascending."""
     experts: Tensor
     """int32 [R]: the FFN expert of each row."""
     weights: Tensor
     """fp32 [R]."""
-    starts: Tensor
-    """int64 [T]: the first row of each token."""
 
 
 def moe(hidden_states: Tensor, routing: Routing, w13: Tensor, w2: Tensor) -> Tensor:
@@ -56,43 +54,33 @@ def routed_experts(
     """
     if expert_map is not None:
         ids = torch.where(ids >= 0, expert_map[ids.clamp(min=0)], -1)
-    kept = ids >= 0
-    counts = kept.sum(dim=1)
-    total = int(counts.sum())
-    if total == 0:
-        return torch.zeros_like(hidden_states)
-    most = int(counts.max())
-    if (
-        total == most * counts.numel()
-    ):  # a single token, or no zero experts: the kernel may sum a token's experts itself
-        return ffn(hidden_states, ids[kept].view(-1, most), weights[kept].view(-1, most))
     rows = compact(ids, weights)
+    num_tokens, num_rows = ids.shape[0], rows.tokens.numel()
+    if num_rows == 0:
+        return torch.zeros_like(hidden_states)
+    # A single token, or no zero expert at all: each row of the kernel may be a token with all its experts.
+    if num_tokens == 1 or num_rows == ids.numel():
+        return ffn(hidden_states, rows.experts.view(num_tokens, -1), rows.weights.view(num_tokens, -1))
     inputs = hidden_states.index_select(0, rows.tokens)
     outputs = ffn(inputs, rows.experts.unsqueeze(1), rows.weights.unsqueeze(1))
-    return combine(outputs, rows, hidden_states.shape[0])
+    return combine(outputs, rows.tokens, num_tokens)
 
 
 def compact(ids: Tensor, weights: Tensor) -> Rows:
     """List the slots of FFN experts, in token order; ids and weights: [T, K], -1 being no FFN expert."""
-    kept = ids >= 0
-    slots = kept.flatten().nonzero().squeeze(1)
-    counts = kept.sum(dim=1)
-    return Rows(
-        tokens=slots // ids.shape[1],
-        experts=ids.flatten()[slots],
-        weights=weights.flatten()[slots],
-        starts=counts.cumsum(0) - counts,
-    )
+    slots = (ids >= 0).flatten().nonzero().squeeze(1)
+    return Rows(tokens=slots // ids.shape[1], experts=ids.flatten()[slots], weights=weights.flatten()[slots])
 
 
-def combine(outputs: Tensor, rows: Rows, num_tokens: int) -> Tensor:
-    """Sum of each token's weighted rows: [R, H] -> [num_tokens, H], accumulated in fp32."""
+def combine(outputs: Tensor, tokens: Tensor, num_tokens: int) -> Tensor:
+    """Sum of each token's weighted rows: [R, H] -> [num_tokens, H], accumulated in fp32; tokens: [R], ascending."""
     if outputs.requires_grad or outputs.device.type != "cpu":
         summed = outputs.new_zeros(num_tokens, outputs.shape[1], dtype=torch.float32)
-        return summed.index_add(0, rows.tokens, outputs.float()).to(outputs.dtype)
+        return summed.index_add(0, tokens, outputs.float()).to(outputs.dtype)
     # On a CPU index_add is serial; embedding_bag is the same segmented sum, vectorised and parallel, and
     # accumulates in fp32 whatever the dtype.
-    return F.embedding_bag(torch.arange(outputs.shape[0]), outputs, rows.starts, mode="sum")
+    starts = torch.searchsorted(tokens, torch.arange(num_tokens))
+    return F.embedding_bag(torch.arange(outputs.shape[0]), outputs, starts, mode="sum")
 
 
 def grouped_ffn(w13: Tensor, w2: Tensor) -> ExpertFFN:

@@ -38,7 +38,6 @@ class PagedBatch:
     """Where the tokens of one engine step lie in the cache; built once a step, used by every layer."""
 
     groups: tuple[RequestGroup, ...]
-    num_tokens: int
 
     @classmethod
     def build(
@@ -82,7 +81,7 @@ class PagedBatch:
                         is_whole_prompt=len(requests) == 1 and new == longest,
                     )
                 )
-        return cls(groups=tuple(groups), num_tokens=query_starts[len(seq_lens)])
+        return cls(groups=tuple(groups))
 
 
 def write_latents(cache: Tensor, latents: Tensor, rope_keys: Tensor, slots: Tensor) -> None:

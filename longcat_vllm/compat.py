@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 ARCHITECTURE = "LongcatFlashForCausalLM"
 SUPPORTED = SpecifierSet(">=0.32,<0.34")
+SUPPORTED_TEXT = "0.32 or 0.33"
 
 hook_failures: dict[str, str] = {}
 """What `register` could not hook in this process, by name."""
@@ -42,8 +43,8 @@ def require_supported() -> None:
     version = engine_version()
     if not SUPPORTED.contains(version, prereleases=True):
         raise UnsupportedEngineError(
-            f"longcat-serving serves LongCat-Flash on vLLM {SUPPORTED}, found {version}; "
-            f"install a vLLM in that range, or uninstall longcat-serving to get vLLM's own model"
+            f"longcat-serving serves LongCat-Flash on vLLM {SUPPORTED_TEXT}, found {version}; "
+            f"install such a vLLM, or uninstall longcat-serving to get vLLM's own model"
         )
     if hook_failures:
         failures = "; ".join(f"{name}: {reason}" for name, reason in hook_failures.items())
@@ -72,6 +73,9 @@ def install_config_check() -> None:
     Through vLLM's own table of model-specific configuration hooks (model_executor/models/config.py), which has no
     entry for LongCat-Flash in 0.32 and 0.33 and no public way to add one.
     Remove when: vLLM has a registration function for `VerifyAndUpdateConfig` classes; then use it.
+
+    Raises:
+        RuntimeError: if the table has an entry that is not ours, which would have to be called as well.
     """
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
@@ -80,24 +84,44 @@ def install_config_check() -> None:
         def verify_and_update_config(vllm_config: VllmConfig) -> None:
             check_deployment(vllm_config)
 
-    MODELS_CONFIG_MAP.setdefault(ARCHITECTURE, LongcatFlashForCausalLMConfig)
+    entry = MODELS_CONFIG_MAP.setdefault(ARCHITECTURE, LongcatFlashForCausalLMConfig)
+    if entry.__module__ != __name__:
+        raise RuntimeError(f"{entry.__module__}.{entry.__qualname__} is there already, wanted no entry")
 
 
 def check_deployment(vllm_config: VllmConfig) -> None:
     """Raise for what LongCat-Flash cannot be served with: ValueError, or CheckpointError for a local checkpoint."""
-    from vllm.platforms import current_platform
-
     from longcat_core import checkpoint
 
     require_supported()
     model = vllm_config.model_config
-    if not model.use_mla:
-        raise ValueError("LongCat-Flash is served with MLA only; unset VLLM_MLA_DISABLE")
-    if current_platform.is_cpu() and model.quantization is not None:
-        raise ValueError(
-            f"quantization: {model.quantization!r} is not supported for LongCat-Flash on a CPU; "
-            "give a bfloat16 or float32 checkpoint, and leave --quantization out"
-        )
+    problems = _unsupported(vllm_config)
+    if problems:
+        raise ValueError("LongCat-Flash cannot be served like this:\n  " + "\n  ".join(problems))
     directory = Path(model.model)
     if directory.is_dir() and vllm_config.load_config.load_format != "dummy":
         checkpoint.verify(directory, LongcatConfig.from_hf(model.hf_config))
+
+
+def _unsupported(vllm_config: VllmConfig) -> list[str]:
+    """Options that vLLM would accept for LongCat-Flash and then get wrong, each with what to do."""
+    from vllm.platforms import current_platform
+    from vllm.utils.torch_utils import is_quantized_kv_cache
+
+    model, speculation = vllm_config.model_config, vllm_config.speculative_config
+    problems = []
+    if not model.use_mla:
+        problems.append("it needs MLA, which VLLM_MLA_DISABLE turns off; unset that")
+    if model.quantization is not None:
+        problems.append(
+            f"quantization: {model.quantization!r}, wanted none so far; "
+            "give a bfloat16 or float32 checkpoint, and leave --quantization out"
+        )
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    if current_platform.is_cpu() and is_quantized_kv_cache(cache_dtype):
+        problems.append(f"kv_cache_dtype: {cache_dtype!r}, wanted 'auto' on a CPU; leave --kv-cache-dtype out")
+    if speculation is not None and speculation.method == "mtp":
+        problems.append("speculation with MTP is not there yet; leave --speculative-config out, or use n-grams")
+    if vllm_config.parallel_config.enable_eplb:
+        problems.append("expert load balancing (EPLB) is not there yet; leave --enable-eplb out")
+    return problems

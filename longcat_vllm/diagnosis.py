@@ -18,7 +18,9 @@ def diagnose(checkpoint: Path | None = None) -> list[Finding]:
     """
     version = compat.engine_version()
     supported = compat.SUPPORTED.contains(version, prereleases=True)
-    findings = [Finding("vLLM", str(version), "" if supported else f"wanted {compat.SUPPORTED}; install such a vLLM")]
+    findings = [
+        Finding("vLLM", str(version), "" if supported else f"wanted {compat.SUPPORTED_TEXT}; install such a vLLM")
+    ]
     if not supported:
         return findings
     from vllm.plugins import load_general_plugins
@@ -83,7 +85,7 @@ def _checkpoint(directory: Path) -> Finding:
         checkpoint.verify(directory, config)
     except ValueError as error:
         return Finding("checkpoint", str(directory), str(error))
-    return Finding("checkpoint", f"{directory}: {config.total_parameters / 1e9:.3g} B parameters, complete")
+    return Finding("checkpoint", f"{directory}: {config.total_parameters / 1e6:,.0f} M parameters, complete")
 
 
 def _implementations(directory: Path | None) -> list[Finding]:
@@ -97,7 +99,7 @@ def _implementations(directory: Path | None) -> list[Finding]:
     import torch
 
     from longcat_vllm.attention import LatentAttentionBackend
-    from longcat_vllm.moe import select_cpu_kernel
+    from longcat_vllm.cpu_experts import select_cpu_kernel
 
     backend = f"{LatentAttentionBackend.__module__}.{LatentAttentionBackend.__qualname__}"
     kernels = []

@@ -253,6 +253,10 @@ class LongcatFlashForCausalLM(nn.Module, SupportsPP):
         else:
             self.lm_head = PPMissingLayer()
         self.logits_processor = LogitsProcessor(config.vocab_size)
+        # With dummy weights the first load is an update; with vLLM's filter the other ranks' experts are withheld.
+        self._loads_are_partial = (
+            vllm_config.load_config.load_format == "dummy" or vllm_config.parallel_config.enable_ep_weight_filter
+        )
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
@@ -274,8 +278,8 @@ class LongcatFlashForCausalLM(nn.Module, SupportsPP):
         """Load published tensors; the names of the parameters that were written.
 
         Raises:
-            CheckpointError: listing every tensor that is extra or misshapen. What is missing is found before the
-                engine starts (`compat.check_deployment`), or by vLLM, since updates of a running model are partial.
+            CheckpointError: listing every tensor that is extra or misshapen, and in the first load every missing one;
+                later loads update a running model and may be partial.
         """
         audit = checkpoint.Audit(self.config)
         parameters = dict(self.named_parameters())
@@ -284,7 +288,11 @@ class LongcatFlashForCausalLM(nn.Module, SupportsPP):
             if not audit.accepts(name, tuple(tensor.shape), tensor.dtype) or name.startswith(checkpoint.MTP_PREFIX):
                 continue
             loaded |= self._load(parameters, name, tensor)
-        audit.raise_for_unexpected()
+        if self._loads_are_partial:
+            audit.raise_for_unexpected()
+        else:
+            audit.raise_for_all()
+        self._loads_are_partial = True
         return loaded
 
     def _load(self, parameters: dict[str, Any], name: str, tensor: Tensor) -> set[str]:
@@ -304,17 +312,10 @@ class LongcatFlashForCausalLM(nn.Module, SupportsPP):
         parameter = parameters[target]
         loader = getattr(parameter, "weight_loader", default_weight_loader)
         if shard_index is None:
-            loader(parameter, self._with_scale(name, tensor))
+            loader(parameter, checkpoint.folded(name, tensor, self.config))
         else:
             loader(parameter, tensor, shard_index)
         return {target}
-
-    def _with_scale(self, name: str, tensor: Tensor) -> Tensor:
-        if name.endswith(".q_a_layernorm.weight"):
-            return (tensor.float() * self.config.q_scale).to(tensor.dtype)
-        if name.endswith(".kv_a_layernorm.weight"):
-            return (tensor.float() * self.config.kv_scale).to(tensor.dtype)
-        return tensor
 
 
 _PACKED = {

@@ -8,6 +8,8 @@ from vllm.logger import init_logger
 from vllm.platforms import cpu_platform_plugin
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
+from longcat_vllm.compat import ARCHITECTURE
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.platforms.cpu import CpuPlatform
@@ -24,7 +26,7 @@ class LongcatCpuPlatform(CpuPlatform):
         CPU_MLA kernel asks for it (platforms/cpu.py:235,521 in 0.32). `attention.LatentAttentionBackend` does not.
         """
         model = vllm_config.model_config
-        if model is None or getattr(model.hf_config, "model_type", None) != "longcat_flash":
+        if model is None or ARCHITECTURE not in (model.hf_config.architectures or []):
             super().check_and_update_config(vllm_config)
             return
         scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config

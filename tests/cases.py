@@ -164,6 +164,7 @@ def spellings(config: LongcatConfig) -> dict[str, dict[str, Any]]:
     return {
         "published": raw,
         "with_model_type": {**raw, "model_type": "longcat_flash"},
+        "auto_map": {**raw, "auto_map": {"AutoConfig": "configuration_longcat_flash.LongcatFlashConfig"}},
         "num_hidden_layers_only": _renamed(raw, num_layers="num_hidden_layers"),
         "num_hidden_layers_doubled": {**raw, "num_hidden_layers": 2 * config.num_layers},
         "num_hidden_layers_repeated": {**raw, "num_hidden_layers": config.num_layers},

@@ -206,3 +206,23 @@ def test_an_unreadable_config_file_is_named(tmp_path: Any) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"config\.json: not JSON"):
         checkpoint.read_config(tmp_path)
+
+
+@pytest.mark.parametrize("wrong", ["x", [1], float("nan")], ids=repr)
+@pytest.mark.parametrize("field", sorted(CHAT.keys() - {"architectures"}))
+def test_a_value_of_the_wrong_kind_is_an_error_that_names_the_field(field: str, wrong: Any) -> None:
+    with pytest.raises(ConfigError, match=field):
+        LongcatConfig.from_hf(CHAT | {field: wrong})
+
+
+@pytest.mark.parametrize("wrong", ["x", [1], 5], ids=repr)
+@pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters", "disable_quant_module"])
+def test_a_value_that_should_be_a_collection_is_an_error_that_names_the_field(field: str, wrong: Any) -> None:
+    with pytest.raises(ConfigError, match=field):
+        LongcatConfig.from_hf(CHAT | {field: wrong})
+
+
+@pytest.mark.parametrize("content", [[], "x", None, 3])
+def test_a_config_that_is_no_object_is_refused(content: Any) -> None:
+    with pytest.raises(ConfigError, match="wanted an object"):
+        LongcatConfig.from_hf(content)

@@ -172,14 +172,13 @@ def test_fp8_weights_without_scales_are_all_named(tmp_path: Path) -> None:
 # -- the deployment ----------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="FP8 is for a GPU")
 @pytest.mark.parametrize(
     ("raw", "engine_args"), [(RAW | {"quantization_config": FP8}, {}), (RAW, {"quantization": "fp8"})]
 )
-def test_fp8_on_a_cpu_is_refused(raw: dict[str, Any], engine_args: dict[str, Any], tmp_path: Path) -> None:
+def test_quantisation_is_refused_so_far(raw: dict[str, Any], engine_args: dict[str, Any], tmp_path: Path) -> None:
     tensors = in_fp8(TENSORS, scales=True) if "quantization_config" in raw else TENSORS
     message = refusal(write_checkpoint(tmp_path, CASE.config, tensors, raw), **engine_args)
-    assert "quantization: 'fp8' is not supported for LongCat-Flash on a CPU; give a bfloat16 or float32" in message
+    assert "quantization: 'fp8', wanted none so far; give a bfloat16 or float32 checkpoint" in message
 
 
 def test_attention_without_mla_is_refused(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +186,17 @@ def test_attention_without_mla_is_refused(good: Path, monkeypatch: pytest.Monkey
 
     envs.disable_envs_cache()  # an engine in this process has turned it on
     monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
-    assert "served with MLA only; unset VLLM_MLA_DISABLE" in refusal(good)
+    assert "it needs MLA, which VLLM_MLA_DISABLE turns off; unset that" in refusal(good)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's MLA backends take an FP8 cache")
+def test_an_fp8_cache_on_a_cpu_is_refused(good: Path) -> None:
+    assert "kv_cache_dtype: 'fp8', wanted 'auto' on a CPU" in refusal(good, kv_cache_dtype="fp8")
+
+
+def test_drafts_of_the_mtp_layer_are_refused_so_far(good: Path) -> None:
+    message = refusal(good, speculative_config={"method": "mtp", "num_speculative_tokens": 1})
+    assert "speculation with MTP is not there yet; leave --speculative-config out" in message
 
 
 @pytest.mark.parametrize("version", ["0.26.0", "0.31.2", "0.34.0"])
@@ -196,8 +205,7 @@ def test_an_engine_of_another_version_is_refused_for_longcat_and_for_nothing_els
 ) -> None:
     monkeypatch.setattr("longcat_vllm.compat.engine_version", lambda: Version(version))
     message = refusal(good)
-    assert f"found {version}; install a vLLM in that range" in message
-    assert "on vLLM <0.34,>=0.32" in message
+    assert f"on vLLM 0.32 or 0.33, found {version}; install such a vLLM" in message
     llama = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2)
     llama.architectures = ["LlamaForCausalLM"]
     llama.save_pretrained(tmp_path / "llama")
@@ -249,6 +257,15 @@ def test_extra_and_misshapen_tensors_of_a_loader_are_all_listed(checkpoint_of: C
         f"  misshapen: {EXPERT} is [33, 64], wanted [32, 64]",
         "  extra: model.norm.bias [64]; remove it, or check config.json",
     ]
+
+
+def test_a_tensor_that_the_first_load_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a checkpoint from the hub, which is not there yet when a local one is checked; vLLM misses no expert."""
+    monkeypatch.setattr(checkpoint, "verify", lambda directory, config: None)
+    brought = {name: tensor for name, tensor in TENSORS.items() if name != EXPERT}
+    with pytest.raises(CheckpointError) as refused, serving(write_checkpoint(tmp_path, CASE.config, brought)):
+        pass
+    assert str(refused.value).splitlines()[1:] == [f"  missing: {EXPERT} [32, 64]"]
 
 
 def test_an_update_of_one_layer_of_a_running_model_is_in_the_next_token(

@@ -24,12 +24,12 @@ def test_zero_experts_cost_no_gemm_rows(
     name: str, checkpoint_of: Callable[[Case], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rows that vLLM's kernel is given for a prompt are the slots in which the reference takes FFN experts."""
-    from longcat_vllm import moe as vllm_moe
+    from longcat_vllm import cpu_experts
 
     case, rows = CASES[name], []
 
     def counting(kernel: str) -> Callable[[Tensor, Tensor], Callable[..., Tensor]]:
-        make_ffn = vllm_moe.CPU_KERNELS[kernel].ffn
+        make_ffn = cpu_experts.CPU_KERNELS[kernel].ffn
 
         def make_counting_ffn(w13: Tensor, w2: Tensor) -> Callable[..., Tensor]:
             def ffn(inputs: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
@@ -43,8 +43,8 @@ def test_zero_experts_cost_no_gemm_rows(
     directory = checkpoint_of(case)
     prompt = case.prompts(1, 50)[0]
     with serving(directory) as engine:
-        for kernel, implementation in vllm_moe.CPU_KERNELS.items():
-            monkeypatch.setitem(vllm_moe.CPU_KERNELS, kernel, implementation._replace(ffn=counting(kernel)))
+        for kernel, implementation in cpu_experts.CPU_KERNELS.items():
+            monkeypatch.setitem(cpu_experts.CPU_KERNELS, kernel, implementation._replace(ffn=counting(kernel)))
         engine.greedy([prompt], 1)
     assert sum(rows) == sum(ffn_slots(directory, prompt))
 
@@ -78,7 +78,7 @@ def layers(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Routing]:
 
 def assert_kernel_is_reference(kernel: str, ranks: int, layer: tuple[Tensor, Tensor, Tensor, Routing]) -> None:
     """Against `longcat_core.experts.moe` in fp64: the sum of the shares of ranks that have the experts between them."""
-    from longcat_vllm.moe import CPU_KERNELS
+    from longcat_vllm.cpu_experts import CPU_KERNELS
 
     x, w13, w2, routing = layer
     pack = CPU_KERNELS[kernel].pack
@@ -103,7 +103,7 @@ def assert_kernel_is_reference(kernel: str, ranks: int, layer: tuple[Tensor, Ten
 def test_every_cpu_kernel_is_the_reference(
     kernel: str, ranks: int, layer: tuple[Tensor, Tensor, Tensor, Routing]
 ) -> None:
-    from longcat_vllm.moe import select_cpu_kernel
+    from longcat_vllm.cpu_experts import select_cpu_kernel
 
     dtype = torch.bfloat16 if kernel == "bf16_dot" else torch.float32
     if kernel == "bf16_dot" and select_cpu_kernel(32, 32, dtype) != kernel:
