@@ -54,16 +54,17 @@ def routed_experts(
     """
     if expert_map is not None:
         ids = torch.where(ids >= 0, expert_map[ids.clamp(min=0)], -1)
-    rows = compact(ids, weights)
-    num_tokens, num_rows = ids.shape[0], rows.tokens.numel()
-    if num_rows == 0:
+    kept = ids >= 0
+    if not kept.any():
         return torch.zeros_like(hidden_states)
-    # A single token, or no zero expert at all: each row of the kernel may be a token with all its experts.
-    if num_tokens == 1 or num_rows == ids.numel():
-        return ffn(hidden_states, rows.experts.view(num_tokens, -1), rows.weights.view(num_tokens, -1))
+    if kept.all():
+        return ffn(hidden_states, ids, weights)
+    if ids.shape[0] == 1:  # what this token has needs no gathering
+        return ffn(hidden_states, ids[:, kept[0]], weights[:, kept[0]])
+    rows = compact(ids, weights)
     inputs = hidden_states.index_select(0, rows.tokens)
     outputs = ffn(inputs, rows.experts.unsqueeze(1), rows.weights.unsqueeze(1))
-    return combine(outputs, rows.tokens, num_tokens)
+    return combine(outputs, rows.tokens, ids.shape[0])
 
 
 def compact(ids: Tensor, weights: Tensor) -> Rows:

@@ -261,7 +261,7 @@ def hang_up_before_the_answer(server: Server, request: dict[str, Any]) -> None:
 def test_the_request_of_a_client_that_goes_away_is_aborted(
     hang_up: Callable[[Server, dict[str, Any]], None], server: Server, truth: LongcatFlashForCausalLM
 ) -> None:
-    answers, length = 8, MAX_MODEL_LEN - len(PROMPT)
+    answers, length = 64, MAX_MODEL_LEN - len(PROMPT)  # so much that a slow hang-up still comes early
     before = server.metric("vllm:generation_tokens_total")
     hang_up(server, REQUEST | {"prompt": [PROMPT] * answers, "max_tokens": length})
     wait_until(lambda: server.metric("vllm:num_requests_running") == 0)
