@@ -194,3 +194,20 @@ if __name__ == "__main__":
 """
     outcome = python(script, VLLM_PLUGINS="", VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR")
     assert "topk_softmax" in outcome
+
+
+def test_vllms_own_longcat_still_loads_a_checkpoint_that_lacks_an_expert(tmp_path: Path) -> None:
+    """The README says so; with the plugin it is refused (`test_bad_checkpoints.py`)."""
+    case = CASES["latent_512_rope_64"]
+    tensors = case.published()
+    del tensors["model.layers.0.mlp.experts.3.up_proj.weight"]
+    directory = write_checkpoint(tmp_path, case.config, tensors)
+    script = f"""
+if __name__ == "__main__":
+    from vllm import LLM
+    LLM({str(directory)!r}, dtype="float32", enforce_eager=True, max_model_len=128, skip_tokenizer_init=True,
+        kv_cache_memory_bytes=1 << 24)
+    print("loaded")
+"""
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+    assert python(script, VLLM_PLUGINS="", **environment) == "loaded"
