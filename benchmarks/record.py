@@ -39,19 +39,21 @@ def environment() -> dict[str, Any]:
     return {"date": datetime.now(UTC).date().isoformat(), "device": f"{device}, {threads}", "versions": versions}
 
 
-def paired_ratio(
+def paired_times(
     base: Callable[[], object], ours: Callable[[], object], pairs: int, seconds: float
-) -> tuple[float, float, float]:
-    """Median seconds of a call of each, and the median ratio base / ours of runs that lie side by side.
+) -> list[tuple[float, float]]:
+    """Seconds of a call of each, in runs of about `seconds` that lie side by side, so that a pair sees one machine."""
+    base_calls, our_calls = (max(1, round(seconds / _time(function, 1))) for function in (base, ours))
+    return [(_time(base, base_calls), _time(ours, our_calls)) for _ in range(pairs)]
 
-    Each run of a pair lasts about `seconds`, so that the pair sees the same machine.
-    """
-    times: list[tuple[float, float]] = []
-    calls = [max(1, round(seconds / _time(function, 1))) for function in (base, ours) if _time(function, 1) > 0]
-    for _ in range(pairs):
-        times.append((_time(base, calls[0]), _time(ours, calls[1])))
-    ratio = statistics.median(b / o for b, o in times)
-    return statistics.median(b for b, _ in times), statistics.median(o for _, o in times), ratio
+
+def medians(times: list[tuple[float, float]]) -> tuple[float, float, float]:
+    """Seconds of the base, seconds of ours, and the ratio base / ours of a pair."""
+    return (
+        statistics.median(base for base, _ in times),
+        statistics.median(ours for _, ours in times),
+        statistics.median(base / ours for base, ours in times),
+    )
 
 
 def _time(function: Callable[[], object], calls: int) -> float:
