@@ -95,7 +95,7 @@ def completion(server: Server, **changes: Any) -> dict[str, Any]:
     return server.http.post(COMPLETIONS, json=REQUEST | changes).raise_for_status().json()["choices"][0]
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not after {seconds} s"
