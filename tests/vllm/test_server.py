@@ -10,6 +10,7 @@ from contextlib import closing
 from functools import cache
 from http.client import HTTPConnection
 from pathlib import Path
+from threading import Barrier
 from typing import Any, NamedTuple
 
 import pytest
@@ -278,8 +279,14 @@ def test_64_requests_at_once_on_a_cache_for_a_few_have_the_oracles_tokens(
     needed = sum(len(prompt) + NEW_TOKENS for prompt in prompts)
     assert needed > 3 * CACHE_TOKENS
     before = server.metric("vllm:num_preemptions_total")
+    together = Barrier(64)
+
+    def answer(prompt: list[int]) -> list[int]:
+        together.wait(30)
+        return completion(server, prompt=prompt)["token_ids"]
+
     with ThreadPoolExecutor(64) as clients:
-        answers = list(clients.map(lambda prompt: completion(server, prompt=prompt)["token_ids"], prompts))
+        answers = list(clients.map(answer, prompts))
     assert server.metric("vllm:num_preemptions_total") > before
     truths = [continuation(truth, tuple(prompt)) for prompt in prompts]
     compared = sum(map(assert_greedy_equal, answers, truths))
