@@ -18,6 +18,8 @@ import httpx
 VLLM = Path(sys.executable).with_name("vllm")
 START_TIMEOUT_S = 300
 STOP_TIMEOUT_S = 20
+ONE_REQUEST_A_CONNECTION = httpx.Limits(max_keepalive_connections=0)
+"""uvicorn closes an idle connection after 5 s, and a request sent over it in that moment is lost."""
 LOG_TAIL = 120
 """Lines: vLLM's processes report a failure one after the other, the one that knows its cause first."""
 
@@ -59,7 +61,8 @@ def serving(directory: Path, log: Path, *arguments: str) -> Iterator[Server]:
     """
     port = _free_port()
     # Proxies of the environment are for other hosts than this one.
-    http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False)
+    url = f"http://127.0.0.1:{port}"
+    http = httpx.Client(base_url=url, timeout=60, trust_env=False, limits=ONE_REQUEST_A_CONNECTION)
     with started(directory, log, "--host", "127.0.0.1", "--port", str(port), *arguments) as process, http:
         server = Server(process, http, log)
         _wait_until_ready(server)
