@@ -35,3 +35,9 @@ def _engine_is_gone() -> Iterator[None]:
     from vllm.distributed import cleanup_dist_env_and_memory
 
     cleanup_dist_env_and_memory()
+
+
+@pytest.fixture
+def two_ranks_on_few_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM binds each rank to cores of its own, and refuses when there are not enough."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")

@@ -40,12 +40,6 @@ def directory(checkpoint_of: Callable[[Case], Path]) -> Path:
     return checkpoint_of(CASE)
 
 
-@pytest.fixture
-def two_ranks_on_few_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM binds each rank to cores of its own, and refuses when there are not enough."""
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-
-
 def test_prompts_in_chunks_of_16_tokens(directory: Path) -> None:
     with serving(directory, max_num_batched_tokens=16, enable_prefix_caching=False) as engine:
         scheduler = engine.llm.llm_engine.vllm_config.scheduler_config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 from longcat_core import experts, rotary
 from longcat_core.routing import Routing, route
 from tests.cases import CASES, Case
+from tests.oracle import assert_greedy_equal, greedy, oracle
+from tests.vllm.engine import serving
 from tests.vllm.test_moe import assert_kernel_is_reference
 from tests.vllm.test_parity import assert_parity
 
@@ -83,6 +86,19 @@ def test_parity_fails_when_the_model_is_broken(
     break_it(monkeypatch)
     with pytest.raises(AssertionError, match=r"relative_error|token \d+ is"):
         assert_parity(CASES["default"], checkpoint_of(CASES["default"]))
+
+
+@pytest.mark.usefixtures("two_ranks_on_few_cores")
+def test_expert_parallel_parity_fails_when_the_expert_map_is_broken(checkpoint_of: Callable[[Case], Path]) -> None:
+    case = CASES["default"]
+    prompt = case.prompts(1, 40)[0]
+    truth = greedy(oracle(case.config, case.published()), prompt, 8)
+    broken = "tests.vllm.broken_expert_map.BrokenExpertMap"
+    ranks: dict[str, Any] = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
+    with serving(checkpoint_of(case), **ranks, worker_extension_cls=broken) as engine:
+        tokens = engine.greedy([prompt], 8)[0]
+    with pytest.raises(AssertionError, match=r"token \d+ is"):
+        assert_greedy_equal(tokens, truth)
 
 
 def test_the_kernel_test_fails_when_the_expert_map_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
