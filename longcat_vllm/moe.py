@@ -124,13 +124,13 @@ class ZeroExpertAwareExperts(RoutedExperts):
             return CompactedRowsMethod(moe_config)
         method = super()._get_quant_method(prefix, quant_config, moe_config)
         kernel = method.experts_cls.__name__
-        if kernel not in _SKIP_ZERO_EXPERTS:
+        if kernel not in SKIP_ZERO_EXPERTS:
             raise ValueError(
                 f"{prefix}: MoE kernel {kernel} is not known to skip zero experts, "
-                f"wanted one of {', '.join(_SKIP_ZERO_EXPERTS)}; give --moe-backend triton"
+                f"wanted one of {', '.join(SKIP_ZERO_EXPERTS)}; give --moe-backend triton"
             )
         return method
 
 
-_SKIP_ZERO_EXPERTS = ("TritonExperts", "FlashInferExperts")
+SKIP_ZERO_EXPERTS = ("TritonExperts", "FlashInferExperts")
 """vLLM's experts that were read to skip ids of -1: by the expert map, and by the range of a rank's experts."""

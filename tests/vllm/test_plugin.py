@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.cases import CASES, write_checkpoint
+from longcat_core.config import LongcatConfig
+from tests.cases import CASES, DEFAULT, write_checkpoint
 from tests.vllm.engine import serving
 
 
@@ -211,3 +212,11 @@ if __name__ == "__main__":
 """
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
     assert python(script, VLLM_PLUGINS="", **environment) == "loaded"
+
+
+@pytest.mark.parametrize("config", [None, DEFAULT])
+def test_doctor_asks_vllm_which_implementations_it_would_choose(config: LongcatConfig | None) -> None:
+    """What doctor prints on a GPU, asked here of vLLM's CPU platform."""
+    from longcat_vllm.diagnosis import engine_choice
+
+    assert engine_choice(config, torch.bfloat16) == ("CPU_MLA", "CPUUnquantizedExperts")
