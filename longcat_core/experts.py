@@ -85,20 +85,23 @@ def combine(outputs: Tensor, tokens: Tensor, num_tokens: int) -> Tensor:
 
 
 def grouped_ffn(w13: Tensor, w2: Tensor) -> ExpertFFN:
-    """SwiGLU experts as one dense product an expert, over rows sorted by expert.
+    """SwiGLU experts as one dense product an expert. w13: [E, 2 I, H], gate above up; w2: [E, H, I]."""
 
-    w13: [E, 2 I, H], gate above up; w2: [E, H, I].
-    """
+    def apply(expert: int, rows: Tensor) -> Tensor:
+        gate, up = F.linear(rows, w13[expert]).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, w2[expert])
+
+    return ffn_by_expert(w13.shape[0], apply)
+
+
+def ffn_by_expert(num_experts: int, apply: Callable[[int, Tensor], Tensor]) -> ExpertFFN:
+    """Rows sorted by expert, so that `apply(expert, rows)` computes each expert in one go: [R, H] -> [R, H]."""
 
     def ffn(rows: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        inputs = rows.repeat_interleave(experts.shape[1], dim=0)
         order = experts.flatten().argsort(stable=True)
-        counts = torch.bincount(experts.flatten(), minlength=w13.shape[0]).tolist()
-        parts = []
-        for expert, part in enumerate(inputs[order].split(counts)):
-            if part.shape[0]:
-                gate, up = F.linear(part, w13[expert]).chunk(2, dim=-1)
-                parts.append(F.linear(F.silu(gate) * up, w2[expert]))
+        inputs = rows[order // experts.shape[1]]
+        counts = torch.bincount(experts.flatten(), minlength=num_experts).tolist()
+        parts = [apply(expert, part) for expert, part in enumerate(inputs.split(counts)) if part.shape[0]]
         outputs = torch.cat(parts)[order.argsort()].unflatten(0, experts.shape)
         return (outputs.float() * weights.unsqueeze(-1)).sum(dim=1).to(rows.dtype)
 
