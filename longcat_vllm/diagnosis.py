@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longcat_core.config import LongcatConfig
-from longcat_core.diagnosis import Finding
+from longcat_core.diagnosis import Finding, version_of
 from longcat_vllm import compat
 
 if TYPE_CHECKING:
@@ -20,12 +20,8 @@ def diagnose(checkpoint: Path | None = None) -> list[Finding]:
 
     Loads vLLM's plugins in this process, as any vLLM process does.
     """
-    version = compat.engine_version()
-    supported = compat.SUPPORTED.contains(version, prereleases=True)
-    findings = [
-        Finding("vLLM", str(version), "" if supported else f"wanted {compat.SUPPORTED_TEXT}; install such a vLLM")
-    ]
-    if not supported:
+    findings = [version_of(compat.VLLM)]
+    if findings[0].problem:
         return findings
     from vllm.plugins import load_general_plugins
 
@@ -56,8 +52,8 @@ def _hooks() -> list[Finding]:
 def _unhooked(name: str, module: str) -> str:
     if module.startswith("longcat_vllm"):
         return ""
-    if name in compat.hook_failures:
-        return f"the hook failed: {compat.hook_failures[name]}"
+    if name in compat.VLLM.failures:
+        return f"the hook failed: {compat.VLLM.failures[name]}"
     plugins = os.environ.get("VLLM_PLUGINS")
     if plugins is not None and "longcat" not in plugins.split(","):
         return f"VLLM_PLUGINS={plugins!r} leaves the plugin out; unset it or add 'longcat'"

@@ -37,10 +37,10 @@ from vllm.v1.attention.backend import AttentionBackend
 
 from longcat_core import checkpoint, rotary
 from longcat_core.config import LongcatConfig
-from longcat_vllm.compat import require_supported
+from longcat_vllm.compat import VLLM
 from longcat_vllm.moe import LongcatMoE
 
-require_supported()
+VLLM.require_supported()
 
 
 class LongcatAttention(nn.Module):

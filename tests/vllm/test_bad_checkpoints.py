@@ -16,6 +16,7 @@ from transformers import LlamaConfig
 
 from longcat_core import checkpoint
 from longcat_core.checkpoint import CheckpointError
+from longcat_vllm.compat import VLLM
 from tests.cases import CASES, Case, write_checkpoint
 from tests.oracle import assert_greedy_equal, greedy, oracle
 from tests.vllm.engine import serving
@@ -203,7 +204,7 @@ def test_drafts_of_the_mtp_layer_are_refused_so_far(good: Path) -> None:
 def test_an_engine_of_another_version_is_refused_for_longcat_and_for_nothing_else(
     version: str, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("longcat_vllm.compat.engine_version", lambda: Version(version))
+    monkeypatch.setattr(VLLM, "version", lambda: Version(version))
     message = refusal(good)
     assert f"on vLLM 0.32 or 0.33, found {version}; install such a vLLM" in message
     llama = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2)
@@ -216,7 +217,7 @@ def test_an_engine_of_another_version_is_refused_for_longcat_and_for_nothing_els
 def test_an_engine_of_a_supported_version_is_not_refused(
     version: str, good: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("longcat_vllm.compat.engine_version", lambda: Version(version))
+    monkeypatch.setattr(VLLM, "version", lambda: Version(version))
     configure(good)
 
 

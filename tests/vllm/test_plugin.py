@@ -51,7 +51,7 @@ def test_register_twice_is_harmless() -> None:
 
     register()
     register()
-    assert compat.hook_failures == {}
+    assert compat.VLLM.failures == {}
 
 
 def test_register_loads_no_model_code() -> None:
@@ -102,7 +102,7 @@ def test_a_hook_that_fails_is_an_error_for_longcat_and_for_nothing_else(
         raise ImportError("no such table")
 
     monkeypatch.setattr(compat, "install_config_check", broken)
-    monkeypatch.setattr(compat, "hook_failures", {})
+    monkeypatch.setattr(compat.VLLM, "failures", {})
     longcat_vllm.register()
     longcat_vllm.register()
     assert caplog.text.count("could not hook its checkpoint check") == 1

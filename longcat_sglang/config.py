@@ -1,0 +1,42 @@
+"""The configuration object that SGLang passes around: its own, read by `longcat_core.config`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt import configs
+
+from longcat_core.config import LongcatConfig
+from longcat_sglang.compat import ARCHITECTURE, SGLANG
+
+
+class LongcatFlashConfig(configs.LongcatFlashConfig):
+    """Reads every published spelling, and refuses what is no LongCat-Flash or what this SGLang cannot serve."""
+
+    longcat: LongcatConfig
+    """The model as published. SGLang pads sizes of its own fields to whatever its CPU kernels divide by
+    (configs/update_config.py), so the model is built from this."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        architectures = config_dict.get("architectures") or [ARCHITECTURE]
+        if architectures[0] != ARCHITECTURE:  # Flash-Lite has the same model_type
+            return configs.LongcatFlashConfig.from_dict(config_dict, **kwargs)
+        SGLANG.require_supported()
+        longcat = LongcatConfig.from_hf(config_dict)
+        result = super().from_dict(_sglang_spelling(config_dict, longcat), **kwargs)
+        config = result[0] if isinstance(result, tuple) else result
+        config.longcat = longcat
+        return result
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = super().to_dict()
+        fields.pop("longcat", None)
+        return fields
+
+
+def _sglang_spelling(raw: dict[str, Any], longcat: LongcatConfig) -> dict[str, Any]:
+    """In SGLang's class `num_hidden_layers` is the number of decoder layers, which transformers saves doubled."""
+    dropped = {"num_hidden_layers", "intermediate_size", "moe_intermediate_size", "rope_parameters", "head_dim"}
+    kept = {key: value for key, value in raw.items() if key not in dropped}
+    return {**kept, **longcat.to_hf(), "rope_scaling": None, "model_type": "longcat_flash"}

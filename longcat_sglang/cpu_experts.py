@@ -1,0 +1,41 @@
+"""FFN experts on a CPU: core's packed experts over rows of FFN experts only."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
+from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
+from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
+from torch import nn
+
+from longcat_core.experts import ExpertFFN, grouped_ffn, routed_experts
+from longcat_core.kernels import packed_experts
+
+logger = logging.getLogger(__name__)
+
+
+class CompactedRowsMethod(UnquantizedFusedMoEMethod):
+    """Unquantised experts on a CPU, over rows of local FFN experts only.
+
+    SGLang's path without `sgl_kernel` (moe/fused_moe_native.py) indexes with ids, so it cannot take -1.
+    """
+
+    ffn: ExpertFFN
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        kernel = select_cpu_kernel(layer.w13_weight.dtype)
+        self.ffn = CPU_KERNELS[kernel](layer.w13_weight.data, layer.w2_weight.data)
+
+    def apply(self, layer: nn.Module, dispatch_output: StandardDispatchOutput) -> StandardCombineInput:
+        weights, ids, _ = dispatch_output.topk_output
+        return StandardCombineInput(routed_experts(dispatch_output.hidden_states, ids, weights, self.ffn))
+
+
+def select_cpu_kernel(dtype: torch.dtype) -> str:
+    """The quickest kernel on this CPU: `packed` or, for any dtype, `torch`."""
+    return "packed" if packed_experts.is_supported(dtype) else "torch"
+
+
+CPU_KERNELS = {"packed": packed_experts.packed_ffn, "torch": grouped_ffn}

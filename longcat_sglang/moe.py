@@ -1,0 +1,100 @@
+"""LongCat's router and experts against SGLang's FusedMoE: zero experts are dropped before any kernel sees them."""
+
+from __future__ import annotations
+
+import torch
+from sglang.srt.distributed import tensor_model_parallel_all_reduce
+from sglang.srt.layers.linear import ReplicatedLinear
+from sglang.srt.layers.moe.ep_moe.layer import get_moe_impl_class
+from sglang.srt.layers.moe.topk import StandardTopKOutput
+from sglang.srt.layers.moe.utils import get_moe_a2a_backend
+from sglang.srt.layers.quantization.base_config import QuantizationConfig
+from sglang.srt.runtime_context import get_parallel
+from sglang.srt.utils import add_prefix, get_device, is_cpu
+from torch import Tensor, nn
+
+from longcat_core.config import LongcatConfig
+from longcat_core.experts import add_identity
+from longcat_core.routing import route
+
+
+class LongcatMoE(nn.Module):
+    """Router, FFN experts and zero experts of one layer."""
+
+    def __init__(
+        self, config: LongcatConfig, layer_id: int, quant_config: QuantizationConfig | None, prefix: str
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.router = LongcatRouter(config, prefix=add_prefix("router", prefix))
+        self.experts = get_moe_impl_class(quant_config)(
+            num_experts=config.n_routed_experts,
+            top_k=config.moe_topk,
+            layer_id=layer_id,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.expert_ffn_hidden_size,
+            quant_config=quant_config,
+            inplace=False,  # the dense branch reads the same input
+            prefix=add_prefix("experts", prefix),
+            **_cpu_method(),
+        )
+        _skip_zero_experts(self.experts, config)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[T, H] -> [T, H], reduced over ranks; the identity term is added after the reduction, so once."""
+        logits = self.router(hidden_states)
+        routing = route(
+            logits,
+            self.router.e_score_correction_bias,
+            n_routed_experts=self.config.n_routed_experts,
+            top_k=self.config.moe_topk,
+            routed_scaling_factor=self.config.routed_scaling_factor,
+        )
+        routed = self.experts(hidden_states, StandardTopKOutput(routing.weights, routing.ids, logits))
+        if get_parallel().tp_size > 1 and get_moe_a2a_backend().is_none():
+            routed = tensor_model_parallel_all_reduce(routed)
+        return add_identity(routed, hidden_states, routing.identity)
+
+
+class LongcatRouter(nn.Module):
+    def __init__(self, config: LongcatConfig, prefix: str) -> None:
+        super().__init__()
+        self.classifier = ReplicatedLinear(
+            config.hidden_size,
+            config.num_experts,
+            bias=False,
+            params_dtype=torch.float32,
+            prefix=add_prefix("classifier", prefix),
+        )
+        bias = torch.zeros(config.num_experts, dtype=torch.float32)
+        self.e_score_correction_bias = nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """fp32 logits [T, FFN experts + zero experts]."""
+        logits, _ = self.classifier(hidden_states.float())
+        return logits
+
+
+def _cpu_method() -> dict[str, object]:
+    if not is_cpu():
+        return {}
+    from longcat_sglang.cpu_experts import CompactedRowsMethod
+
+    return {"quant_method": CompactedRowsMethod()}
+
+
+def _skip_zero_experts(experts: nn.Module, config: LongcatConfig) -> None:
+    """Have SGLang's FusedMoE skip ids of -1 also where it would not look for any.
+
+    Its Triton runner filters ids only where a rank does not hold all experts: to the runner, the zero experts are
+    experts that no rank holds (moe_runner/triton.py, `filter_expert`). Its dispatcher looks ids up in a table of the
+    FFN experts, where -1 is the last entry: one more entry makes that -1 again (token_dispatcher/standard.py).
+    """
+    experts.moe_runner_config.num_experts = config.num_experts
+    parallel = get_parallel()
+    if parallel.moe_ep_size > 1 and get_moe_a2a_backend().is_none():
+        local = config.n_routed_experts // parallel.moe_ep_size
+        table = torch.full((config.n_routed_experts + 1,), -1, dtype=torch.int32, device=get_device())
+        first = parallel.moe_ep_rank * local
+        table[first : first + local] = torch.arange(local, dtype=torch.int32)
+        experts.dispatcher.local_expert_mapping = table
