@@ -9,7 +9,6 @@ from __future__ import annotations
 from itertools import accumulate
 from typing import Any
 
-
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
@@ -75,5 +74,3 @@ def split_kv_b(weight: Tensor, heads: int, nope: int) -> tuple[Tensor, Tensor]:
     """`kv_b_proj` [heads (nope + v), latent] as two views: [heads, nope, latent] and [heads, v, latent]."""
     parts = weight.unflatten(0, (heads, -1))
     return parts[:, :nope], parts[:, nope:]
-
-

@@ -120,8 +120,9 @@ def _unsupported(server_args: Any, settings: Any, hf_config: Any) -> list[str]:
     if settings.device == "cpu":
         wanted = (None, "auto", CPU_ATTENTION)
         for option in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
-            if getattr(server_args, option) not in wanted:
-                problems.append(f"{option}: {getattr(server_args, option)!r} on a CPU; leave --{option.replace('_', '-')} out")
+            given = getattr(server_args, option)
+            if given not in wanted:
+                problems.append(f"{option}: {given!r}, wanted our own on a CPU; leave --{option.replace('_', '-')} out")
         if settings.kv_cache_dtype.startswith("fp"):
             problems.append(f"kv_cache_dtype: {settings.kv_cache_dtype!r}, wanted 'auto' on a CPU")
         if settings.enable_torch_compile:
@@ -132,7 +133,9 @@ def _unsupported(server_args: Any, settings: Any, hf_config: Any) -> list[str]:
             f"wanted one of {', '.join(SKIP_ZERO_EXPERTS)}"
         )
     if settings.pp_size > 1:
-        problems.append(f"pp_size: {settings.pp_size}, wanted 1; SGLang's layer boundaries have no pipeline for LongCat")
+        problems.append(
+            f"pp_size: {settings.pp_size}, wanted 1; SGLang's layer boundaries have no pipeline for LongCat"
+        )
     if longcat.num_attention_heads % settings.tp_size:
         problems.append(f"tp_size: {settings.tp_size}, wanted a divisor of the {longcat.num_attention_heads} heads")
     if longcat.n_routed_experts % settings.ep_size:

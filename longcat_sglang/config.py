@@ -13,9 +13,14 @@ from longcat_sglang.compat import ARCHITECTURE, SGLANG
 class LongcatFlashConfig(configs.LongcatFlashConfig):
     """Reads every published spelling, and refuses what is no LongCat-Flash or what this SGLang cannot serve."""
 
-    longcat: LongcatConfig
-    """The model as published. SGLang pads sizes of its own fields to whatever its CPU kernels divide by
-    (configs/update_config.py), so the model is built from this."""
+    def __init__(self, **fields: Any) -> None:  # transformers replaces an inherited one by a dataclass's
+        super().__init__(**fields)
+
+    @property
+    def longcat(self) -> LongcatConfig:
+        """The model as published. SGLang pads sizes of its own fields to whatever its CPU kernels divide by
+        (configs/update_config.py), so the model is built from this."""
+        return self._longcat
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -26,12 +31,12 @@ class LongcatFlashConfig(configs.LongcatFlashConfig):
         longcat = LongcatConfig.from_hf(config_dict)
         result = super().from_dict(_sglang_spelling(config_dict, longcat), **kwargs)
         config = result[0] if isinstance(result, tuple) else result
-        config.longcat = longcat
+        config._longcat = longcat
         return result
 
     def to_dict(self) -> dict[str, Any]:
         fields = super().to_dict()
-        fields.pop("longcat", None)
+        fields.pop("_longcat", None)
         return fields
 
 

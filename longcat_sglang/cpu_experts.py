@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import logging
+from typing import Any
 
 import torch
 from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
 from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
-from torch import nn
 
 from longcat_core.experts import ExpertFFN, grouped_ffn, routed_experts
 from longcat_core.kernels import packed_experts
-
-logger = logging.getLogger(__name__)
 
 
 class CompactedRowsMethod(UnquantizedFusedMoEMethod):
@@ -24,11 +21,13 @@ class CompactedRowsMethod(UnquantizedFusedMoEMethod):
 
     ffn: ExpertFFN
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         kernel = select_cpu_kernel(layer.w13_weight.dtype)
         self.ffn = CPU_KERNELS[kernel](layer.w13_weight.data, layer.w2_weight.data)
+        if kernel == "packed":  # which has copies
+            layer.w13_weight.data, layer.w2_weight.data = layer.w13_weight.new_empty(0), layer.w2_weight.new_empty(0)
 
-    def apply(self, layer: nn.Module, dispatch_output: StandardDispatchOutput) -> StandardCombineInput:
+    def apply(self, layer: Any, dispatch_output: StandardDispatchOutput) -> StandardCombineInput:
         weights, ids, _ = dispatch_output.topk_output
         return StandardCombineInput(routed_experts(dispatch_output.hidden_states, ids, weights, self.ffn))
 

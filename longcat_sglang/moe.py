@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from sglang.srt.distributed import tensor_model_parallel_all_reduce
 from sglang.srt.layers.linear import ReplicatedLinear
@@ -83,7 +85,7 @@ def _cpu_method() -> dict[str, object]:
     return {"quant_method": CompactedRowsMethod()}
 
 
-def _skip_zero_experts(experts: nn.Module, config: LongcatConfig) -> None:
+def _skip_zero_experts(experts: Any, config: LongcatConfig) -> None:
     """Have SGLang's FusedMoE skip ids of -1 also where it would not look for any.
 
     Its Triton runner filters ids only where a rank does not hold all experts: to the runner, the zero experts are

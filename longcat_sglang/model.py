@@ -1,0 +1,347 @@
+"""LongCat-Flash for SGLang: the decoder layer with its shortcut-connected MoE, and loading of published checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from sglang.srt.eplb.expert_distribution import get_global_expert_distribution_recorder
+from sglang.srt.eplb.expert_location import ModelConfigForExpertLocation
+from sglang.srt.layers.activation import SiluAndMul
+from sglang.srt.layers.dp_attention import is_dp_attention_enabled
+from sglang.srt.layers.layer_boundary import declare_attn, declare_ffn, make_stages
+from sglang.srt.layers.layer_boundary.residual import batch as residual_batch
+from sglang.srt.layers.layernorm import RMSNorm
+from sglang.srt.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+from sglang.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
+from sglang.srt.layers.quantization.base_config import QuantizationConfig
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.model_loader.weight_utils import default_weight_loader
+from sglang.srt.models.deepseek_v2 import DeepseekV2AttentionMLA
+from sglang.srt.runtime_context import get_parallel, get_stream
+from sglang.srt.utils import BumpAllocator, add_prefix, bind_or_assign, is_cpu
+from torch import Tensor, nn
+
+from longcat_core import checkpoint, rotary
+from longcat_core.config import LongcatConfig
+from longcat_sglang.compat import SGLANG
+from longcat_sglang.config import LongcatFlashConfig
+from longcat_sglang.moe import LongcatMoE
+
+SGLANG.require_supported()
+
+
+class LongcatAttention(DeepseekV2AttentionMLA):
+    """MLA. Both MLA scales are folded into the norms' weights when these are loaded.
+
+    SGLang's layer for DeepSeek's MLA, which knows its CUDA backends; on a CPU only its parameters are used.
+    """
+
+    def __init__(
+        self,
+        hf_config: LongcatFlashConfig,
+        layer_id: int,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+        alt_stream: torch.cuda.Stream | None,
+    ) -> None:
+        config = hf_config.longcat
+        super().__init__(
+            config=hf_config,
+            hidden_size=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            qk_nope_head_dim=config.qk_nope_head_dim,
+            qk_rope_head_dim=config.qk_rope_head_dim,
+            v_head_dim=config.v_head_dim,
+            q_lora_rank=config.q_lora_rank,
+            kv_lora_rank=config.kv_lora_rank,
+            rope_theta=config.rope.theta,
+            rope_scaling=config.to_hf().get("rope_scaling"),
+            max_position_embeddings=config.max_position_embeddings,
+            quant_config=quant_config,
+            reduce_results=False,  # the layer boundary does, with the norm
+            layer_id=layer_id,
+            prefix=prefix,
+            alt_stream=alt_stream,
+            skip_rope=is_cpu(),
+        )
+        self.w_kc: Tensor
+        self.w_vc: Tensor
+        for norm in (self.q_a_layernorm, self.kv_a_layernorm):
+            norm.variance_epsilon = config.mla_norm_eps
+        self.scaling = self.attn_mqa.scaling = self.attn_mha.scaling = config.softmax_scale
+
+    def forward(
+        self,
+        positions: Tensor,
+        hidden_states: Tensor,
+        forward_batch: ForwardBatch,
+        zero_allocator: BumpAllocator,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> Tensor:
+        """hidden_states: [T, H]; cos and sin: fp32 [T, 1, rope / 2]. Returns [T, H], a part of the sum over ranks."""
+        if not is_cpu():
+            return super().forward(positions, hidden_states, forward_batch, zero_allocator)
+        qkv_a = self.prepare_qkv_latent(hidden_states, forward_batch)
+        q_a, latent, k_rope = qkv_a.split([self.q_lora_rank, self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        query = self.q_b_proj_forward(self.q_a_layernorm(q_a))
+        q_nope, q_rope = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        query = torch.cat((q_nope, rotary.rotate_interleaved(q_rope, cos, sin)), dim=-1)
+        k_rope = rotary.rotate_interleaved(k_rope.unsqueeze(1), cos, sin)
+        latent = self.kv_a_layernorm(latent).unsqueeze(1)
+        keys = torch.cat((latent, k_rope), dim=-1)
+        w_uk, w_uv = self.w_kc, self.w_vc.transpose(1, 2)
+        attended = self.attn_mqa(query, keys, latent, forward_batch, w_uk=w_uk, w_uv=w_uv)
+        output, _ = self.o_proj(attended)
+        return output
+
+    def process_weights_after_loading(self) -> None:
+        """Take `kv_b_proj` apart into w_kc [heads, nope, latent] and w_vc [heads, latent, v], in SGLang's strides."""
+        parts = self.kv_b_proj.weight.unflatten(0, (self.num_local_heads, -1))
+        w_kc, w_vc = parts.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
+        self.w_kc = bind_or_assign(self.w_kc, w_kc.transpose(1, 2).contiguous().transpose(1, 2))
+        self.w_vc = bind_or_assign(self.w_vc, w_vc.contiguous().transpose(1, 2))
+
+
+class LongcatFFN(nn.Module):
+    """Dense SwiGLU."""
+
+    def __init__(self, hidden: int, intermediate: int, quant_config: QuantizationConfig | None, prefix: str) -> None:
+        super().__init__()
+        self.gate_up_proj = MergedColumnParallelLinear(
+            hidden,
+            [intermediate] * 2,
+            bias=False,
+            quant_config=quant_config,
+            prefix=add_prefix("gate_up_proj", prefix),
+        )
+        self.act_fn = SiluAndMul()
+        self.down_proj = RowParallelLinear(
+            intermediate, hidden, bias=False, quant_config=quant_config, prefix=add_prefix("down_proj", prefix)
+        )
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        gate_up, _ = self.gate_up_proj(hidden_states)
+        output, _ = self.down_proj(self.act_fn(gate_up))
+        return output
+
+
+class LongcatDecoderLayer(nn.Module):
+    """Two attentions, two dense FFNs, and one MoE that reads after the first attention and is added at the end.
+
+    Residuals, norms and what moves between ranks are SGLang's layer boundaries, chained as in its own LongCat.
+    """
+
+    def __init__(
+        self,
+        hf_config: LongcatFlashConfig,
+        layer_id: int,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+        alt_stream: torch.cuda.Stream | None,
+    ) -> None:
+        super().__init__()
+        config = hf_config.longcat
+        attention_quant = None if "self_attn" in config.disable_quant_module else quant_config
+        ffn_quant = None if "mlps" in config.disable_quant_module else quant_config
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = nn.ModuleList(
+            LongcatAttention(
+                hf_config, 2 * layer_id + i, attention_quant, add_prefix(f"self_attn.{i}", prefix), alt_stream
+            )
+            for i in range(2)
+        )
+        self.mlps = nn.ModuleList(
+            LongcatFFN(hidden, config.ffn_hidden_size, ffn_quant, add_prefix(f"mlps.{i}", prefix)) for i in range(2)
+        )
+        self.input_layernorm = nn.ModuleList(RMSNorm(hidden, eps=eps) for _ in range(2))
+        self.post_attention_layernorm = nn.ModuleList(RMSNorm(hidden, eps=eps) for _ in range(2))
+        self.mlp = LongcatMoE(config, layer_id, quant_config, add_prefix("mlp", prefix))
+        latents = [{"qkv_latent_func": attention.prepare_qkv_latent} for attention in self.self_attn]
+        self._attention, self._moe = make_stages(
+            (declare_attn(), self.input_layernorm[0], latents[0]),
+            (declare_ffn(sparse=True, next_sparse=True), self.post_attention_layernorm[0]),
+            previous=declare_ffn(sparse=True, next_sparse=True) if layer_id else None,
+            terminal=layer_id == config.num_layers - 1,
+        )
+        self._first_ffn, self._second_attention, self._second_ffn = make_stages(
+            (declare_ffn(), self.post_attention_layernorm[0]),
+            (declare_attn(), self.input_layernorm[1], latents[1]),
+            (declare_ffn(), self.post_attention_layernorm[1]),
+            prepared_from=self._moe.declaration,
+        )
+
+    def forward(self, hidden_states: Tensor, forward_batch: ForwardBatch, attention_inputs: dict[str, Any]) -> Tensor:
+        hidden_states = self._attention.prepare(hidden_states, forward_batch)
+        if hidden_states.shape[0]:
+            hidden_states = self.self_attn[0](hidden_states=hidden_states, **attention_inputs)
+        hidden_states = self._attention.finish(hidden_states, forward_batch)
+        hidden_states = self._moe.prepare(hidden_states, forward_batch)
+        shortcut = self._moe.branch_output(self.mlp(hidden_states), forward_batch)
+
+        hidden_states = self._first_ffn.branch_input(self._moe, hidden_states, forward_batch)
+        with self._first_ffn.exit(forward_batch) as ffn:
+            hidden_states = self.mlps[0](hidden_states)
+        hidden_states = ffn.finish(hidden_states)
+
+        hidden_states = self._second_attention.prepare(hidden_states, forward_batch)
+        if hidden_states.shape[0]:
+            hidden_states = self.self_attn[1](hidden_states=hidden_states, **attention_inputs)
+        hidden_states = self._second_attention.finish(hidden_states, forward_batch)
+        hidden_states = self._second_ffn.prepare(hidden_states, forward_batch)
+        with self._second_ffn.exit(forward_batch) as ffn:
+            hidden_states = self.mlps[1](hidden_states)
+        hidden_states = ffn.finish(hidden_states)
+        return self._moe.merge_branch(shortcut, hidden_states, self._second_ffn, forward_batch)
+
+
+class LongcatModel(nn.Module):
+    def __init__(self, hf_config: LongcatFlashConfig, quant_config: QuantizationConfig | None, prefix: str) -> None:
+        super().__init__()
+        self.config = config = hf_config.longcat
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, use_attn_tp_group=is_dp_attention_enabled()
+        )
+        alt_stream = get_stream("alt")
+        self.layers = nn.ModuleList(
+            LongcatDecoderLayer(hf_config, n, quant_config, add_prefix(f"layers.{n}", prefix), alt_stream)
+            for n in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.inverse_frequencies: Tensor
+        self.register_buffer("inverse_frequencies", rotary.inverse_frequencies(config), persistent=False)
+        self.attention_factor = rotary.attention_factor(config.rope)
+
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, forward_batch: ForwardBatch, input_embeds: Tensor | None = None
+    ) -> Tensor:
+        hidden_states = self.embed_tokens(input_ids) if input_embeds is None else input_embeds
+        cos, sin = rotary.cos_sin(positions.unsqueeze(-1), self.inverse_frequencies, self.attention_factor)
+        zeros = BumpAllocator(2 * len(self.layers), dtype=torch.float32, device=hidden_states.device)
+        attention_inputs = {
+            "positions": positions,
+            "forward_batch": forward_batch,
+            "cos": cos,
+            "sin": sin,
+            "zero_allocator": zeros,
+        }
+        residual_batch.start(forward_batch)
+        for n, layer in enumerate(self.layers):
+            with get_global_expert_distribution_recorder().with_current_layer(n):
+                hidden_states = layer(hidden_states, forward_batch, attention_inputs)
+        return residual_batch.norm(hidden_states, forward_batch, self.norm, skip_empty=True)
+
+
+class LongcatFlashForCausalLM(nn.Module):
+    packed_modules_mapping = {  # noqa: RUF012
+        "gate_up_proj": ["gate_proj", "up_proj"],
+        "fused_qkv_a_proj_with_mqa": ["q_a_proj", "kv_a_proj_with_mqa"],
+    }
+
+    def __init__(
+        self, config: LongcatFlashConfig, quant_config: QuantizationConfig | None = None, prefix: str = ""
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.quant_config = quant_config
+        self.model = LongcatModel(config, quant_config, add_prefix("model", prefix))
+        longcat = config.longcat
+        self.lm_head = (
+            self.model.embed_tokens
+            if longcat.tie_word_embeddings
+            else ParallelLMHead(
+                longcat.vocab_size,
+                longcat.hidden_size,
+                quant_config=quant_config,
+                prefix=add_prefix("lm_head", prefix),
+                use_attn_tp_group=get_parallel().enable_dp_lm_head,
+            )
+        )
+        self.logits_processor = LogitsProcessor(config)
+        self._loads_are_partial = False
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    @torch.no_grad()
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, forward_batch: ForwardBatch, input_embeds: Tensor | None = None
+    ) -> LogitsProcessorOutput:
+        hidden_states = self.model(input_ids, positions, forward_batch, input_embeds)
+        return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Load published tensors.
+
+        Raises:
+            CheckpointError: listing every tensor that is extra or misshapen, and in the first load every missing one;
+                later loads update a running model and may be partial.
+        """
+        audit = checkpoint.Audit(self.config.longcat)
+        parameters = dict(self.named_parameters())
+        for name, tensor in weights:
+            if not audit.accepts(name, tuple(tensor.shape), tensor.dtype) or name.startswith(checkpoint.MTP_PREFIX):
+                continue
+            self._load(parameters, name, tensor)
+        if self._loads_are_partial:
+            audit.raise_for_unexpected()
+        else:
+            audit.raise_for_all()
+        self._loads_are_partial = True
+        self.post_load_weights()
+
+    def post_load_weights(self) -> None:
+        """What follows from the weights; SGLang calls it where it fills them without `load_weights`."""
+        for module in self.modules():
+            if isinstance(module, LongcatAttention):
+                module.process_weights_after_loading()
+        self._loads_are_partial = True
+
+    def _load(self, parameters: dict[str, Any], name: str, tensor: Tensor) -> None:
+        expert = checkpoint.expert_of(name)
+        if expert is not None:
+            target, shard = _expert_parameter(name)
+            parameter = parameters[target]
+            parameter.weight_loader(parameter, tensor, target, shard_id=shard, expert_id=expert)
+            return
+        target, shard_index = _packed_parameter(name)
+        parameter = parameters[target]
+        loader = getattr(parameter, "weight_loader", default_weight_loader)
+        if shard_index is None:
+            loader(parameter, checkpoint.folded(name, tensor, self.config.longcat))
+        elif "fused_qkv_a_proj_with_mqa" in target:  # replicated, so its loader knows no parts
+            rows = self.config.longcat.q_lora_rank
+            parameter.data[slice(rows, None) if shard_index else slice(rows)].copy_(tensor)
+        else:
+            loader(parameter, tensor, shard_index)
+
+    @classmethod
+    def get_model_config_for_expert_location(cls, config: LongcatFlashConfig) -> ModelConfigForExpertLocation:
+        longcat: LongcatConfig = config.longcat
+        return ModelConfigForExpertLocation(num_layers=longcat.num_layers, num_logical_experts=longcat.n_routed_experts)
+
+
+_PACKED = {
+    ".q_a_proj.": (".fused_qkv_a_proj_with_mqa.", 0),
+    ".kv_a_proj_with_mqa.": (".fused_qkv_a_proj_with_mqa.", 1),
+    ".gate_proj.": (".gate_up_proj.", 0),
+    ".up_proj.": (".gate_up_proj.", 1),
+}
+
+
+def _packed_parameter(name: str) -> tuple[str, int | None]:
+    """The parameter that a published tensor goes to, and which part of it."""
+    for part, (packed, shard) in _PACKED.items():
+        if part in name:
+            return name.replace(part, packed), shard
+    return name, None
+
+
+def _expert_parameter(name: str) -> tuple[str, str]:
+    """`....mlp.experts.7.up_proj.weight` -> (`....mlp.experts.w13_weight`, "w3")."""
+    experts, part, suffix = name.rsplit(".", 2)
+    stacked, shard = {"gate_proj": ("w13", "w1"), "up_proj": ("w13", "w3"), "down_proj": ("w2", "w2")}[part]
+    return f"{experts.rsplit('.', 1)[0]}.{stacked}_{suffix}", shard

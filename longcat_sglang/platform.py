@@ -1,0 +1,58 @@
+"""What a CPU needs: SGLang's own CPU platform, and what it takes for granted beside it, where that is not there."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+
+def prepare_cpu() -> None:
+    """Let SGLang start on a machine without accelerator and without `sgl_kernel`. Harmless when called again.
+
+    Nothing is done where there is an accelerator, or where `sgl_kernel` is installed, which is never shadowed. Where
+    neither is there, SGLang cannot serve any model, so nothing that works is changed.
+    """
+    if _has_accelerator():
+        return
+    # Without it SGLang takes no device for a CPU (srt/platforms, srt/utils/common.py `is_cpu`).
+    os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
+    if importlib.util.find_spec("sgl_kernel") is None:
+        from longcat_sglang import sgl_kernel_cpu
+
+        sys.modules["sgl_kernel"] = sgl_kernel_cpu
+    _define_torchvision_operators()
+
+
+def _has_accelerator() -> bool:
+    return torch.cuda.is_available() or torch.xpu.is_available() or hasattr(torch, "npu")
+
+
+def _define_torchvision_operators() -> None:
+    """torchvision's CUDA build cannot load its operators beside a CPU build of torch, and then fails to be imported,
+    which SGLang does whatever it serves (configs/utils.py). LongCat needs the names, and none of the operators."""
+    global _torchvision
+    if _torchvision is None and not _torchvision_loads_its_operators():
+        _torchvision = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            _torchvision.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def _torchvision_loads_its_operators() -> bool:
+    """As torchvision does it; True also where there is no torchvision, as nothing is to be done then."""
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        return True
+    for extension in Path(spec.origin).parent.glob("_C*.so"):
+        try:
+            torch.ops.load_library(extension)
+            return True
+        except OSError:
+            continue
+    return False
+
+
+_torchvision: torch.library.Library | None = None
