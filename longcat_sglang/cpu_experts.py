@@ -10,7 +10,7 @@ from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutp
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 
 from longcat_core.experts import ExpertFFN, grouped_ffn, routed_experts
-from longcat_core.kernels import packed_experts
+from longcat_core.kernels.packed_experts import PackedExperts, is_supported
 
 
 class CompactedRowsMethod(UnquantizedFusedMoEMethod):
@@ -24,8 +24,13 @@ class CompactedRowsMethod(UnquantizedFusedMoEMethod):
     def process_weights_after_loading(self, layer: Any) -> None:
         kernel = select_cpu_kernel(layer.w13_weight.dtype)
         self.ffn = CPU_KERNELS[kernel](layer.w13_weight.data, layer.w2_weight.data)
-        if kernel == "packed":  # which has copies
+        if isinstance(self.ffn, PackedExperts):  # which has copies
             layer.w13_weight.data, layer.w2_weight.data = layer.w13_weight.new_empty(0), layer.w2_weight.new_empty(0)
+
+    def restore_weights_before_loading(self, layer: Any) -> None:
+        """Undo `process_weights_after_loading`, for an update of a running model."""
+        if isinstance(self.ffn, PackedExperts):
+            layer.w13_weight.data, layer.w2_weight.data = self.ffn.unpack()
 
     def apply(self, layer: Any, dispatch_output: StandardDispatchOutput) -> StandardCombineInput:
         weights, ids, _ = dispatch_output.topk_output
@@ -34,7 +39,7 @@ class CompactedRowsMethod(UnquantizedFusedMoEMethod):
 
 def select_cpu_kernel(dtype: torch.dtype) -> str:
     """The quickest kernel on this CPU: `packed` or, for any dtype, `torch`."""
-    return "packed" if packed_experts.is_supported(dtype) else "torch"
+    return "packed" if is_supported(dtype) else "torch"
 
 
-CPU_KERNELS = {"packed": packed_experts.packed_ffn, "torch": grouped_ffn}
+CPU_KERNELS = {"packed": PackedExperts, "torch": grouped_ffn}

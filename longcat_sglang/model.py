@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from longcat_core.config import LongcatConfig
 from longcat_sglang.compat import SGLANG
 from longcat_sglang.config import LongcatFlashConfig
 from longcat_sglang.moe import LongcatMoE
+from longcat_sglang.platform import bind_rank_to_its_cores
 
 SGLANG.require_supported()
 
@@ -245,6 +247,8 @@ class LongcatFlashForCausalLM(nn.Module):
         self, config: LongcatFlashConfig, quant_config: QuantizationConfig | None = None, prefix: str = ""
     ) -> None:
         super().__init__()
+        if is_cpu():
+            bind_rank_to_its_cores()
         self.config = config
         self.quant_config = quant_config
         self.model = LongcatModel(config, quant_config, add_prefix("model", prefix))
@@ -281,17 +285,29 @@ class LongcatFlashForCausalLM(nn.Module):
                 later loads update a running model and may be partial.
         """
         audit = checkpoint.Audit(self.config.longcat)
-        parameters = dict(self.named_parameters())
-        for name, tensor in weights:
-            if not audit.accepts(name, tuple(tensor.shape), tensor.dtype) or name.startswith(checkpoint.MTP_PREFIX):
-                continue
-            self._load(parameters, name, tensor)
-        if self._loads_are_partial:
+        is_update = self._loads_are_partial
+        with self._experts_as_loaded(is_update and is_cpu()):
+            parameters = dict(self.named_parameters())
+            for name, tensor in weights:
+                if audit.accepts(name, tuple(tensor.shape), tensor.dtype) and not name.startswith(
+                    checkpoint.MTP_PREFIX
+                ):
+                    self._load(parameters, name, tensor)
+        if is_update:
             audit.raise_for_unexpected()
         else:
             audit.raise_for_all()
-        self._loads_are_partial = True
         self.post_load_weights()
+
+    @contextmanager
+    def _experts_as_loaded(self, are_packed: bool) -> Iterator[None]:
+        """SGLang processes weights once, after the first load: an update has to undo it and do it again."""
+        experts = [module.experts for module in self.modules() if isinstance(module, LongcatMoE) and are_packed]
+        for layer in experts:
+            layer.quant_method.restore_weights_before_loading(layer)
+        yield
+        for layer in experts:
+            layer.quant_method.process_weights_after_loading(layer)
 
     def post_load_weights(self) -> None:
         """What follows from the weights; SGLang calls it where it fills them without `load_weights`."""

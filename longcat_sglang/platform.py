@@ -27,6 +27,33 @@ def prepare_cpu() -> None:
     _define_torchvision_operators()
 
 
+def bind_rank_to_its_cores() -> None:
+    """Keep this rank's threads on the cores that SGLang has found for it (`SGLANG_CPU_OMP_THREADS_BIND`).
+
+    SGLang leaves that to `sgl_kernel`. Without it every rank has a thread for every core, and ranks that wait for each
+    other take the cores from each other.
+    """
+    from sglang.srt.runtime_context import get_device, get_parallel
+    from sglang.srt.utils.numa_utils import init_threads_binding
+
+    parallel = get_parallel()
+    ranks = parallel.tp_size * (1 if parallel.enable_dp_attention else parallel.dp_size)
+    if ranks == 1:
+        return
+    cores = read_cores(init_threads_binding(numa_index=get_device().gpu_id, world_size=ranks))
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(len(cores))
+
+
+def read_cores(text: str) -> set[int]:
+    """`0-3,8` -> {0, 1, 2, 3, 8}."""
+    cores: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        cores |= set(range(int(first), int(last or first) + 1))
+    return cores
+
+
 def _has_accelerator() -> bool:
     return torch.cuda.is_available() or torch.xpu.is_available() or hasattr(torch, "npu")
 

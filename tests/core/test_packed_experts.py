@@ -40,7 +40,8 @@ def test_packed_experts_are_the_reference(
     ids = torch.randint(-1, experts, (tokens, top_k), generator=generator, dtype=torch.int32)
     weights = torch.rand(tokens, top_k, generator=generator)
     truth = routed_experts(x.double(), ids, weights.double(), grouped_ffn(w13.double(), w2.double()))
-    ffn = packed_experts.packed_ffn(w13.clone(), w2.clone())
-    ours = routed_experts(x, ids, weights, ffn)
+    packed = packed_experts.PackedExperts(w13.clone(), w2.clone())
+    ours = routed_experts(x, ids, weights, packed)
     assert ours.dtype == dtype
     assert relative_error(ours, truth) < ROUNDING[dtype]
+    assert all(map(torch.equal, packed.unpack(), (w13, w2)))

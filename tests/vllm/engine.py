@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from longcat_core.config import LongcatConfig
+
+# Engines in this process take 2 s each; one of processes of its own takes 20.
+OURS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
+os.environ.update(OURS)
+
+NAME, PACKAGE = "vLLM", "longcat_vllm"
+Break = Callable[[pytest.MonkeyPatch], None]
+
 
 class Engine:
-    def __init__(self, directory: Path, **engine_args: Any) -> None:
-        from vllm import LLM
-
-        defaults: dict[str, Any] = {
-            "dtype": "float32",
-            "enforce_eager": True,
-            "max_model_len": 256,
-            "kv_cache_memory_bytes": 32 << 20,
-            "skip_tokenizer_init": True,
-            "max_logprobs": -1,
-            "disable_log_stats": False,
-        }
-        self.llm = LLM(str(directory), **(defaults | engine_args))
+    def __init__(self, llm: Any) -> None:
+        self.llm = llm
 
     def greedy(self, prompts: Sequence[list[int]], new_tokens: int) -> list[list[int]]:
         return [list(output.outputs[0].token_ids) for output in self.outputs(prompts, new_tokens)]
@@ -41,25 +42,100 @@ class Engine:
         rows = [[position[token].logprob for token in range(vocab_size)] for position in output.prompt_logprobs[1:]]
         return torch.tensor(rows)
 
-    def metric(self, name: str) -> float:
-        """The sum of a counter over its labels."""
-        return sum(metric.value for metric in self.llm.get_metrics() if metric.name == name)
+    def largest_chunk(self) -> int:
+        """Tokens of a step, at most."""
+        scheduler = self.llm.llm_engine.vllm_config.scheduler_config
+        assert scheduler.enable_chunked_prefill
+        return scheduler.max_num_batched_tokens
+
+    @property
+    def cached_tokens(self) -> float:
+        """Prompt tokens that were found in the prefix cache so far."""
+        return self._metric("vllm:prefix_cache_hits")
+
+    @property
+    def preemptions(self) -> float:
+        """Requests that lost their place in the cache so far."""
+        return self._metric("vllm:num_preemptions")
+
+    def update(self, tensors: dict[str, Tensor]) -> None:
+        """Load these into the running model."""
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors.items()})
 
     @property
     def model(self) -> torch.nn.Module:
         """The model itself, where the engine runs in this process."""
         return self.llm.llm_engine.model_executor.driver_worker.get_model()
 
+    def _metric(self, name: str) -> float:
+        return sum(metric.value for metric in self.llm.get_metrics() if metric.name == name)
+
 
 @contextmanager
-def serving(directory: Path, **engine_args: Any) -> Iterator[Engine]:
-    """An engine that is gone afterwards."""
+def serving(
+    directory: Path,
+    *,
+    dtype: str = "float32",
+    chunk: int | None = None,
+    prefix_caching: bool = True,
+    block_size: int | None = None,
+    cache_tokens: int | None = None,
+    max_running: int | None = None,
+    tensor_parallel: int = 1,
+    expert_parallel: bool = False,
+    broken: Break | None = None,
+    **engine_args: Any,
+) -> Iterator[Engine]:
+    """An engine that is gone afterwards. `chunk`: tokens of a prompt at once; `broken`: what to do to it first."""
+    from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    engine = Engine(directory, **engine_args)
-    try:
-        yield engine
-    finally:
-        engine.llm.llm_engine.engine_core.shutdown()
-        del engine
-        cleanup_dist_env_and_memory()
+    options: dict[str, Any] = {
+        "model": str(directory),
+        "dtype": dtype,
+        "max_num_batched_tokens": chunk,
+        "enable_prefix_caching": prefix_caching,
+        "block_size": block_size,
+        "num_gpu_blocks_override": cache_tokens and cache_tokens // (block_size or 16),
+        "max_num_seqs": max_running,
+        "tensor_parallel_size": tensor_parallel,
+        "enable_expert_parallel": expert_parallel,
+        "max_model_len": min(256, cache_tokens or 256),
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": 32 << 20,
+        "skip_tokenizer_init": True,
+        "max_logprobs": -1,
+        "disable_log_stats": False,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        if (
+            tensor_parallel > 1 or "pipeline_parallel_size" in engine_args
+        ):  # vLLM binds each rank to cores of its own, and refuses when there are not enough
+            patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        if broken is not None:
+            broken(patch)
+        llm = None
+        try:
+            llm = LLM(**{name: value for name, value in (options | engine_args).items() if value is not None})
+            yield Engine(llm)
+        finally:
+            if llm is not None:
+                llm.llm_engine.engine_core.shutdown()
+            del llm
+            cleanup_dist_env_and_memory()
+
+
+def configure(directory: Path, **engine_args: Any) -> LongcatConfig | None:
+    """What `vllm serve` does before it starts any process: the model as read, None if it is not LongCat."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    with pytest.MonkeyPatch.context() as patch:  # so as not to wait two seconds to read a bad config again
+        patch.setattr("vllm.transformers_utils.repo_utils.time", SimpleNamespace(sleep=lambda seconds: None))
+        config = EngineArgs(str(directory), skip_tokenizer_init=True, **engine_args).create_engine_config()
+    model = config.model_config
+    if model.architecture != "LongcatFlashForCausalLM":
+        return None
+    longcat = LongcatConfig.from_hf(model.hf_config)
+    assert model.get_total_num_hidden_layers() == longcat.num_layers
+    assert model.get_head_size() == longcat.latent_dim
+    return longcat

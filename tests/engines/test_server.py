@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from openai import DefaultHttpxClient, OpenAI
+from tests.vllm.server import ONE_REQUEST_A_CONNECTION, Server, processes_of, serving
 from transformers import AutoTokenizer, LongcatFlashForCausalLM
 
 from longcat_cli.make_checkpoint import make_checkpoint
 from longcat_core import checkpoint
 from tests.cases import CASES
 from tests.oracle import Greedy, assert_greedy_equal, greedy, oracle
-from tests.vllm.server import ONE_REQUEST_A_CONNECTION, Server, processes_of, serving
 
 CASE = CASES["default"]
 MODEL = "longcat"

@@ -1,4 +1,4 @@
-"""vLLM's tokens and logits are transformers', whatever the shape of the model and the spelling of its config."""
+"""An engine's tokens and logits are transformers', whatever the shape of the model and the spelling of its config."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from longcat_core.config import LongcatConfig
 from tests.cases import CASES, DEFAULT, Case, in_dtype, spellings, write_checkpoint
+from tests.harness import engine
 from tests.oracle import assert_greedy_equal, greedy, oracle, oracle_logits, relative_error, typical_error
-from tests.vllm.engine import serving
 
 LENGTHS = (1, 7, 33)
 
@@ -28,9 +28,9 @@ def assert_parity(case: Case, directory: Path, **engine_args: object) -> None:
     """Logits within 1e-4 relative of the oracle's, and its greedy tokens, in fp32."""
     truth = oracle(case.config, case.published())
     prompts = prompts_of(case)
-    with serving(directory, **engine_args) as engine:
-        tokens = engine.greedy(prompts, 12)
-        ours = engine.log_softmax(prompts[-1], case.config.vocab_size)
+    with engine.serving(directory, **engine_args) as served:
+        tokens = served.greedy(prompts, 12)
+        ours = served.log_softmax(prompts[-1], case.config.vocab_size)
     theirs = oracle_logits(truth, torch.tensor([prompts[-1]]))[0, :-1].log_softmax(dim=-1)
     assert relative_error(ours, theirs) < 1e-4
     for prompt, continuation in zip(prompts, tokens, strict=True):
@@ -43,16 +43,10 @@ def test_tokens_and_logits_are_transformers(name: str, checkpoint_of: Callable[[
 
 
 @pytest.mark.parametrize("spelling", spellings(DEFAULT))
-def test_vllm_reads_the_same_model_from_every_spelling_of_the_config(spelling: str, tmp_path: Path) -> None:
-    from vllm.engine.arg_utils import EngineArgs
-
+def test_the_same_model_is_read_from_every_spelling_of_the_config(spelling: str, tmp_path: Path) -> None:
     case = CASES["default"]
     directory = write_checkpoint(tmp_path, case.config, case.published(), spellings(case.config)[spelling])
-    model = EngineArgs(str(directory), skip_tokenizer_init=True).create_engine_config().model_config
-    assert LongcatConfig.from_hf(model.hf_config) == case.config
-    assert model.get_total_num_hidden_layers() == case.config.num_layers
-    assert model.get_head_size() == case.config.latent_dim
-    assert model.use_mla
+    assert engine.configure(directory) == case.config
 
 
 @pytest.mark.parametrize("spelling", ["num_hidden_layers_only", "transformers_names"])
@@ -61,8 +55,8 @@ def test_the_spellings_furthest_apart_give_the_same_tokens(spelling: str, tmp_pa
     directory = write_checkpoint(tmp_path, case.config, case.published(), spellings(case.config)[spelling])
     truth = oracle(case.config, case.published())
     prompt = case.prompts(1, 20)[0]
-    with serving(directory) as engine:
-        (tokens,) = engine.greedy([prompt], 8)
+    with engine.serving(directory) as served:
+        (tokens,) = served.greedy([prompt], 8)
     assert_greedy_equal(tokens, greedy(truth, prompt, 8))
 
 
@@ -109,8 +103,8 @@ def test_bf16_is_no_further_off_than_twice_transformers_own(name: str, tmp_path:
         oracle_logits(oracle(case.config, rounded, dtype), ids)[0, :-1].log_softmax(dim=-1)
         for dtype in (torch.float32, torch.bfloat16)
     )
-    with serving(directory, dtype="bfloat16") as engine:
-        ours = engine.log_softmax(prompt, case.config.vocab_size)
+    with engine.serving(directory, dtype="bfloat16") as served:
+        ours = served.log_softmax(prompt, case.config.vocab_size)
     assert typical_error(ours, exact) <= 2 * typical_error(theirs, exact)
 
 
@@ -122,8 +116,8 @@ def test_an_mla_scale_that_is_off_is_left_out(scale: str, tmp_path: Path) -> Non
     case = Case(replace(DEFAULT, **{scale: False}))
     directory = write_checkpoint(tmp_path, case.config, case.published())
     prompt = case.prompts(1, 20)[0]
-    with serving(directory) as engine:
-        ours = engine.log_softmax(prompt, case.config.vocab_size)
+    with engine.serving(directory) as served:
+        ours = served.log_softmax(prompt, case.config.vocab_size)
     with torch.no_grad():
         logits, _, _ = LongcatForCausalLM.from_checkpoint(directory)(torch.tensor([prompt]))
     assert relative_error(ours, logits[0, :-1].log_softmax(dim=-1)) < 1e-4

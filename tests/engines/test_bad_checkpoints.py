@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,12 +14,10 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from longcat_core import checkpoint
-from longcat_core.checkpoint import CheckpointError
-from longcat_vllm.compat import VLLM
 from tests.cases import CASES, Case, write_checkpoint
+from tests.harness import engine
 from tests.oracle import assert_greedy_equal, greedy, oracle
-from tests.vllm.engine import serving
-from tests.vllm.server import processes_of, started
+from tests.server import processes_of, started
 
 CASE = CASES["default"]
 RAW = CASE.config.to_hf()
@@ -34,19 +31,10 @@ FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "we
 NORM, HEAD, EXPERT = "model.norm.weight", "lm_head.weight", "model.layers.1.mlp.experts.3.up_proj.weight"
 
 
-def configure(directory: Path, **engine_args: Any) -> Any:
-    """What `vllm serve` does before it starts any process; without waiting two seconds to read a bad config again."""
-    from vllm.engine.arg_utils import EngineArgs
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vllm.transformers_utils.repo_utils.time", SimpleNamespace(sleep=lambda seconds: None))
-        return EngineArgs(str(directory), skip_tokenizer_init=True, **engine_args).create_engine_config()
-
-
 def refusal(directory: Path, **engine_args: Any) -> str:
-    """The message; vLLM wraps what is raised within its configuration classes."""
+    """The message; an engine may wrap what is raised within its configuration classes."""
     with pytest.raises((ValueError, RuntimeError)) as refused:
-        configure(directory, **engine_args)
+        engine.configure(directory, **engine_args)
     return str(refused.value)
 
 
@@ -75,7 +63,7 @@ def with_config(directory: Path, raw: dict[str, Any]) -> Path:
 
 
 def test_a_good_checkpoint_is_not_refused(good: Path) -> None:
-    assert configure(good).model_config.architecture == "LongcatFlashForCausalLM"
+    assert engine.configure(good) == CASE.config
 
 
 @pytest.mark.parametrize("field", NEEDED)
@@ -135,7 +123,7 @@ def shards(good: Path) -> list[Path]:
     checkpoint.save(TENSORS, good, max_shard_size=300_000)
     found = sorted(good.glob("*.safetensors"))
     assert len(found) > 2
-    configure(good)
+    engine.configure(good)
     return found
 
 
@@ -159,7 +147,7 @@ def test_missing_shards_are_named(good: Path, shards: list[Path]) -> None:
 def test_a_directory_without_safetensors_is_refused_unless_the_weights_are_to_be_random(good: Path) -> None:
     (good / "model.safetensors").unlink()
     assert f"{good}: no *.safetensors" in refusal(good)
-    configure(good, load_format="dummy")
+    engine.configure(good, load_format="dummy")
 
 
 def test_fp8_weights_without_scales_are_all_named(tmp_path: Path) -> None:
@@ -182,91 +170,55 @@ def test_quantisation_is_refused_so_far(raw: dict[str, Any], engine_args: dict[s
     assert "quantization: 'fp8', wanted none so far; give a bfloat16 or float32 checkpoint" in message
 
 
-def test_attention_without_mla_is_refused(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm import envs
-
-    envs.disable_envs_cache()  # an engine in this process has turned it on
-    monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
-    assert "it needs MLA, which VLLM_MLA_DISABLE turns off; unset that" in refusal(good)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's MLA backends take an FP8 cache")
-def test_an_fp8_cache_on_a_cpu_is_refused(good: Path) -> None:
-    assert "kv_cache_dtype: 'fp8', wanted 'auto' on a CPU" in refusal(good, kv_cache_dtype="fp8")
-
-
-def test_drafts_of_the_mtp_layer_are_refused_so_far(good: Path) -> None:
-    message = refusal(good, speculative_config={"method": "mtp", "num_speculative_tokens": 1})
-    assert "speculation with MTP is not there yet; leave --speculative-config out" in message
-
-
-@pytest.mark.parametrize("version", ["0.26.0", "0.31.2", "0.34.0"])
+@pytest.mark.parametrize("version", engine.UNSUPPORTED)
 def test_an_engine_of_another_version_is_refused_for_longcat_and_for_nothing_else(
     version: str, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(VLLM, "version", lambda: Version(version))
+    monkeypatch.setattr(engine.RECORD, "version", lambda: Version(version))
     message = refusal(good)
-    assert f"on vLLM 0.32 or 0.33, found {version}; install such a vLLM" in message
+    wanted = f"on {engine.NAME} {engine.RECORD.supported_text}, found {version}; install such a {engine.NAME}"
+    assert wanted in message
     llama = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2)
     llama.architectures = ["LlamaForCausalLM"]
     llama.save_pretrained(tmp_path / "llama")
-    assert configure(tmp_path / "llama").model_config.architecture == "LlamaForCausalLM"
+    assert engine.configure(tmp_path / "llama") is None
 
 
-@pytest.mark.parametrize("version", ["0.32.0+cpu", "0.32.1", "0.33.0rc1"])
+@pytest.mark.parametrize("version", engine.SUPPORTED)
 def test_an_engine_of_a_supported_version_is_not_refused(
     version: str, good: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(VLLM, "version", lambda: Version(version))
-    configure(good)
+    monkeypatch.setattr(engine.RECORD, "version", lambda: Version(version))
+    engine.configure(good)
 
 
 # -- the real command --------------------------------------------------------------------------------
 
 
-def failed_serve(directory: Path) -> str:
-    """The output of a `vllm serve` that ends by itself, with an error and without having started an engine."""
+def failed_server(directory: Path) -> str:
+    """The output of the stock command that ends by itself, with an error and without having started an engine."""
     log = directory.with_name("server.log")
-    with started(directory, log, "--enforce-eager", "--kv-cache-memory-bytes", str(1 << 20)) as process:
-        assert process.wait(60) > 0
+    with started(engine.command(directory), log) as process:
+        assert process.wait(60) != 0
         assert processes_of(process) == []
     output = log.read_text()
-    assert "EngineCore" not in output
+    assert engine.STARTED not in output
     return output
 
 
-def test_vllm_serve_ends_with_every_bad_tensor_named_and_no_engine_started(tmp_path: Path) -> None:
+def test_the_server_ends_with_every_bad_tensor_named_and_no_engine_started(tmp_path: Path) -> None:
     tensors = {name: tensor for name, tensor in TENSORS.items() if name != HEAD} | {NORM: torch.zeros(65)}
-    output = failed_serve(write_checkpoint(tmp_path / "checkpoint", CASE.config, tensors))
+    output = failed_server(write_checkpoint(tmp_path / "checkpoint", CASE.config, tensors))
     assert f"missing: {HEAD} [320, 64]" in output
     assert f"misshapen: {NORM} is [65], wanted [64]" in output
 
 
-def test_vllm_serve_ends_with_a_bad_option_named_and_no_engine_started(good: Path) -> None:
-    output = failed_serve(with_config(good, RAW | {"zero_expert_type": "drop"}))
+def test_the_server_ends_with_a_bad_option_named_and_no_engine_started(good: Path) -> None:
+    output = failed_server(with_config(good, RAW | {"zero_expert_type": "drop"}))
     assert "zero_expert_type: 'drop', wanted 'identity'" in output
 
 
 # -- weights that come from a loader -----------------------------------------------------------------
-
-
-def test_extra_and_misshapen_tensors_of_a_loader_are_all_listed(checkpoint_of: Callable[[Case], Path]) -> None:
-    brought = {EXPERT: torch.zeros(33, 64), NORM: TENSORS[NORM], "model.norm.bias": torch.zeros(64)}
-    with serving(checkpoint_of(CASE)) as engine, pytest.raises(CheckpointError) as refused:
-        engine.model.load_weights(brought.items())
-    assert str(refused.value).splitlines()[1:] == [
-        f"  misshapen: {EXPERT} is [33, 64], wanted [32, 64]",
-        "  extra: model.norm.bias [64]; remove it, or check config.json",
-    ]
-
-
-def test_a_tensor_that_the_first_load_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As for a checkpoint from the hub, which is not there yet when a local one is checked; vLLM misses no expert."""
-    monkeypatch.setattr(checkpoint, "verify", lambda directory, config: None)
-    brought = {name: tensor for name, tensor in TENSORS.items() if name != EXPERT}
-    with pytest.raises(CheckpointError) as refused, serving(write_checkpoint(tmp_path, CASE.config, brought)):
-        pass
-    assert str(refused.value).splitlines()[1:] == [f"  missing: {EXPERT} [32, 64]"]
 
 
 def test_an_update_of_one_layer_of_a_running_model_is_in_the_next_token(
@@ -276,7 +228,7 @@ def test_an_update_of_one_layer_of_a_running_model_is_in_the_next_token(
     prompt = CASE.prompts(1, 20)[0]
     before, after = (greedy(oracle(CASE.config, tensors), prompt, 4) for tensors in (TENSORS, TENSORS | update))
     assert [choice.token for choice in before] != [choice.token for choice in after]
-    with serving(checkpoint_of(CASE), enable_prefix_caching=False) as engine:
-        assert_greedy_equal(engine.greedy([prompt], 4)[0], before)
-        engine.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": update.items()})
-        assert_greedy_equal(engine.greedy([prompt], 4)[0], after)
+    with engine.serving(checkpoint_of(CASE), prefix_caching=False) as served:
+        assert_greedy_equal(served.greedy([prompt], 4)[0], before)
+        served.update(update)
+        assert_greedy_equal(served.greedy([prompt], 4)[0], after)

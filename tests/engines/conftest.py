@@ -1,0 +1,13 @@
+"""The name of the engine in every test's, so that a failure says which one it is of."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.harness import ENGINE
+
+
+@pytest.fixture(scope="session", autouse=True, params=[ENGINE])
+def engine_name(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name

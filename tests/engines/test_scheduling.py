@@ -1,0 +1,80 @@
+"""Whatever an engine does to the batch or spreads over ranks, the tokens stay the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.cases import CASES, Case
+from tests.harness import ENGINE, engine
+from tests.oracle import Greedy, assert_greedy_equal, greedy, oracle
+
+CASE = CASES["default"]
+NEW_TOKENS = 16
+LENGTHS = (1, 3, 16, 17, 40, 64, 90)
+
+
+@cache
+def prompts() -> list[list[int]]:
+    """Mixed lengths; the last two share their first 64 tokens with the one before."""
+    mixed = [CASE.prompts(1, length, seed=length)[0] for length in LENGTHS]
+    return [*mixed, mixed[-1][:64] + mixed[0] * 5, mixed[-1][:64] + mixed[1] * 3]
+
+
+@cache
+def truth() -> list[list[Greedy]]:
+    model = oracle(CASE.config, CASE.published())
+    return [greedy(model, prompt, NEW_TOKENS) for prompt in prompts()]
+
+
+def assert_true(served: engine.Engine) -> None:
+    for tokens, wanted in zip(served.greedy(prompts(), NEW_TOKENS), truth(), strict=True):
+        assert_greedy_equal(tokens, wanted)
+
+
+@pytest.fixture
+def directory(checkpoint_of: Callable[[Case], Path]) -> Path:
+    return checkpoint_of(CASE)
+
+
+def test_prompts_in_chunks_of_16_tokens(directory: Path) -> None:
+    with engine.serving(directory, chunk=16, prefix_caching=False) as served:
+        assert_true(served)
+        assert served.largest_chunk() == 16
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 8, 32] if ENGINE == "vllm" else [1])  # SGLang's larger ones need Triton
+def test_prefix_cache_hits_with_any_block_size(block_size: int, directory: Path) -> None:
+    with engine.serving(directory, block_size=block_size) as served:
+        assert_true(served)
+        before = served.cached_tokens
+        assert_true(served)
+        assert served.cached_tokens - before >= 64
+
+
+def test_one_request_at_a_time(directory: Path) -> None:
+    with engine.serving(directory, max_running=1) as served:
+        assert_true(served)
+
+
+def test_preemption_under_a_small_cache(directory: Path) -> None:
+    with engine.serving(directory, cache_tokens=144, block_size=8 if ENGINE == "vllm" else None) as served:
+        assert_true(served)
+        assert served.preemptions > 0
+
+
+def test_bf16_batches_have_the_tokens_of_single_requests_where_the_choice_is_clear(directory: Path) -> None:
+    """bf16 cannot be compared token for token with fp32, but the batch must not matter more than rounding does."""
+    with engine.serving(directory, dtype="bfloat16") as served:
+        batched = served.greedy(prompts(), 4)
+        alone = [served.greedy([prompt], 4)[0] for prompt in prompts()]
+    assert sum(a == b for a, b in zip(batched, alone, strict=True)) >= len(alone) - 1
+
+
+@pytest.mark.parametrize("expert_parallel", [False, True])
+def test_tensor_parallel_with_and_without_expert_parallel(expert_parallel: bool, directory: Path) -> None:
+    with engine.serving(directory, tensor_parallel=2, expert_parallel=expert_parallel) as served:
+        assert_true(served)

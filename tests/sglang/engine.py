@@ -1,0 +1,168 @@
+"""An SGLang engine that is asked for tokens and logits, over token ids.
+
+SGLang runs in processes of its own, which take 10 s to import it. Here they are forked from a server that has done so,
+which takes less than one.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.platforms import current_platform
+from torch import Tensor
+
+from longcat_core.config import LongcatConfig
+
+NAME, PACKAGE = "SGLang", "longcat_sglang"
+assert current_platform is not None  # our plugin has made torchvision importable, which transformers wants as well
+PRELOADED = ["sglang.srt.managers.scheduler", "sglang.srt.managers.detokenizer_manager", "sglang.srt.models.registry"]
+Break = Callable[[pytest.MonkeyPatch], None]
+
+
+class Engine:
+    def __init__(self, engine: Any) -> None:
+        self.sglang = engine
+        self.cached_tokens = 0
+        """Prompt tokens that were found in the prefix cache so far."""
+        self.preemptions = 0
+        """Requests that lost their place in the cache so far."""
+
+    def greedy(self, prompts: Sequence[list[int]], new_tokens: int) -> list[list[int]]:
+        return [output["output_ids"] for output in self.outputs(prompts, new_tokens)]
+
+    def outputs(self, prompts: Sequence[list[int]], new_tokens: int, **options: Any) -> list[dict[str, Any]]:
+        parameters = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+        outputs = self.sglang.generate(input_ids=[list(p) for p in prompts], sampling_params=parameters, **options)
+        self.cached_tokens += sum(output["meta_info"]["cached_tokens"] for output in outputs)
+        self.preemptions += sum(output["meta_info"].get("num_retractions", 0) for output in outputs)
+        return outputs
+
+    def largest_chunk(self) -> int:
+        """Tokens of a prompt in a step, at most."""
+        return self.sglang.server_args.resolved_dict()["chunked_prefill_size"]
+
+    def update(self, tensors: dict[str, Tensor]) -> None:
+        """Load these into the running model."""
+        succeeded, message = self.sglang.update_weights_from_tensor(list(tensors.items()))
+        assert succeeded, message
+
+    def log_softmax(self, prompt: list[int], vocab_size: int) -> Tensor:
+        """fp32 [len(prompt) - 1, vocabulary]: of the logits at every position that has a successor in the prompt."""
+        asked = {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": vocab_size}
+        (output,) = self.outputs([prompt], 1, **asked)
+        rows = torch.empty(len(prompt) - 1, vocab_size)
+        for row, position in zip(rows, output["meta_info"]["input_top_logprobs"][1:], strict=True):
+            for logprob, token, _ in position:
+                row[token] = logprob
+        return rows
+
+
+@contextmanager
+def serving(
+    directory: Path,
+    *,
+    dtype: str = "float32",
+    chunk: int | None = None,
+    prefix_caching: bool = True,
+    block_size: int | None = None,
+    cache_tokens: int | None = None,
+    max_running: int | None = None,
+    tensor_parallel: int = 1,
+    expert_parallel: bool = False,
+    broken: Break | None = None,
+    **engine_args: Any,
+) -> Iterator[Engine]:
+    """An engine that is gone afterwards. `chunk`: tokens of a prompt at once; `broken`: what to do to it first."""
+    from sglang.srt.entrypoints import engine as entry
+    from sglang.srt.utils import kill_process_tree
+
+    options: dict[str, Any] = {
+        "model_path": str(directory),
+        "dtype": dtype,
+        "chunked_prefill_size": chunk,
+        "disable_radix_cache": not prefix_caching,
+        "page_size": block_size,
+        "max_total_tokens": cache_tokens or 4096,
+        "max_running_requests": max_running,
+        "tp_size": tensor_parallel,
+        "ep_size": tensor_parallel if expert_parallel else 1,
+        "skip_tokenizer_init": True,
+        "mem_fraction_static": 0.1,
+        "random_seed": 0,
+        "log_level": "error",
+    }
+    if cache_tokens is not None:
+        options["schedule_conservativeness"] = 0.01  # so that requests are let in that will not fit to their end
+    environment = {}
+    if tensor_parallel > 1:  # SGLang wants to be told each rank's cores, and these machines may have few
+        cores = sorted(os.sched_getaffinity(0))
+        environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(
+            str(cores[rank % len(cores)]) for rank in range(tensor_parallel)
+        )
+
+    class ForkedEngine(entry.Engine):
+        run_scheduler_process_func = staticmethod(partial(_run_scheduler, environment, broken))
+
+    with pytest.MonkeyPatch.context() as patch:
+        start = multiprocessing.set_start_method
+        multiprocessing.set_forkserver_preload(PRELOADED)
+        patch.setattr(multiprocessing, "set_start_method", lambda method, force: start("forkserver", force=True))
+        engine = ForkedEngine(**{name: value for name, value in (options | engine_args).items() if value is not None})
+    try:
+        with _death_of_a_process_is_an_error():
+            yield Engine(engine)
+    finally:
+        engine.tokenizer_manager._subprocess_watchdog.stop()
+        for process in engine.get_all_child_pids():
+            kill_process_tree(process, wait_timeout=60)
+
+
+@contextmanager
+def _death_of_a_process_is_an_error() -> Iterator[None]:
+    """SGLang's watchdog sends SIGQUIT when a process of the engine dies, and its handler would end the tests too."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("a process of the SGLang engine has died; its error is in the output above")
+
+    handler = signal.signal(signal.SIGQUIT, fail)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGQUIT, handler)
+
+
+def _run_scheduler(environment: dict[str, str], broken: Break | None, *args: Any, **kwargs: Any) -> None:
+    from sglang.srt.managers.scheduler import run_scheduler_process
+    from sglang.srt.plugins import load_plugins
+
+    os.environ.update(environment)
+    if broken is not None:
+        load_plugins()
+        broken(pytest.MonkeyPatch())
+    run_scheduler_process(*args, **kwargs)
+
+
+def configure(directory: Path, **engine_args: Any) -> LongcatConfig | None:
+    """What `sglang.launch_server` does before it starts any process: the model as read, None if it is not LongCat."""
+    from sglang.srt.arg_groups.overrides import model_config_of
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import ServerArgs
+
+    load_plugins()
+    server_args = ServerArgs(model_path=str(directory), skip_tokenizer_init=True, **engine_args)
+    server_args.resolve_once()
+    model = model_config_of(server_args)
+    longcat: LongcatConfig | None = getattr(model.hf_config, "longcat", None)
+    if longcat is not None:
+        assert (model.num_hidden_layers, model.num_attention_layers) == (longcat.num_layers, 2 * longcat.num_layers)
+        assert model.kv_lora_rank + model.qk_rope_head_dim == longcat.latent_dim
+    return longcat

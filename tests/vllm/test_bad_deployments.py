@@ -1,0 +1,57 @@
+"""What vLLM alone can be asked for and LongCat cannot be served with, and weights that vLLM's loaders bring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from longcat_core import checkpoint
+from longcat_core.checkpoint import CheckpointError
+from tests.cases import Case, write_checkpoint
+from tests.engines.test_bad_checkpoints import CASE, EXPERT, NORM, TENSORS, refusal
+from tests.vllm.engine import serving
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "checkpoint", CASE.config, TENSORS)
+
+
+def test_attention_without_mla_is_refused(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm import envs
+
+    envs.disable_envs_cache()  # an engine in this process has turned it on
+    monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
+    assert "it needs MLA, which VLLM_MLA_DISABLE turns off; unset that" in refusal(good)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's MLA backends take an FP8 cache")
+def test_an_fp8_cache_on_a_cpu_is_refused(good: Path) -> None:
+    assert "kv_cache_dtype: 'fp8', wanted 'auto' on a CPU" in refusal(good, kv_cache_dtype="fp8")
+
+
+def test_drafts_of_the_mtp_layer_are_refused_so_far(good: Path) -> None:
+    message = refusal(good, speculative_config={"method": "mtp", "num_speculative_tokens": 1})
+    assert "speculation with MTP is not there yet; leave --speculative-config out" in message
+
+
+def test_extra_and_misshapen_tensors_of_a_loader_are_all_listed(checkpoint_of: Callable[[Case], Path]) -> None:
+    brought = {EXPERT: torch.zeros(33, 64), NORM: TENSORS[NORM], "model.norm.bias": torch.zeros(64)}
+    with serving(checkpoint_of(CASE)) as served, pytest.raises(CheckpointError) as refused:
+        served.model.load_weights(brought.items())
+    assert str(refused.value).splitlines()[1:] == [
+        f"  misshapen: {EXPERT} is [33, 64], wanted [32, 64]",
+        "  extra: model.norm.bias [64]; remove it, or check config.json",
+    ]
+
+
+def test_a_tensor_that_the_first_load_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a checkpoint from the hub, which is not there yet when a local one is checked; vLLM misses no expert."""
+    monkeypatch.setattr(checkpoint, "verify", lambda directory, config: None)
+    brought = {name: tensor for name, tensor in TENSORS.items() if name != EXPERT}
+    with pytest.raises(CheckpointError) as refused, serving(write_checkpoint(tmp_path, CASE.config, brought)):
+        pass
+    assert str(refused.value).splitlines()[1:] == [f"  missing: {EXPERT} [32, 64]"]
