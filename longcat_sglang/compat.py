@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from packaging.specifiers import SpecifierSet
 
-from longcat_core.engine import Engine
+from longcat_core.engine import Engine, UnsupportedEngineError
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
     from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.plugins.hook_registry import HookType
     from sglang.srt.server_args import ServerArgs
 
 ARCHITECTURE = "LongcatFlashForCausalLM"
@@ -28,6 +30,35 @@ CPU_ATTENTION = "torch_native"
 no graph (`support_triton`, arg_groups/attention_hook.py). For other models it stays SGLang's own."""
 
 
+MODEL_CLASS_TARGET = "sglang.srt.model_loader.utils.get_model_architecture"
+PROMPT_CHECK_TARGET = "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request"
+"""Functions of SGLang that are wrapped through its registry of hooks, after all plugins have been called."""
+
+
+def require_supported() -> None:
+    """`Engine.require_supported`, and that SGLang applied the hooks that were registered: where one fails, it only
+    logs it.
+
+    Raises:
+        UnsupportedEngineError: naming what is wrong and what to do.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    SGLANG.require_supported()
+    for target in (MODEL_CLASS_TARGET, PROMPT_CHECK_TARGET):
+        if target not in HookRegistry._patched:
+            raise UnsupportedEngineError(
+                f"SGLang {SGLANG.version()} did not apply longcat-serving's hook to {target}; its log says why"
+            )
+
+
+def _hook_once(target: str, hook: Callable[..., Any], kind: HookType) -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    if hook not in [registered for _, registered, _ in HookRegistry._hooks.get(target, ())]:
+        HookRegistry.register(target, hook, kind)
+
+
 def install_model_class() -> None:
     """Build our model where the configuration is ours.
 
@@ -36,10 +67,9 @@ def install_model_class() -> None:
     Flash-Lite too, to which SGLang gives the same architecture.
     Remove when: `ModelRegistry` takes a class by name, and Flash-Lite has an architecture of its own.
     """
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from sglang.srt.plugins.hook_registry import HookType
 
-    target = "sglang.srt.model_loader.utils.get_model_architecture"
-    HookRegistry.register(target, _ours_where_the_config_is, HookType.AROUND)
+    _hook_once(MODEL_CLASS_TARGET, _ours_where_the_config_is, HookType.AROUND)
 
 
 def _ours_where_the_config_is(
@@ -99,7 +129,7 @@ def check_deployment(server_args: Any, settings: Any, hf_config: Any) -> None:
     """
     from longcat_core import checkpoint
 
-    SGLANG.require_supported()
+    require_supported()
     problems = _unsupported(server_args, settings, hf_config)
     if problems:
         raise ValueError("LongCat-Flash cannot be served like this:\n  " + "\n  ".join(problems))
@@ -176,6 +206,27 @@ def install_attention_backend() -> None:
         return LatentAttentionBackend(runner)
 
     attention_registry.register_attention_backend(CPU_ATTENTION)(create)
+
+
+def install_prompt_check() -> None:
+    """Refuse a prompt with a token outside the vocabulary.
+
+    Without it: one such request ends the server, as SGLang checks the number of tokens only, and the embedding of a
+    token that is not there is an error in the scheduler (on CUDA, in the device).
+    Remove when: `TokenizerManager._validate_one_request` checks it.
+    """
+    from sglang.srt.plugins.hook_registry import HookType
+
+    _hook_once(PROMPT_CHECK_TARGET, _refuse_tokens_outside_the_vocabulary, HookType.BEFORE)
+
+
+def _refuse_tokens_outside_the_vocabulary(manager: TokenizerManager, request: Any, input_ids: list[int] | None) -> None:
+    if not input_ids or not is_longcat(manager.model_config.hf_config):
+        return
+    size = manager.model_config.vocab_size
+    for token in (min(input_ids), max(input_ids)):
+        if not 0 <= token < size:
+            raise ValueError(f"Token id {token} is out of vocabulary, wanted one of 0 to {size - 1}")
 
 
 def is_longcat(hf_config: Any) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 from sglang.srt import configs
 
 from longcat_core.config import LongcatConfig
-from longcat_sglang.compat import ARCHITECTURE, SGLANG
+from longcat_sglang.compat import ARCHITECTURE, require_supported
 
 
 class LongcatFlashConfig(configs.LongcatFlashConfig):
@@ -27,7 +27,7 @@ class LongcatFlashConfig(configs.LongcatFlashConfig):
         architectures = config_dict.get("architectures") or [ARCHITECTURE]
         if architectures[0] != ARCHITECTURE:  # Flash-Lite has the same model_type
             return configs.LongcatFlashConfig.from_dict(config_dict, **kwargs)
-        SGLANG.require_supported()
+        require_supported()
         longcat = LongcatConfig.from_hf(config_dict)
         result = super().from_dict(_sglang_spelling(config_dict, longcat), **kwargs)
         config = result[0] if isinstance(result, tuple) else result

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
 from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
+from torch import Tensor
 
 from longcat_core.experts import ExpertFFN, grouped_ffn, routed_experts
 from longcat_core.kernels.packed_experts import PackedExperts, is_supported
@@ -29,7 +31,8 @@ class CompactedRowsMethod(UnquantizedFusedMoEMethod):
 
     def restore_weights_before_loading(self, layer: Any) -> None:
         """Undo `process_weights_after_loading`, for an update of a running model."""
-        if isinstance(self.ffn, PackedExperts):
+        if not layer.w13_weight.numel():
+            assert isinstance(self.ffn, PackedExperts)
             layer.w13_weight.data, layer.w2_weight.data = self.ffn.unpack()
 
     def apply(self, layer: Any, dispatch_output: StandardDispatchOutput) -> StandardCombineInput:
@@ -42,4 +45,4 @@ def select_cpu_kernel(dtype: torch.dtype) -> str:
     return "packed" if is_supported(dtype) else "torch"
 
 
-CPU_KERNELS = {"packed": PackedExperts, "torch": grouped_ffn}
+CPU_KERNELS: dict[str, Callable[[Tensor, Tensor], ExpertFFN]] = {"packed": PackedExperts, "torch": grouped_ffn}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -27,12 +26,12 @@ from torch import Tensor, nn
 
 from longcat_core import checkpoint, rotary
 from longcat_core.config import LongcatConfig
-from longcat_sglang.compat import SGLANG
+from longcat_sglang.compat import require_supported
 from longcat_sglang.config import LongcatFlashConfig
 from longcat_sglang.moe import LongcatMoE
 from longcat_sglang.platform import bind_rank_to_its_cores
 
-SGLANG.require_supported()
+require_supported()
 
 
 class LongcatAttention(DeepseekV2AttentionMLA):
@@ -285,29 +284,19 @@ class LongcatFlashForCausalLM(nn.Module):
                 later loads update a running model and may be partial.
         """
         audit = checkpoint.Audit(self.config.longcat)
-        is_update = self._loads_are_partial
-        with self._experts_as_loaded(is_update and is_cpu()):
-            parameters = dict(self.named_parameters())
-            for name, tensor in weights:
-                if audit.accepts(name, tuple(tensor.shape), tensor.dtype) and not name.startswith(
-                    checkpoint.MTP_PREFIX
-                ):
-                    self._load(parameters, name, tensor)
-        if is_update:
+        if is_cpu():  # SGLang does so itself before some updates, and not before one from a disk
+            for module in self.modules():
+                if isinstance(module, LongcatMoE):
+                    module.experts.quant_method.restore_weights_before_loading(module.experts)
+        parameters = dict(self.named_parameters())
+        for name, tensor in weights:
+            if audit.accepts(name, tuple(tensor.shape), tensor.dtype) and not name.startswith(checkpoint.MTP_PREFIX):
+                self._load(parameters, name, tensor)
+        if self._loads_are_partial:
             audit.raise_for_unexpected()
         else:
             audit.raise_for_all()
         self.post_load_weights()
-
-    @contextmanager
-    def _experts_as_loaded(self, are_packed: bool) -> Iterator[None]:
-        """SGLang processes weights once, after the first load: an update has to undo it and do it again."""
-        experts = [module.experts for module in self.modules() if isinstance(module, LongcatMoE) and are_packed]
-        for layer in experts:
-            layer.quant_method.restore_weights_before_loading(layer)
-        yield
-        for layer in experts:
-            layer.quant_method.process_weights_after_loading(layer)
 
     def post_load_weights(self) -> None:
         """What follows from the weights; SGLang calls it where it fills them without `load_weights`."""

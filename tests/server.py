@@ -1,4 +1,4 @@
-"""A stock `vllm serve` in processes of its own: started, asked over HTTP, ended."""
+"""An engine's stock server in processes of its own: started, asked over HTTP, ended."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 
-VLLM = Path(sys.executable).with_name("vllm")
+from tests.harness import engine
+
 START_TIMEOUT_S = 300
 STOP_TIMEOUT_S = 20
 ONE_REQUEST_A_CONNECTION = httpx.Limits(max_keepalive_connections=0)
 """uvicorn closes an idle connection after 5 s, and a request sent over it in that moment is lost."""
 LOG_TAIL = 120
-"""Lines: vLLM's processes report a failure one after the other, the one that knows its cause first."""
+"""Lines: an engine's processes report a failure one after the other, the one that knows its cause first."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,15 @@ class Server:
     log: Path
 
     def metric(self, name: str) -> float:
-        """The sum of a metric over its labels.
+        """The sum of a metric over its labels; `name{label="value"}` sums only where the label is so.
 
         Raises:
             KeyError: if the server has no such metric.
         """
+        base, _, label = name.rstrip("}").partition("{")
         lines = self.http.get("/metrics").raise_for_status().text.splitlines()
-        values = [float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name}{{", f"{name} "))]
+        ours = [line for line in lines if line.startswith((f"{base}{{", f"{base} ")) and label in line]
+        values = [float(line.rpartition(" ")[2]) for line in ours]
         if not values:
             raise KeyError(name)
         return sum(values)
@@ -53,8 +55,8 @@ class Server:
 
 
 @contextmanager
-def serving(directory: Path, log: Path, *arguments: str) -> Iterator[Server]:
-    """A server that answers, and is gone afterwards.
+def serving(command: Sequence[str | Path], log: Path) -> Iterator[Server]:
+    """A server that answers, and is gone afterwards. It is told to listen on a free port of 127.0.0.1.
 
     Raises:
         RuntimeError: with the end of the log, if it ends or is not ready in time.
@@ -63,18 +65,18 @@ def serving(directory: Path, log: Path, *arguments: str) -> Iterator[Server]:
     # Proxies of the environment are for other hosts than this one.
     url = f"http://127.0.0.1:{port}"
     http = httpx.Client(base_url=url, timeout=60, trust_env=False, limits=ONE_REQUEST_A_CONNECTION)
-    with started(directory, log, "--host", "127.0.0.1", "--port", str(port), *arguments) as process, http:
+    with started([*command, "--host", "127.0.0.1", "--port", str(port)], log) as process, http:
         server = Server(process, http, log)
         _wait_until_ready(server)
         yield server
 
 
 @contextmanager
-def started(directory: Path, log: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-    """`vllm serve` in a process group of its own, all of which is ended with the `with` block, however that ends."""
+def started(command: Sequence[str | Path], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The command in a process group of its own, all of which is ended with the `with` block, however that ends."""
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [VLLM, "serve", directory, *arguments],
+            command,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -97,20 +99,19 @@ def processes_of(server: subprocess.Popen[bytes]) -> list[int]:
 
 def _environment() -> dict[str, str]:
     """A user's: without what the tests set for engines in their own process."""
-    ours = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL")
-    return {key: value for key, value in os.environ.items() if key not in ours}
+    return {key: value for key, value in os.environ.items() if key not in engine.OURS}
 
 
 def _wait_until_ready(server: Server) -> None:
     started = time.monotonic()
     while time.monotonic() - started < START_TIMEOUT_S:
         if server.process.poll() is not None:
-            raise RuntimeError(f"vllm serve ended with status {server.process.returncode}:\n{_tail(server.log)}")
+            raise RuntimeError(f"the server ended with status {server.process.returncode}:\n{_tail(server.log)}")
         with suppress(httpx.TransportError):
             if server.http.get("/health").is_success:
                 return
         time.sleep(0.2)
-    raise RuntimeError(f"vllm serve was not ready after {START_TIMEOUT_S} s:\n{_tail(server.log)}")
+    raise RuntimeError(f"the server was not ready after {START_TIMEOUT_S} s:\n{_tail(server.log)}")
 
 
 def _tail(log: Path) -> str:

@@ -1,4 +1,4 @@
-"""The stock `vllm serve` over HTTP: the right tokens by every route, and no request that harms the next one."""
+"""The stock server over HTTP: the right tokens by every route, and no request that harms the next one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import cache
 from http.client import HTTPConnection
+from importlib import import_module
 from pathlib import Path
 from threading import Barrier
 from typing import Any, NamedTuple
@@ -16,37 +17,29 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from openai import DefaultHttpxClient, OpenAI
-from tests.vllm.server import ONE_REQUEST_A_CONNECTION, Server, processes_of, serving
 from transformers import AutoTokenizer, LongcatFlashForCausalLM
 
 from longcat_cli.make_checkpoint import make_checkpoint
 from longcat_core import checkpoint
-from tests.cases import CASES
+from tests.harness import ENGINE, engine
 from tests.oracle import Greedy, assert_greedy_equal, greedy, oracle
+from tests.requests import CACHE_TOKENS, CASE, COMPLETIONS, MAX_MODEL_LEN, MODEL
+from tests.server import ONE_REQUEST_A_CONNECTION, Server, processes_of, serving
 
-CASE = CASES["default"]
-MODEL = "longcat"
-MAX_MODEL_LEN = 256
-CACHE_TOKENS = 640
+BAD_REQUESTS = import_module(f"tests.{ENGINE}.bad_requests").BAD_REQUESTS
 NEW_TOKENS = 16
 PROMPT = CASE.prompts(1, 20)[0]
 MESSAGES: list[Any] = [{"role": "user", "content": "What does a zero expert cost?"}]
 SAMPLING: dict[str, Any] = {"temperature": 0, "max_tokens": NEW_TOKENS}
 EXTENSIONS = {"ignore_eos": True, "return_token_ids": True}
-"""Parameters of vLLM's own, beside OpenAI's."""
+"""Parameters of both engines' own, beside OpenAI's."""
 REQUEST: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, **SAMPLING, **EXTENSIONS}
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 
 class Answer(NamedTuple):
     prompt: list[int]
     tokens: list[int]
     text: str
-
-
-@pytest.fixture(autouse=True)
-def _engine_is_gone() -> None:
-    """In place of conftest.py's: no engine runs in this process, and tidying up after one takes 0.5 s a test."""
 
 
 @pytest.fixture(scope="module")
@@ -58,15 +51,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(directory: Path) -> Iterator[Server]:
-    arguments = {
-        "--served-model-name": MODEL,
-        "--dtype": "float32",
-        "--max-model-len": str(MAX_MODEL_LEN),
-        "--block-size": "16",
-        "--kv-cache-memory-bytes": str(CACHE_TOKENS * CASE.config.kv_cache_bytes_per_token(itemsize=4)),
-    }
-    flat = [word for argument in arguments.items() for word in argument]
-    with serving(directory, directory.with_name("server.log"), "--enforce-eager", *flat) as server:
+    command = engine.command(directory, served_name=MODEL, max_model_len=MAX_MODEL_LEN, cache_tokens=CACHE_TOKENS)
+    with serving(command, directory.with_name("server.log")) as server:
         yield server
 
 
@@ -111,9 +97,9 @@ def assert_serves_as_before(server: Server, truth: LongcatFlashForCausalLM) -> N
 # -- the right tokens --------------------------------------------------------------------------------
 
 
-def test_a_server_that_started_has_logged_its_engine_process(server: Server) -> None:
+def test_a_server_that_started_has_logged_that_its_engine_did(server: Server) -> None:
     """So that its absence from a log means something in test_bad_checkpoints.py."""
-    assert "EngineCore" in server.log.read_text()
+    assert engine.STARTED in server.log.read_text()
 
 
 def test_a_completion_has_the_oracles_tokens(client: OpenAI, truth: LongcatFlashForCausalLM) -> None:
@@ -129,7 +115,7 @@ def test_a_streamed_completion_has_the_tokens_and_the_text_of_a_whole_one(
     whole = client.completions.create(model=MODEL, prompt=PROMPT, **SAMPLING, extra_body=EXTENSIONS).choices[0]
     stream = client.completions.create(model=MODEL, prompt=PROMPT, **SAMPLING, extra_body=EXTENSIONS, stream=True)
     choices = [choice for chunk in stream for choice in chunk.choices]
-    assert len(choices) >= NEW_TOKENS, "not token by token"
+    assert len(choices) > NEW_TOKENS / 2, "not token by token"
     assert_greedy_equal([t for choice in choices for t in choice.token_ids or []], continuation(truth, tuple(PROMPT)))
     assert "".join(choice.text for choice in choices) == whole.text
     assert choices[-1].finish_reason == "length"
@@ -138,20 +124,10 @@ def test_a_streamed_completion_has_the_tokens_and_the_text_of_a_whole_one(
 def chat(client: OpenAI) -> Answer:
     whole = client.chat.completions.create(model=MODEL, messages=MESSAGES, **SAMPLING, extra_body=EXTENSIONS)
     choice = whole.choices[0]
-    return Answer(whole.prompt_token_ids, choice.token_ids, choice.message.content or "")
-
-
-def streamed_chat(client: OpenAI) -> Answer:
-    stream = client.chat.completions.create(
-        model=MODEL, messages=MESSAGES, **SAMPLING, extra_body=EXTENSIONS, stream=True
-    )
-    chunks = list(stream)
-    choices = [choice for chunk in chunks for choice in chunk.choices]
-    return Answer(
-        [token for chunk in chunks for token in getattr(chunk, "prompt_token_ids", None) or []],
-        [token for choice in choices for token in getattr(choice, "token_ids", None) or []],
-        "".join(choice.delta.content or "" for choice in choices),
-    )
+    # vLLM's place and name, or SGLang's.
+    prompt = getattr(whole, "prompt_token_ids", None) or choice.prompt_token_ids
+    tokens = getattr(choice, "token_ids", None) or choice.response_token_ids
+    return Answer(prompt, tokens, choice.message.content or "")
 
 
 def test_a_chat_is_in_longcats_format_and_has_the_oracles_tokens(
@@ -164,62 +140,24 @@ def test_a_chat_is_in_longcats_format_and_has_the_oracles_tokens(
 
 
 def test_a_streamed_chat_is_the_whole_one(client: OpenAI) -> None:
-    assert streamed_chat(client) == chat(client)
+    stream = client.chat.completions.create(
+        model=MODEL, messages=MESSAGES, **SAMPLING, extra_body={"ignore_eos": True}, stream=True
+    )
+    parts = [choice.delta.content or "" for chunk in stream for choice in chunk.choices]
+    assert len(parts) > NEW_TOKENS / 2, "not token by token"
+    assert "".join(parts) == chat(client).text
 
 
 def test_an_answer_goes_on_to_the_last_position_of_the_context(server: Server, truth: LongcatFlashForCausalLM) -> None:
     prompt = CASE.prompts(1, MAX_MODEL_LEN - 8, seed=1)[0]
-    choice = completion(server, prompt=prompt, max_tokens=100)
+    choice = completion(server, prompt=prompt, max_tokens=8)
     assert choice["finish_reason"] == "length"
-    assert_greedy_equal(choice["token_ids"], continuation(truth, tuple(prompt), 8))
+    tokens = choice["token_ids"]
+    assert len(tokens) >= 6, "SGLang keeps two positions free, vLLM none"
+    assert_greedy_equal(tokens, continuation(truth, tuple(prompt), 8)[: len(tokens)])
 
 
 # -- bad requests ------------------------------------------------------------------------------------
-
-
-class Bad(NamedTuple):
-    status: int
-    message: str
-    """A part of it."""
-    path: str = COMPLETIONS
-    changes: dict[str, Any] | None = None
-    content: str | None = None
-
-
-LONG_CHAT = {"messages": [{"role": "user", "content": "zero " * MAX_MODEL_LEN}]}
-VOCABULARY = CASE.config.vocab_size
-BAD_REQUESTS = {
-    "prompt over the limit": Bad(400, "prompt contains 300 input tokens", changes={"prompt": [5] * 300}),
-    "prompt over the limit, and the limit": Bad(400, "context length is 256 tokens", changes={"prompt": [5] * 300}),
-    "chat over the limit": Bad(400, "context length is 256 tokens", CHAT, LONG_CHAT),
-    "no room for an answer": Bad(400, "max_tokens must be at least 1", changes={"prompt": [5] * MAX_MODEL_LEN}),
-    "empty prompt": Bad(400, "at least one prompt", changes={"prompt": []}),
-    "unknown model": Bad(404, "`longcat-2` does not exist", changes={"model": "longcat-2"}),
-    "unknown model in a chat": Bad(404, "`longcat-2` does not exist", CHAT, {"model": "longcat-2"}),
-    "temperature in words": Bad(400, "body.temperature", changes={"temperature": "hot"}),
-    "negative temperature": Bad(400, "temperature must be non-negative, got -1.0", changes={"temperature": -1}),
-    "negative max_tokens": Bad(400, "max_tokens must be at least 1, got -1", changes={"max_tokens": -1}),
-    "negative max_tokens in a chat": Bad(400, "max_tokens must be at least 1, got -1", CHAT, {"max_tokens": -1}),
-    "top_p over 1": Bad(400, "top_p must be in (0, 1], got 2.0", changes={"top_p": 2}),
-    "no answers asked for": Bad(400, "n must be at least 1, got 0", changes={"n": 0}),
-    "first token outside the vocabulary": Bad(
-        400, f"Token id {VOCABULARY} is out of vocabulary", changes={"prompt": [5, VOCABULARY, 6]}
-    ),
-    "token beyond 64 bits": Bad(400, "out of vocabulary", changes={"prompt": [5, 2**70]}),
-    "negative token": Bad(400, "greater than or equal to 0", changes={"prompt": [5, -1]}),
-    "bias on a token outside the vocabulary": Bad(
-        400, f"Vocabulary size: {VOCABULARY}", changes={"logit_bias": {str(VOCABULARY): 1}}
-    ),
-    "role that the chat template does not know": Bad(
-        400,
-        "role robot: wanted system, user, assistant or tool",
-        CHAT,
-        {"messages": [{"role": "robot", "content": "beep"}]},
-    ),
-    "chat without messages": Bad(400, "at least one message", CHAT, {"messages": []}),
-    "malformed JSON": Bad(400, "JSON decode error", content='{"model": '),
-    "no body": Bad(400, "Field required", content=""),
-}
 
 
 @pytest.mark.parametrize("name", BAD_REQUESTS)
@@ -231,11 +169,12 @@ def test_a_bad_request_is_refused_for_its_reason_and_harms_nothing(
     content = json.dumps(good | (bad.changes or {})) if bad.content is None else bad.content
     response = server.http.post(bad.path, content=content, headers={"content-type": "application/json"})
     assert response.status_code == bad.status, response.text
-    assert bad.message in response.json()["error"]["message"]
+    body = response.json()
+    assert bad.message in body.get("error", body)["message"]
     assert_serves_as_before(server, truth)
 
 
-def test_a_field_that_vllm_does_not_know_changes_nothing(server: Server, truth: LongcatFlashForCausalLM) -> None:
+def test_a_field_that_no_engine_knows_changes_nothing(server: Server, truth: LongcatFlashForCausalLM) -> None:
     tokens = completion(server, zero_expert_discount=0.5)["token_ids"]
     assert_greedy_equal(tokens, continuation(truth, tuple(PROMPT)))
 
@@ -247,15 +186,15 @@ def hang_up_after_two_chunks(server: Server, request: dict[str, Any]) -> None:
     with server.http.stream("POST", COMPLETIONS, json=request | {"stream": True}) as response:
         lines = response.iter_lines()
         assert [next(lines)[:6], next(lines), next(lines)[:6]] == ["data: ", "", "data: "]
-        assert server.metric("vllm:num_requests_running") > 0
+        assert server.metric(engine.METRICS.running) > 0
 
 
 def hang_up_before_the_answer(server: Server, request: dict[str, Any]) -> None:
-    before = server.metric("vllm:generation_tokens_total")
+    before = server.metric(engine.METRICS.generated)
     connection = HTTPConnection(server.http.base_url.host, server.http.base_url.port)
     with closing(connection):
         connection.request("POST", COMPLETIONS, json.dumps(request), {"content-type": "application/json"})
-        wait_until(lambda: server.metric("vllm:generation_tokens_total") > before)
+        wait_until(lambda: server.metric(engine.METRICS.generated) > before)
 
 
 @pytest.mark.parametrize("hang_up", [hang_up_after_two_chunks, hang_up_before_the_answer])
@@ -263,11 +202,11 @@ def test_the_request_of_a_client_that_goes_away_is_aborted(
     hang_up: Callable[[Server, dict[str, Any]], None], server: Server, truth: LongcatFlashForCausalLM
 ) -> None:
     answers, length = 64, MAX_MODEL_LEN - len(PROMPT)  # so much that a slow hang-up still comes early
-    before = server.metric("vllm:generation_tokens_total")
+    before = server.metric(engine.METRICS.generated)
     hang_up(server, REQUEST | {"prompt": [PROMPT] * answers, "max_tokens": length})
-    unfinished = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+    unfinished = (engine.METRICS.running, engine.METRICS.waiting)
     wait_until(lambda: not any(server.metric(name) for name in unfinished))
-    generated = server.metric("vllm:generation_tokens_total") - before
+    generated = server.metric(engine.METRICS.generated) - before
     assert 0 < generated < answers * length / 2, "it was not aborted, it was finished"
     assert_serves_as_before(server, truth)
 
@@ -277,7 +216,7 @@ def test_64_requests_at_once_on_a_cache_for_a_few_have_the_oracles_tokens(
 ) -> None:
     prompts = [CASE.prompts(1, 12 + n % 17, seed=n)[0] for n in range(64)]
     new_tokens = 48  # answers grow to several times their prompts, so that the cache overflows whoever comes first
-    before = server.metric("vllm:num_preemptions_total")
+    before = server.metric(engine.METRICS.preemptions)
     together = Barrier(64)
 
     def answer(prompt: list[int]) -> list[int]:
@@ -286,7 +225,7 @@ def test_64_requests_at_once_on_a_cache_for_a_few_have_the_oracles_tokens(
 
     with ThreadPoolExecutor(64) as clients:
         answers = list(clients.map(answer, prompts))
-    assert server.metric("vllm:num_preemptions_total") > before
+    assert server.metric(engine.METRICS.preemptions) > before
     truths = [continuation(truth, tuple(prompt), new_tokens) for prompt in prompts]
     compared = sum(map(assert_greedy_equal, answers, truths))
     assert compared > 0.9 * 64 * new_tokens

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -21,8 +22,20 @@ from sglang.srt.platforms import current_platform
 from torch import Tensor
 
 from longcat_core.config import LongcatConfig
+from longcat_sglang.compat import SGLANG
+from tests.metrics import Metrics
 
-NAME, PACKAGE = "SGLang", "longcat_sglang"
+NAME, PACKAGE, RECORD = "SGLang", "longcat_sglang", SGLANG
+UNSUPPORTED, SUPPORTED = ("0.5.20", "0.5.24", "0.6.0"), ("0.5.21", "0.5.23", "0.5.23.post1")
+STARTED = "Load weight begin"
+"""In the log of a server whose engine's processes have started."""
+METRICS = Metrics(
+    running="sglang:num_running_reqs",
+    waiting="sglang:num_queue_reqs",
+    generated='sglang:realtime_tokens_total{mode="decode"}',
+    preemptions="sglang:num_retracted_requests_total",
+)
+OURS: dict[str, str] = {}
 assert current_platform is not None  # our plugin has made torchvision importable, which transformers wants as well
 PRELOADED = ["sglang.srt.managers.scheduler", "sglang.srt.managers.detokenizer_manager", "sglang.srt.models.registry"]
 Break = Callable[[pytest.MonkeyPatch], None]
@@ -52,7 +65,9 @@ class Engine:
 
     def update(self, tensors: dict[str, Tensor]) -> None:
         """Load these into the running model."""
+        self.sglang.begin_weight_update()
         succeeded, message = self.sglang.update_weights_from_tensor(list(tensors.items()))
+        self.sglang.end_weight_update()
         assert succeeded, message
 
     def log_softmax(self, prompt: list[int], vocab_size: int) -> Tensor:
@@ -149,6 +164,24 @@ def _run_scheduler(environment: dict[str, str], broken: Break | None, *args: Any
         load_plugins()
         broken(pytest.MonkeyPatch())
     run_scheduler_process(*args, **kwargs)
+
+
+def command(
+    directory: Path, *, served_name: str | None = None, max_model_len: int = 256, cache_tokens: int = 4096
+) -> list[str | Path]:
+    """The stock command, in fp32, with metrics of every step."""
+    arguments = {
+        "--model-path": str(directory),
+        "--served-model-name": served_name or str(directory),
+        "--dtype": "float32",
+        "--context-length": str(max_model_len),
+        "--max-total-tokens": str(cache_tokens),
+        "--mem-fraction-static": "0.1",
+        "--schedule-conservativeness": "0.1",
+        "--decode-log-interval": "1",
+    }
+    flat = [word for argument in arguments.items() for word in argument]
+    return [sys.executable, "-m", "sglang.launch_server", "--enable-metrics", *flat]
 
 
 def configure(directory: Path, **engine_args: Any) -> LongcatConfig | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,13 +14,25 @@ import pytest
 import torch
 from torch import Tensor
 
+from longcat_core import checkpoint
 from longcat_core.config import LongcatConfig
+from longcat_vllm.compat import VLLM
+from tests.metrics import Metrics
 
 # Engines in this process take 2 s each; one of processes of its own takes 20.
 OURS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
 os.environ.update(OURS)
 
-NAME, PACKAGE = "vLLM", "longcat_vllm"
+NAME, PACKAGE, RECORD = "vLLM", "longcat_vllm", VLLM
+UNSUPPORTED, SUPPORTED = ("0.26.0", "0.31.2", "0.34.0"), ("0.32.0+cpu", "0.32.1", "0.33.0rc1")
+STARTED = "EngineCore"
+"""In the log of a server whose engine's processes have started."""
+METRICS = Metrics(
+    running="vllm:num_requests_running",
+    waiting="vllm:num_requests_waiting",
+    generated="vllm:generation_tokens_total",
+    preemptions="vllm:num_preemptions_total",
+)
 Break = Callable[[pytest.MonkeyPatch], None]
 
 
@@ -108,9 +121,8 @@ def serving(
         "disable_log_stats": False,
     }
     with pytest.MonkeyPatch.context() as patch:
-        if (
-            tensor_parallel > 1 or "pipeline_parallel_size" in engine_args
-        ):  # vLLM binds each rank to cores of its own, and refuses when there are not enough
+        if tensor_parallel > 1 or "pipeline_parallel_size" in engine_args:
+            # vLLM binds each rank to cores of its own, and refuses when there are not enough.
             patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         if broken is not None:
             broken(patch)
@@ -123,6 +135,22 @@ def serving(
                 llm.llm_engine.engine_core.shutdown()
             del llm
             cleanup_dist_env_and_memory()
+
+
+def command(
+    directory: Path, *, served_name: str | None = None, max_model_len: int = 256, cache_tokens: int = 4096
+) -> list[str | Path]:
+    """The stock command, in fp32."""
+    bytes_per_token = checkpoint.read_config(directory).kv_cache_bytes_per_token(itemsize=4)
+    arguments = {
+        "--served-model-name": served_name or str(directory),
+        "--dtype": "float32",
+        "--max-model-len": str(max_model_len),
+        "--block-size": "16",
+        "--kv-cache-memory-bytes": str(cache_tokens * bytes_per_token),
+    }
+    flat = [word for argument in arguments.items() for word in argument]
+    return [Path(sys.executable).with_name("vllm"), "serve", directory, "--enforce-eager", *flat]
 
 
 def configure(directory: Path, **engine_args: Any) -> LongcatConfig | None:

@@ -1,0 +1,13 @@
+"""The names of what the HTTP tests count; each engine has its own."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Metrics(NamedTuple):
+    running: str
+    waiting: str
+    generated: str
+    """Output tokens, counted while they come."""
+    preemptions: str
