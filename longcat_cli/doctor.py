@@ -18,7 +18,7 @@ from rich.table import Table
 
 from longcat_core.diagnosis import Finding
 
-ENGINE_PACKAGES = {"vllm": "longcat_vllm"}
+ENGINE_PACKAGES = {"vllm": "longcat_vllm", "sglang": "longcat_sglang"}
 """Engine and our package for it; ours is asked only where the engine is there."""
 
 

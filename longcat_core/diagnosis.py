@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
+from longcat_core import checkpoint
 from longcat_core.engine import Engine
 
 
@@ -17,3 +19,12 @@ class Finding(NamedTuple):
 def version_of(engine: Engine) -> Finding:
     problem = "" if engine.is_supported() else f"wanted {engine.supported_text}; install such a {engine.name}"
     return Finding(engine.name, str(engine.version()), problem)
+
+
+def checkpoint_finding(directory: Path) -> Finding:
+    try:
+        config = checkpoint.read_config(directory)
+        checkpoint.verify(directory, config)
+    except ValueError as error:
+        return Finding("checkpoint", str(directory), str(error))
+    return Finding("checkpoint", f"{directory}: {config.total_parameters / 1e6:,.0f} M parameters, complete")

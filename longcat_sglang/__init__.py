@@ -18,7 +18,7 @@ def register() -> None:
     compat.SGLANG.hook("prompt check", compat.install_prompt_check)
 
 
-def platform() -> None:
+def register_platform() -> None:
     """Entry point `sglang.srt.platforms`: prepares a CPU, and leaves the choice of the platform to SGLang.
 
     SGLang calls it when it is imported, before anything that needs what is prepared; a platform of our own would

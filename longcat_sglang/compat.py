@@ -33,23 +33,42 @@ no graph (`support_triton`, arg_groups/attention_hook.py). For other models it s
 MODEL_CLASS_TARGET = "sglang.srt.model_loader.utils.get_model_architecture"
 PROMPT_CHECK_TARGET = "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request"
 """Functions of SGLang that are wrapped through its registry of hooks, after all plugins have been called."""
+RESOLUTION_STEP = "handle_model_specific_adjustments"
+
+
+def hooked() -> dict[str, str]:
+    """Each hook's name, and the module of what is there: ours, if it took. SGLang only logs it if one does not."""
+    from sglang.srt.arg_groups import resolution_hooks
+    from sglang.srt.layers.attention import attention_registry
+    from sglang.srt.plugins.hook_registry import HookRegistry
+    from sglang.srt.utils.hf_transformers import common
+
+    def applied(target: str) -> str:
+        return __name__ if target in HookRegistry._patched else "none"
+
+    checks = resolution_hooks._HOOKS.get(RESOLUTION_STEP, [])
+    return {
+        "model class": applied(MODEL_CLASS_TARGET),
+        "configuration class": common._CONFIG_REGISTRY["longcat_flash"].__module__,
+        "checkpoint check": __name__ if _check_after_adjustments in checks else "none",
+        "attention backend": attention_registry.ATTENTION_BACKENDS[CPU_ATTENTION].__module__,
+        "prompt check": applied(PROMPT_CHECK_TARGET),
+    }
 
 
 def require_supported() -> None:
-    """`Engine.require_supported`, and that SGLang applied the hooks that were registered: where one fails, it only
-    logs it.
+    """`Engine.require_supported`, and that every hook took.
 
     Raises:
         UnsupportedEngineError: naming what is wrong and what to do.
     """
-    from sglang.srt.plugins.hook_registry import HookRegistry
-
     SGLANG.require_supported()
-    for target in (MODEL_CLASS_TARGET, PROMPT_CHECK_TARGET):
-        if target not in HookRegistry._patched:
-            raise UnsupportedEngineError(
-                f"SGLang {SGLANG.version()} did not apply longcat-serving's hook to {target}; its log says why"
-            )
+    missing = [name for name, module in hooked().items() if not module.startswith("longcat_sglang")]
+    if missing:
+        raise UnsupportedEngineError(
+            f"longcat-serving's hooks into SGLang {SGLANG.version()} are not in place: {', '.join(missing)}; "
+            f"run `longcat doctor`, and see SGLang's log"
+        )
 
 
 def _hook_once(target: str, hook: Callable[..., Any], kind: HookType) -> None:
@@ -104,9 +123,8 @@ def install_config_check() -> None:
     """
     from sglang.srt.arg_groups import resolution_hooks
 
-    step = "handle_model_specific_adjustments"
-    if _check_after_adjustments not in resolution_hooks._HOOKS.get(step, []):
-        resolution_hooks.register_resolution_hook(step)(_check_after_adjustments)
+    if _check_after_adjustments not in resolution_hooks._HOOKS.get(RESOLUTION_STEP, []):
+        resolution_hooks.register_resolution_hook(RESOLUTION_STEP)(_check_after_adjustments)
 
 
 def _check_after_adjustments(server_args: ServerArgs, previous: Callable[[ServerArgs], None]) -> None:

@@ -16,7 +16,7 @@ def register() -> None:
     compat.VLLM.hook("checkpoint check", compat.install_config_check)
 
 
-def platform() -> str | None:
+def register_platform() -> str | None:
     """Entry point `vllm.platform_plugins`: ours on a CPU, else None, so that vLLM chooses as ever."""
     from vllm.platforms import cpu_platform_plugin
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longcat_core.config import LongcatConfig
-from longcat_core.diagnosis import Finding, version_of
+from longcat_core.diagnosis import Finding, checkpoint_finding, version_of
 from longcat_vllm import compat
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def diagnose(checkpoint: Path | None = None) -> list[Finding]:
     findings += _hooks()
     findings.append(_platform())
     if checkpoint is not None:
-        findings.append(_checkpoint(checkpoint))
+        findings.append(checkpoint_finding(checkpoint))
     if not any(finding.problem for finding in findings):
         findings += _implementations(checkpoint)
     return findings
@@ -75,17 +75,6 @@ def _platform() -> Finding:
         "on a CPU wanted longcat_vllm.platform; without it vLLM turns chunked prefill and prefix caching off. "
         "Unset VLLM_TARGET_DEVICE, and uninstall other platform plugins",
     )
-
-
-def _checkpoint(directory: Path) -> Finding:
-    from longcat_core import checkpoint
-
-    try:
-        config = checkpoint.read_config(directory)
-        checkpoint.verify(directory, config)
-    except ValueError as error:
-        return Finding("checkpoint", str(directory), str(error))
-    return Finding("checkpoint", f"{directory}: {config.total_parameters / 1e6:,.0f} M parameters, complete")
 
 
 def _implementations(directory: Path | None) -> list[Finding]:

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from longcat_core import checkpoint
 from longcat_core.config import LongcatConfig
 from longcat_vllm.compat import VLLM
+from tests.cases import DEFAULT
 from tests.metrics import Metrics
 
 # Engines in this process take 2 s each; one of processes of its own takes 20.
@@ -140,8 +140,8 @@ def serving(
 def command(
     directory: Path, *, served_name: str | None = None, max_model_len: int = 256, cache_tokens: int = 4096
 ) -> list[str | Path]:
-    """The stock command, in fp32."""
-    bytes_per_token = checkpoint.read_config(directory).kv_cache_bytes_per_token(itemsize=4)
+    """The stock command, in fp32, with a cache of so many tokens of the default case."""
+    bytes_per_token = DEFAULT.kv_cache_bytes_per_token(itemsize=4)
     arguments = {
         "--served-model-name": served_name or str(directory),
         "--dtype": "float32",

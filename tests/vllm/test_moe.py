@@ -1,9 +1,6 @@
-"""vLLM's experts are given the rows of FFN experts and nothing else, counted; and what that means for its ranks."""
+"""vLLM's CPU kernels, given the rows of FFN experts of a rank, are the reference."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,52 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from longcat_core.experts import moe
-from longcat_core.reference import LongcatForCausalLM, Router
 from longcat_core.routing import Routing
-from tests.cases import CASES, Case
 from tests.oracle import relative_error
-from tests.vllm.engine import serving
-
-
-@pytest.mark.parametrize("name", ["default", "all_slots_zero_experts", "no_zero_experts"])
-def test_zero_experts_cost_no_gemm_rows(
-    name: str, checkpoint_of: Callable[[Case], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The rows that vLLM's kernel is given for a prompt are the slots in which the reference takes FFN experts."""
-    from longcat_vllm import cpu_experts
-
-    case, rows = CASES[name], []
-
-    def counting(kernel: str) -> Callable[[Tensor, Tensor], Callable[..., Tensor]]:
-        make_ffn = cpu_experts.CPU_KERNELS[kernel].ffn
-
-        def make_counting_ffn(w13: Tensor, w2: Tensor) -> Callable[..., Tensor]:
-            def ffn(inputs: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-                rows.append(experts.numel())
-                return make_ffn(w13, w2)(inputs, experts, weights)
-
-            return ffn
-
-        return make_counting_ffn
-
-    directory = checkpoint_of(case)
-    prompt = case.prompts(1, 50)[0]
-    with serving(directory) as engine:
-        for kernel, implementation in cpu_experts.CPU_KERNELS.items():
-            monkeypatch.setitem(cpu_experts.CPU_KERNELS, kernel, implementation._replace(ffn=counting(kernel)))
-        engine.greedy([prompt], 1)
-    assert sum(rows) == sum(ffn_slots(directory, prompt))
-
-
-def ffn_slots(directory: Path, prompt: list[int]) -> list[int]:
-    """By layer, how many slots of the prompt the reference gives to FFN experts."""
-    model, slots = LongcatForCausalLM.from_checkpoint(directory), []
-    for module in model.modules():
-        if isinstance(module, Router):
-            module.register_forward_hook(lambda _module, _inputs, routing: slots.append(int((routing.ids >= 0).sum())))
-    with torch.no_grad():
-        model(torch.tensor([prompt]))
-    return slots
 
 
 @st.composite

@@ -1,0 +1,240 @@
+"""The plugin is light, re-entrant and harmless to other models, and each of its patches is still needed."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from longcat_core.engine import UnsupportedEngineError
+from longcat_sglang import compat
+from longcat_sglang.platform import read_cores
+from tests.cases import CASES, Case
+from tests.sglang.engine import configure, serving
+
+CASE = CASES["default"]
+
+
+def python(script: str, **environment: str) -> str:
+    """What a fresh interpreter prints last."""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, **environment}, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that is not LongCat's."""
+    torch.manual_seed(0)
+    directory = tmp_path_factory.mktemp("llama")
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def test_registering_again_changes_nothing() -> None:
+    outcome = python(
+        "import json\n"
+        "import longcat_sglang\n"
+        "from sglang.srt.arg_groups import resolution_hooks\n"
+        "from sglang.srt.layers.attention import attention_registry\n"
+        "from sglang.srt.plugins import load_plugins\n"
+        "from sglang.srt.plugins.hook_registry import HookRegistry\n"
+        "load_plugins()\n"
+        "def state():\n"
+        "    from longcat_sglang import compat\n"
+        "    return [compat.SGLANG.failures, compat.hooked(), {t: len(h) for t, h in HookRegistry._hooks.items()},\n"
+        "            {n: len(h) for n, h in resolution_hooks._HOOKS.items()},\n"
+        "            id(attention_registry.ATTENTION_BACKENDS['torch_native'])]\n"
+        "before = state()\n"
+        "longcat_sglang.register_platform(); longcat_sglang.register(); longcat_sglang.register(); HookRegistry.apply_hooks()\n"
+        "print(json.dumps([before == state(), before[0], list(before[1].values())]))"
+    )
+    same, failures, modules = json.loads(outcome)
+    assert same
+    assert failures == {}
+    assert all(module.startswith("longcat_sglang") for module in modules)
+
+
+def test_registering_imports_no_model_code() -> None:
+    loaded = python(
+        "import json, sys\n"
+        "from sglang.srt.plugins import load_plugins\n"
+        "load_plugins()\n"
+        "print(json.dumps([name for name in sys.modules if name.startswith('longcat_')]))"
+    )
+    rooms = {name.partition(".")[2] for name in json.loads(loaded)}
+    assert "compat" in rooms
+    assert rooms.isdisjoint({"model", "moe", "attention", "cpu_experts", "reference", "experts", "checkpoint"})
+
+
+def test_another_model_has_transformers_tokens(llama: Path) -> None:
+    prompts = [list(range(5, 5 + n)) for n in (1, 9, 40)]
+    model = LlamaForCausalLM.from_pretrained(llama)
+    with serving(llama) as served:
+        answers = served.greedy(prompts, 12)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        output = model.generate(
+            torch.tensor([prompt]), do_sample=False, min_new_tokens=12, max_new_tokens=12, pad_token_id=0
+        )
+        assert answer == output[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("name", ["model class", "attention backend"])
+def test_a_hook_that_is_not_in_place_is_an_error_for_longcat_and_for_nothing_else(
+    name: str, llama: Path, checkpoint_of: Callable[[Case], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configure(llama)
+    hooked = compat.hooked() | {name: "none"}
+    monkeypatch.setattr(compat, "hooked", lambda: hooked)
+    assert configure(llama) is None
+    with pytest.raises(UnsupportedEngineError, match=rf"not in place: {name}"):
+        configure(checkpoint_of(CASE))
+
+
+def test_a_hook_that_fails_is_named(checkpoint_of: Callable[[Case], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    import longcat_sglang
+
+    def broken() -> None:
+        raise ImportError("no such table")
+
+    monkeypatch.setattr(compat, "install_config_check", broken)
+    monkeypatch.setattr(compat.SGLANG, "failures", {})
+    longcat_sglang.register()
+    with pytest.raises(UnsupportedEngineError, match=r"could not hook into SGLang .*checkpoint check.*no such table"):
+        configure(checkpoint_of(CASE))
+
+
+@pytest.mark.parametrize(
+    ("option", "wanted"),
+    [
+        ({"page_size": 8}, "page_size: 8, wanted 1 on a CPU"),
+        ({"pp_size": 2}, "pp_size: 2, wanted 1"),
+        ({"tp_size": 3}, "tp_size: 3, wanted a divisor of the 4 heads"),
+        ({"enable_eplb": True}, "expert load balancing (EPLB) is not there yet"),
+        ({"attention_backend": "triton"}, "attention_backend: 'triton', wanted our own on a CPU"),
+        ({"kv_cache_dtype": "fp8_e4m3"}, "kv_cache_dtype: 'fp8_e4m3', wanted 'auto' on a CPU"),
+        ({"enable_torch_compile": True}, "torch.compile on a CPU is not there yet"),
+        ({"speculative_algorithm": "NEXTN"}, "speculation with MTP is not there yet"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_an_option_that_cannot_be_served_is_named_with_what_to_do(
+    option: dict[str, object], wanted: str, checkpoint_of: Callable[[Case], Path]
+) -> None:
+    with pytest.raises(ValueError, match="cannot be served like this") as refused:
+        configure(checkpoint_of(CASE), **option)
+    assert wanted in str(refused.value)
+
+
+def test_flash_lite_stays_sglangs_own() -> None:
+    from sglang.srt.configs import LongcatFlashConfig as Stock
+
+    from longcat_sglang.config import LongcatFlashConfig
+
+    config = LongcatFlashConfig.from_dict({"architectures": ["LongcatFlashNgramForCausalLM"], "num_layers": 3})
+    assert type(config) is Stock
+    assert not compat.is_longcat(config)
+
+
+# -- a CPU -------------------------------------------------------------------------------------------
+
+
+def test_an_installed_sgl_kernel_is_not_shadowed(tmp_path: Path) -> None:
+    (tmp_path / "sgl_kernel.py").write_text("REAL = True\n")
+    script = (
+        "import longcat_sglang; longcat_sglang.register_platform()\n"
+        "import sgl_kernel; print(sgl_kernel.__name__, sgl_kernel.REAL)"
+    )
+    assert python(script, PYTHONPATH=str(tmp_path)) == "sgl_kernel True"
+
+
+def test_where_there_is_an_accelerator_nothing_is_prepared() -> None:
+    script = (
+        "import os, sys, torch\n"
+        "torch.cuda.is_available = lambda: True\n"
+        "import longcat_sglang; longcat_sglang.register_platform()\n"
+        "print('sgl_kernel' in sys.modules, 'SGLANG_USE_CPU_ENGINE' in os.environ)"
+    )
+    clean = {name: value for name, value in os.environ.items() if name != "SGLANG_USE_CPU_ENGINE"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=clean, timeout=60)
+    assert done.stdout.strip() == "False False", done.stderr[-1000:]
+
+
+@pytest.mark.parametrize(
+    ("text", "cores"), [("0", {0}), ("0-3", {0, 1, 2, 3}), ("0-1,8,10-11", {0, 1, 8, 10, 11}), ("5,6", {5, 6})]
+)
+def test_cores_are_read_as_sglang_writes_them(text: str, cores: set[int]) -> None:
+    assert read_cores(text) == cores
+
+
+# -- what the patches are for is still so ------------------------------------------------------------
+
+
+def test_sglang_still_takes_transformers_doubled_layers() -> None:
+    """If this fails, `compat.install_config_class` may have become unnecessary: see its docstring."""
+    from sglang.srt.configs import LongcatFlashConfig as Stock
+
+    assert Stock.from_dict({"num_hidden_layers": 56, "num_layers": 28}).num_hidden_layers == 56
+
+
+def test_sglang_still_leaves_zero_experts_unscaled() -> None:
+    """If this fails, SGLang's own model may have become right (sglang#10019): see `compat.install_model_class`."""
+    from sglang.srt.models.longcat_flash import LongcatFlashMoE
+
+    source = inspect.getsource(LongcatFlashMoE.forward)
+    assert source.index("final_hidden_states *= self.routed_scaling_factor") < source.index("+= zero_expert_result")
+
+
+def test_sglang_still_does_not_look_for_tokens_outside_the_vocabulary() -> None:
+    """If this fails, `compat.install_prompt_check` may have become unnecessary."""
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
+    check = inspect.unwrap(TokenizerManager._validate_one_request)
+    assert check.__module__.startswith("sglang")
+    assert "out of vocabulary" not in inspect.getsource(check)
+
+
+def test_sglangs_attention_for_cpus_still_has_no_mla() -> None:
+    """If this fails, `compat.install_attention_backend` may have become unnecessary."""
+    from sglang.srt.layers.attention import torch_native_backend
+
+    assert "mla" not in inspect.getsource(torch_native_backend).lower()
+
+
+def test_doctor_finds_nothing_wrong_here_and_what_is_wrong_elsewhere(checkpoint_of: Callable[[Case], Path]) -> None:
+    longcat = Path(sys.executable).with_name("longcat")
+
+    def doctor(**environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [longcat, "doctor", checkpoint_of(CASE)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, **environment},
+            timeout=120,
+        )
+
+    well = doctor()
+    assert well.returncode == 0, well.stdout
+    assert "longcat_sglang.attention.LatentAttentionBackend" in well.stdout
+    ill = doctor(SGLANG_PLUGINS="other")
+    assert ill.returncode == 1
+    assert "SGLANG_PLUGINS='other' leaves the plugin out" in " ".join(ill.stdout.split())
