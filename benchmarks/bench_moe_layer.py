@@ -1,13 +1,15 @@
-"""One MoE layer on the CPU: ours against vLLM's own kernel, which computes zero-expert slots as expert 0.
+"""One MoE layer on the CPU: ours against the engine's own kernel, which computes zero-expert slots as expert 0.
 
 Both sides share router, softmax, top-k and the identity term; what differs is which GEMM rows are computed, and by
-which of vLLM's kernels. The engine's kernel is the one that vLLM 0.32 picks for this CPU.
+which kernel. vLLM's is the one that 0.32 picks for this CPU. SGLang's is its path without `sgl_kernel`; as that cannot
+take an expert twice in a token, which the remap to expert 0 makes common, it is given one slot a row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 import typer
@@ -15,12 +17,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
-from vllm import _custom_ops as ops
 
 from benchmarks import record
-from longcat_core.experts import add_identity, routed_experts
+from longcat_core.experts import ExpertFFN, add_identity, routed_experts
 from longcat_core.routing import Routing, route
-from longcat_vllm.cpu_experts import CPU_KERNELS, select_cpu_kernel
 
 HIDDEN, INNER, TOP_K = 1024, 512, 12
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -29,29 +29,63 @@ ROUTINGS = {"a third zero": 0.0, "all zero": 10.0, "no zero": -10.0}
 
 
 def layers(experts: int, dtype: torch.dtype, bias: Tensor) -> tuple[Callable[[Tensor, Tensor], Tensor], ...]:
-    """vLLM's layer and ours on the same random weights."""
+    """The engine's layer and ours on the same random weights."""
     w13 = (torch.randn(experts, 2 * INNER, HIDDEN) * HIDDEN**-0.5).to(dtype)
     w2 = (torch.randn(experts, HIDDEN, INNER) * INNER**-0.5).to(dtype)
-    isa = "amx" if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() else "vec"
-    engine13, engine2 = ops.cpu_prepack_moe_weight(w13, isa), ops.cpu_prepack_moe_weight(w2, isa)
-    kernel = CPU_KERNELS[select_cpu_kernel(HIDDEN, INNER, dtype)]
-    ffn = kernel.ffn(kernel.pack(w13), kernel.pack(w2))
+    engine_ffn, our_ffn = FFNS[record.ENGINE](w13, w2)
 
     def routing(logits: Tensor) -> Routing:
         return route(logits, bias, n_routed_experts=experts, top_k=TOP_K, routed_scaling_factor=6.0)
 
     def engine(x: Tensor, logits: Tensor) -> Tensor:
         chosen = routing(logits)
-        routed = torch.empty_like(x)
-        ids = chosen.ids.clamp(min=0)
-        ops.cpu_fused_moe(routed, x, engine13, engine2, None, None, chosen.weights, ids, "silu", isa)
-        return add_identity(routed, x, chosen.identity)
+        return add_identity(engine_ffn(x, chosen.ids.clamp(min=0), chosen.weights), x, chosen.identity)
 
     def ours(x: Tensor, logits: Tensor) -> Tensor:
         chosen = routing(logits)
-        return add_identity(routed_experts(x, chosen.ids, chosen.weights, ffn), x, chosen.identity)
+        return add_identity(routed_experts(x, chosen.ids, chosen.weights, our_ffn), x, chosen.identity)
 
     return engine, ours
+
+
+def vllm_ffns(w13: Tensor, w2: Tensor) -> tuple[ExpertFFN, ExpertFFN]:
+    from vllm import _custom_ops as ops
+
+    from longcat_vllm.cpu_experts import CPU_KERNELS, select_cpu_kernel
+
+    isa = "amx" if w13.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() else "vec"
+    engine13, engine2 = ops.cpu_prepack_moe_weight(w13, isa), ops.cpu_prepack_moe_weight(w2, isa)
+    kernel = CPU_KERNELS[select_cpu_kernel(HIDDEN, INNER, w13.dtype)]
+
+    def engine(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        routed = torch.empty_like(x)
+        ops.cpu_fused_moe(routed, x, engine13, engine2, None, None, weights, ids, "silu", isa)
+        return routed
+
+    return engine, kernel.ffn(kernel.pack(w13), kernel.pack(w2))
+
+
+def sglang_ffns(w13: Tensor, w2: Tensor) -> tuple[ExpertFFN, ExpertFFN]:
+    from longcat_sglang.platform import prepare_cpu
+
+    prepare_cpu()
+    from sglang.srt.layers.moe.fused_moe_native import moe_forward_native
+
+    from longcat_sglang.cpu_experts import CPU_KERNELS, select_cpu_kernel
+
+    layer = SimpleNamespace(num_experts=w13.shape[0], w13_weight=w13, w2_weight=w2)
+    config = SimpleNamespace(apply_router_weight_on_input=False, activation="silu", gemm1_alpha=None)
+
+    def engine(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        rows = x.repeat_interleave(TOP_K, dim=0)
+        routed = moe_forward_native(layer, rows, (weights.view(-1, 1), ids.view(-1, 1), None), config)
+        return routed.unflatten(0, (-1, TOP_K)).sum(dim=1)
+
+    return engine, CPU_KERNELS[select_cpu_kernel(w13.dtype)](w13, w2)
+
+
+FFNS = {"vllm": vllm_ffns, "sglang": sglang_ffns}
+"""The engine's kernel and ours, (x, ids, weights) -> routed, from the same weights."""
 
 
 def main(allocations: int = 3, pairs: int = 5, seconds: float = 0.03) -> None:
@@ -91,7 +125,9 @@ def main(allocations: int = 3, pairs: int = 5, seconds: float = 0.03) -> None:
 
 
 def show(rows: list[dict[str, object]]) -> None:
-    table = Table("dtype", "experts", "routing", *(f"{tokens}" for tokens in TOKENS), title="vLLM's time over ours")
+    table = Table(
+        "dtype", "experts", "routing", *(f"{tokens}" for tokens in TOKENS), title="the engine's time over ours"
+    )
     for start in range(0, len(rows), len(TOKENS)):
         part = rows[start : start + len(TOKENS)]
         table.add_row(

@@ -1,4 +1,4 @@
-"""Output tokens a second: stock `vllm serve` with the plugin, over HTTP, beside transformers' `generate`.
+"""Output tokens a second: an engine's stock server with the plugin, over HTTP, beside transformers' `generate`.
 
 The same random checkpoint in bf16, the same prompts, greedy, at 1 and 8 requests at once. transformers runs before and
 after the server, so that a machine that changes its speed shows.
@@ -21,8 +21,9 @@ from benchmarks import record
 from longcat_cli.make_checkpoint import make_checkpoint
 from longcat_core import checkpoint
 from longcat_core.config import LongcatConfig, RopeConfig
+from tests.harness import engine
 from tests.oracle import oracle
-from tests.vllm.server import Server, serving
+from tests.server import Server, serving
 
 CONFIG = LongcatConfig(
     vocab_size=4096,
@@ -44,6 +45,11 @@ CONFIG = LongcatConfig(
     routed_scaling_factor=6.0,
 )
 PROMPT_TOKENS, NEW_TOKENS = 64, 128
+BOUNDS = {
+    "vllm": ["--max-model-len", "1024", "--kv-cache-memory-bytes", str(256 << 20)],
+    "sglang": ["--context-length", "1024", "--max-total-tokens", "65536", "--mem-fraction-static", "0.5"],
+}
+"""On the memory that the servers would take."""
 AT_ONCE = (1, 8)
 
 
@@ -56,17 +62,17 @@ def main(rounds: int = 3) -> None:
         make_checkpoint(directory, CONFIG, seed=0, dtype=torch.bfloat16)
         status.update("transformers")
         before = transformers_rates(directory, prompts, rounds)
-        status.update("starting vllm serve")
-        options = ["--max-model-len", "1024", "--kv-cache-memory-bytes", str(256 << 20)]
-        with serving(directory, directory.with_name("server.log"), *options) as server:
-            status.update("vllm serve")
+        status.update(f"starting {engine.NAME}")
+        command = [*engine.stock_command(directory), *BOUNDS[record.ENGINE]]
+        with serving(command, directory.with_name("server.log")) as server:
+            status.update(engine.NAME)
             ours = {n: served_rate(server, prompts[:n], rounds) for n in AT_ONCE}
         status.update("transformers again")
         after = transformers_rates(directory, prompts, rounds)
     rows = [
         {
             "requests at once": n,
-            "vllm serve, tokens/s": round(ours[n], 1),
+            f"{engine.NAME}, tokens/s": round(ours[n], 1),
             "transformers, tokens/s": round((before[n] + after[n]) / 2, 1),
             "ratio": round(2 * ours[n] / (before[n] + after[n]), 2),
             "transformers after / before": round(after[n] / before[n], 2),

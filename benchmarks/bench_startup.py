@@ -1,8 +1,9 @@
-"""What the plugin adds to the start of `vllm serve` for a model that is not LongCat's.
+"""What the plugin adds to the start of an engine's server for a model that is not LongCat's.
 
-Every process of a server (API server, engine core, worker) loads the plugin once. A fresh interpreter goes through what
-they have in common, imports, plugins and the configuration of a tiny Llama, with the plugin and with VLLM_PLUGINS=""
-by turns; its CPU seconds are compared, as the wall clock of such a run wavers by more than what is measured.
+Every process of a server loads the plugin once. A fresh interpreter goes through what they have in common, imports,
+plugins and the configuration of a tiny Llama, with the plugin and with the engine's variable that leaves it out, by
+turns; its CPU seconds are compared, as the wall clock of such a run wavers by more than what is measured. SGLang cannot
+be imported on a CPU without the plugin's preparation, so that is made both times.
 """
 
 from __future__ import annotations
@@ -22,12 +23,24 @@ from transformers import LlamaConfig
 
 from benchmarks import record
 
-SCRIPT = """
+SCRIPTS = {
+    "vllm": """
 from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
 load_general_plugins()
 EngineArgs({directory!r}, skip_tokenizer_init=True).create_engine_config()
-"""
+""",
+    "sglang": """
+from longcat_sglang.platform import prepare_cpu
+prepare_cpu()
+from sglang.srt.plugins import load_plugins
+from sglang.srt.managers import scheduler
+from sglang.srt.server_args import ServerArgs
+load_plugins()
+ServerArgs(model_path={directory!r}, skip_tokenizer_init=True).resolve_once()
+""",
+}
+WITHOUT = {"vllm": {"VLLM_PLUGINS": ""}, "sglang": {"SGLANG_PLUGINS": "none"}}
 
 
 def main(pairs: int = 9) -> None:
@@ -37,7 +50,7 @@ def main(pairs: int = 9) -> None:
         ).save_pretrained(temporary)
         cpu_seconds(Path(temporary), {})  # warms the file cache
         times = [
-            (cpu_seconds(Path(temporary), {}), cpu_seconds(Path(temporary), {"VLLM_PLUGINS": ""}))
+            (cpu_seconds(Path(temporary), {}), cpu_seconds(Path(temporary), WITHOUT[record.ENGINE]))
             for _ in track(range(pairs), "starting", console=Console(stderr=True))
         ]
     added = statistics.median(with_plugin - without for with_plugin, without in times)
@@ -56,7 +69,7 @@ def cpu_seconds(directory: Path, environment: dict[str, str]) -> float:
     """User and system time of one interpreter."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(directory=str(directory))],
+        [sys.executable, "-c", SCRIPTS[record.ENGINE].format(directory=str(directory))],
         env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", **environment},
         check=True,
         capture_output=True,

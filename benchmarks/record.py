@@ -1,4 +1,4 @@
-"""How a benchmark's figures are kept: JSON with the device, the versions and the date, and paired timing."""
+"""How a benchmark's figures are kept: JSON by engine, with the device, the versions and the date; and paired timing."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ import statistics
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).with_name("results")
+ENGINE = "vllm" if find_spec("vllm") else "sglang"
+"""The engine of the environment that runs the benchmark."""
 
 
 def write(name: str, rows: list[dict[str, Any]], **settings: Any) -> Path:
-    """Write `results/NAME.json` and return its path."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    """Write `results/ENGINE/NAME.json` and return its path."""
+    path = RESULTS / ENGINE / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     record = {"benchmark": name, **environment(), "settings": settings, "rows": rows}
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
@@ -29,7 +32,7 @@ def environment() -> dict[str, Any]:
     import torch
 
     versions = {}
-    for package in ("longcat-serving", "torch", "transformers", "vllm"):
+    for package in ("longcat-serving", "torch", "transformers", ENGINE):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

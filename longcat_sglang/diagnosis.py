@@ -18,6 +18,9 @@ def diagnose(checkpoint: Path | None = None) -> list[Finding]:
     findings = [version_of(compat.SGLANG)]
     if findings[0].problem:
         return findings
+    plugins = os.environ.get("SGLANG_PLUGINS")
+    if plugins and "longcat" not in plugins.split(","):
+        return [*findings, Finding("SGLANG_PLUGINS", plugins, "leaves the plugin out; unset it or add 'longcat'")]
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
@@ -39,9 +42,6 @@ def _unhooked(name: str, place: str) -> str:
         return ""
     if name in compat.SGLANG.failures:
         return f"the hook failed: {compat.SGLANG.failures[name]}"
-    plugins = os.environ.get("SGLANG_PLUGINS")
-    if plugins and "longcat" not in plugins.split(","):
-        return f"SGLANG_PLUGINS={plugins!r} leaves the plugin out; unset it or add 'longcat'"
     points = [point.value for point in importlib.metadata.entry_points(group="sglang.srt.plugins")]
     if "longcat_sglang:register" not in points:
         return "longcat-serving is not installed in this environment; run pip install longcat-serving"

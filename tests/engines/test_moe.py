@@ -26,7 +26,9 @@ def test_zero_experts_cost_no_gemm_rows(name: str, checkpoint_of: Callable[[Case
         counts.write_text("")  # forget what the engine computed to warm up
         served.greedy([prompt], 1)
     rows = [int(count) for count in counts.read_text().split()]
-    assert sum(rows) == sum(ffn_slots(directory, prompt))
+    wanted = [slots for slots in ffn_slots(directory, prompt) if slots]
+    assert rows[: len(wanted)] == wanted  # an engine may have computed a step ahead before it noticed the end
+    assert bool(rows) == bool(wanted)
 
 
 def count_rows(counts: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,7 +171,6 @@ def command(
 ) -> list[str | Path]:
     """The stock command, in fp32, with metrics of every step."""
     arguments = {
-        "--model-path": str(directory),
         "--served-model-name": served_name or str(directory),
         "--dtype": "float32",
         "--context-length": str(max_model_len),
@@ -181,7 +180,12 @@ def command(
         "--decode-log-interval": "1",
     }
     flat = [word for argument in arguments.items() for word in argument]
-    return [sys.executable, "-m", "sglang.launch_server", "--enable-metrics", *flat]
+    return [*stock_command(directory), "--enable-metrics", *flat]
+
+
+def stock_command(directory: Path) -> list[str | Path]:
+    """What a user types."""
+    return [sys.executable, "-m", "sglang.launch_server", "--model-path", directory]
 
 
 def configure(directory: Path, **engine_args: Any) -> LongcatConfig | None:

@@ -65,7 +65,8 @@ def test_registering_again_changes_nothing() -> None:
         "            {n: len(h) for n, h in resolution_hooks._HOOKS.items()},\n"
         "            id(attention_registry.ATTENTION_BACKENDS['torch_native'])]\n"
         "before = state()\n"
-        "longcat_sglang.register_platform(); longcat_sglang.register(); longcat_sglang.register(); HookRegistry.apply_hooks()\n"
+        "longcat_sglang.register_platform(); longcat_sglang.register(); longcat_sglang.register()\n"
+        "HookRegistry.apply_hooks()\n"
         "print(json.dumps([before == state(), before[0], list(before[1].values())]))"
     )
     same, failures, modules = json.loads(outcome)
@@ -237,4 +238,5 @@ def test_doctor_finds_nothing_wrong_here_and_what_is_wrong_elsewhere(checkpoint_
     assert "longcat_sglang.attention.LatentAttentionBackend" in well.stdout
     ill = doctor(SGLANG_PLUGINS="other")
     assert ill.returncode == 1
-    assert "SGLANG_PLUGINS='other' leaves the plugin out" in " ".join(ill.stdout.split())
+    assert "SGLANG_PLUGINS" in ill.stdout
+    assert "leaves the plugin out" in ill.stdout

@@ -150,7 +150,12 @@ def command(
         "--kv-cache-memory-bytes": str(cache_tokens * bytes_per_token),
     }
     flat = [word for argument in arguments.items() for word in argument]
-    return [Path(sys.executable).with_name("vllm"), "serve", directory, "--enforce-eager", *flat]
+    return [*stock_command(directory), "--enforce-eager", *flat]
+
+
+def stock_command(directory: Path) -> list[str | Path]:
+    """What a user types."""
+    return [Path(sys.executable).with_name("vllm"), "serve", directory]
 
 
 def configure(directory: Path, **engine_args: Any) -> LongcatConfig | None:
