@@ -90,7 +90,8 @@ def command(
     parameters = config.total_parameters / 1e6
     typer.echo(
         f"{directory}: {parameters:.1f} M parameters, {config.n_routed_experts} FFN and "
-        f"{config.zero_expert_num} zero experts a layer; try `vllm serve {directory}`"
+        f"{config.zero_expert_num} zero experts a layer; try `vllm serve {directory}` or "
+        f"`python -m sglang.launch_server --model-path {directory}`"
     )
 
 

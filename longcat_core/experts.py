@@ -86,23 +86,35 @@ def combine(outputs: Tensor, tokens: Tensor, num_tokens: int) -> Tensor:
 
 def grouped_ffn(w13: Tensor, w2: Tensor) -> ExpertFFN:
     """SwiGLU experts as one dense product an expert. w13: [E, 2 I, H], gate above up; w2: [E, H, I]."""
+    return ffn_by_expert(
+        w13.shape[0],
+        gate_up=lambda expert, rows: F.linear(rows, w13[expert]),
+        down=lambda expert, rows: F.linear(rows, w2[expert]),
+    )
 
-    def apply(expert: int, rows: Tensor) -> Tensor:
-        gate, up = F.linear(rows, w13[expert]).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, w2[expert])
 
-    return ffn_by_expert(w13.shape[0], apply)
-
-
-def ffn_by_expert(num_experts: int, apply: Callable[[int, Tensor], Tensor]) -> ExpertFFN:
-    """Rows sorted by expert, so that `apply(expert, rows)` computes each expert in one go: [R, H] -> [R, H]."""
+def ffn_by_expert(
+    num_experts: int, gate_up: Callable[[int, Tensor], Tensor], down: Callable[[int, Tensor], Tensor]
+) -> ExpertFFN:
+    """SwiGLU over rows sorted by expert, from the two products of one expert with its rows, [n, H] -> [n, 2 I] and
+    [n, I] -> [n, H]. Experts without rows are not asked."""
 
     def ffn(rows: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        order = experts.flatten().argsort(stable=True)
-        inputs = rows[order // experts.shape[1]]
-        counts = torch.bincount(experts.flatten(), minlength=num_experts).tolist()
-        parts = [apply(expert, part) for expert, part in enumerate(inputs.split(counts)) if part.shape[0]]
-        outputs = torch.cat(parts)[order.argsort()].unflatten(0, experts.shape)
+        if rows.shape[0] == 1:  # experts of one token are distinct, and there is nothing to sort
+            gate, up = torch.cat([gate_up(expert, rows) for expert in experts[0].tolist()]).chunk(2, dim=-1)
+            inner = (F.silu(gate) * up).split(1)
+            outputs = torch.cat([down(e, part) for e, part in zip(experts[0].tolist(), inner, strict=True)])
+            return (outputs.float() * weights.T).sum(dim=0, keepdim=True).to(rows.dtype)
+        slots = experts.flatten()
+        order = slots.argsort(stable=True)
+        counts = [(e, n) for e, n in enumerate(torch.bincount(slots, minlength=num_experts).tolist()) if n]
+        sizes = [n for _, n in counts]
+
+        def by_expert(product: Callable[[int, Tensor], Tensor], inputs: Tensor) -> Tensor:
+            return torch.cat([product(e, part) for (e, _), part in zip(counts, inputs.split(sizes), strict=True)])
+
+        gate, up = by_expert(gate_up, rows[order // experts.shape[1]]).chunk(2, dim=-1)
+        outputs = by_expert(down, F.silu(gate) * up)[order.argsort()].unflatten(0, experts.shape)
         return (outputs.float() * weights.unsqueeze(-1)).sum(dim=1).to(rows.dtype)
 
     return ffn

@@ -27,6 +27,8 @@ class RequestGroup:
     """int64 [G, Q]: position of each query. It sees the slots up to its own, so never the padding."""
     is_whole_prompt: bool
     """One request whose N tokens are all new, so that the mask is the plain causal triangle."""
+    is_all_visible: bool
+    """One query a request, and no padding, so that there is no mask."""
 
     def visible(self, first: int = 0, last: int | None = None) -> Tensor:
         """bool [G, last - first, N]: may the query see the slot."""
@@ -79,6 +81,7 @@ class PagedBatch:
                         slots=torch.where(positions < lengths, slots, slots[:, :1]),
                         positions=lengths - new + torch.arange(new),
                         is_whole_prompt=len(requests) == 1 and new == longest,
+                        is_all_visible=new == 1 and all(seq_lens[r] == longest for r in requests),
                     )
                 )
         return cls(groups=tuple(groups))
@@ -129,8 +132,10 @@ def _attend_absorbed(
     q_latent = torch.einsum("gqhp,hpl->gqhl", q_nope, w_uk)
     keys = keys.float()
     scores = torch.cat((q_latent, q_rope), dim=-1).float().flatten(1, 2) @ keys.transpose(1, 2) * scale
-    visible = group.visible().repeat_interleave(queries.shape[2], dim=1)
-    weights = scores.masked_fill_(~visible, float("-inf")).softmax(dim=-1)
+    if not group.is_all_visible:
+        visible = group.visible().repeat_interleave(queries.shape[2], dim=1)
+        scores.masked_fill_(~visible, float("-inf"))
+    weights = scores.softmax(dim=-1)
     context = (weights @ keys[..., :latent]).unflatten(1, queries.shape[1:3])
     return torch.einsum("gqhl,hvl->gqhv", context.to(w_uv.dtype), w_uv)
 

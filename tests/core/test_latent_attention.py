@@ -240,7 +240,7 @@ def test_decodes_of_like_length_attend_in_one_group() -> None:
 
 
 def test_a_query_sees_the_slots_up_to_its_own() -> None:
-    group = RequestGroup(torch.zeros(1, 2), torch.zeros(1, 5), torch.tensor([[2, 3]]), is_whole_prompt=False)
+    group = RequestGroup(torch.zeros(1, 2), torch.zeros(1, 5), torch.tensor([[2, 3]]), False, is_all_visible=False)
     assert group.visible().tolist() == [[[True, True, True, False, False], [True, True, True, True, False]]]
 
 

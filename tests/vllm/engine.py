@@ -113,7 +113,7 @@ def serving(
         "max_num_seqs": max_running,
         "tensor_parallel_size": tensor_parallel,
         "enable_expert_parallel": expert_parallel,
-        "max_model_len": min(256, cache_tokens or 256),
+        "max_model_len": min(256, (cache_tokens or 512) - 16),  # vLLM wants room for one whole request and a block
         "enforce_eager": True,
         "kv_cache_memory_bytes": 32 << 20,
         "skip_tokenizer_init": True,
