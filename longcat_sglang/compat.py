@@ -190,8 +190,9 @@ def _unsupported(server_args: Any, settings: Any, hf_config: Any) -> list[str]:
         problems.append(f"tp_size: {settings.tp_size}, wanted a divisor of the {longcat.num_attention_heads} heads")
     if longcat.n_routed_experts % settings.ep_size:
         problems.append(f"ep_size: {settings.ep_size}, wanted a divisor of the {longcat.n_routed_experts} FFN experts")
-    if settings.speculative_algorithm not in (None, "NGRAM"):
-        problems.append("speculation with MTP is not there yet; leave --speculative-algorithm out")
+    speculation = settings.speculative_algorithm
+    if speculation not in ((None,) if settings.device == "cpu" else (None, "NGRAM")):
+        problems.append(f"speculative_algorithm: {speculation!r} is not there yet; leave it out, or use NGRAM on CUDA")
     if settings.enable_eplb:
         problems.append(
             "expert load balancing (EPLB) is not there yet: SGLang looks each id up in tables of FFN experts, "

@@ -16,14 +16,13 @@ def prepare_cpu() -> None:
     Nothing is done where there is an accelerator, or where `sgl_kernel` is installed, which is never shadowed. Where
     neither is there, SGLang cannot serve any model, so nothing that works is changed.
     """
-    if _has_accelerator():
+    if torch.accelerator.is_available() or importlib.util.find_spec("sgl_kernel") is not None:
         return
     # Without it SGLang takes no device for a CPU (srt/platforms, srt/utils/common.py `is_cpu`).
     os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
-    if importlib.util.find_spec("sgl_kernel") is None:
-        from longcat_sglang import sgl_kernel_cpu
+    from longcat_sglang import sgl_kernel_cpu
 
-        sys.modules["sgl_kernel"] = sgl_kernel_cpu
+    sys.modules["sgl_kernel"] = sgl_kernel_cpu
     _define_torchvision_operators()
 
 
@@ -52,10 +51,6 @@ def read_cores(text: str) -> set[int]:
         first, _, last = part.partition("-")
         cores |= set(range(int(first), int(last or first) + 1))
     return cores
-
-
-def _has_accelerator() -> bool:
-    return torch.cuda.is_available() or torch.xpu.is_available() or hasattr(torch, "npu")
 
 
 def _define_torchvision_operators() -> None:
