@@ -57,6 +57,27 @@ def expert_of(name: str) -> int | None:
     return int(match["expert"]) if match else None
 
 
+def packed_parameter(name: str, fused_qkv_a: str) -> tuple[str, int | None]:
+    """The parameter that a published tensor goes to where projections of one input are packed, as engines do it, and
+    which part of it it is, or None: the gate lies above the up projection in `gate_up_proj`, and the query's low rank
+    above the latent in what the engine calls `fused_qkv_a`."""
+    packed = {"q_a_proj": (fused_qkv_a, 0), "kv_a_proj_with_mqa": (fused_qkv_a, 1)}
+    packed |= {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1)}
+    module, part, suffix = name.rsplit(".", 2) if name.count(".") > 1 else ("", name, "")
+    if part not in packed:
+        return name, None
+    target, index = packed[part]
+    return f"{module}.{target}.{suffix}", index
+
+
+def expert_parameter(name: str) -> tuple[str, str]:
+    """The parameter of all experts that a published tensor of one goes to, `....mlp.experts.w13_weight` or `w2_weight`,
+    and the name that engines have for its part: w1 (gate), w2 (down), w3 (up)."""
+    module, _, part, suffix = name.rsplit(".", 3)
+    stacked, shard = {"gate_proj": ("w13", "w1"), "up_proj": ("w13", "w3"), "down_proj": ("w2", "w2")}[part]
+    return f"{module}.{stacked}_{suffix}", shard
+
+
 def expected_tensors(config: LongcatConfig, with_mtp: bool) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a published checkpoint, without FP8 scales."""
     hidden, vocabulary = config.hidden_size, config.vocab_size

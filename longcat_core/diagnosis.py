@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,22 @@ class Finding(NamedTuple):
 def version_of(engine: Engine) -> Finding:
     problem = "" if engine.is_supported() else f"wanted {engine.supported_text}; install such a {engine.name}"
     return Finding(engine.name, str(engine.version()), problem)
+
+
+def hook_findings(engine: Engine, hooked: dict[str, str], package: str, group: str, left_out: str) -> list[Finding]:
+    """One for each hook. hooked: the module of what stands in each hook's place; package: ours; group: the engine's
+    entry points of plugins; left_out: why the engine would not have loaded ours, if it is known."""
+    points = [point.value for point in importlib.metadata.entry_points(group=group)]
+    if f"{package}:register" not in points:
+        left_out = "longcat-serving is not installed in this environment; run pip install longcat-serving"
+    findings = []
+    for name, module in hooked.items():
+        problem = ""
+        if not module.startswith(package):
+            problem = f"the hook failed: {engine.failures[name]}" if name in engine.failures else left_out
+            problem = problem or f"replaced by another plugin, or not applied; see the log of {engine.name}"
+        findings.append(Finding(name, module, problem))
+    return findings
 
 
 def checkpoint_finding(directory: Path) -> Finding:

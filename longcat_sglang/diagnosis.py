@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 from pathlib import Path
 
-from longcat_core.diagnosis import Finding, checkpoint_finding, version_of
+from longcat_core.diagnosis import Finding, checkpoint_finding, hook_findings, version_of
 from longcat_sglang import compat
 
 
@@ -24,28 +23,13 @@ def diagnose(checkpoint: Path | None = None) -> list[Finding]:
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
-    findings += _hooks()
+    findings += hook_findings(compat.SGLANG, compat.hooked(), "longcat_sglang", "sglang.srt.plugins", left_out="")
     findings.append(_platform())
     if checkpoint is not None:
         findings.append(checkpoint_finding(checkpoint))
     if not any(finding.problem for finding in findings):
         findings += _implementations()
     return findings
-
-
-def _hooks() -> list[Finding]:
-    return [Finding(name, place, _unhooked(name, place)) for name, place in compat.hooked().items()]
-
-
-def _unhooked(name: str, place: str) -> str:
-    if place.startswith("longcat_sglang"):
-        return ""
-    if name in compat.SGLANG.failures:
-        return f"the hook failed: {compat.SGLANG.failures[name]}"
-    points = [point.value for point in importlib.metadata.entry_points(group="sglang.srt.plugins")]
-    if "longcat_sglang:register" not in points:
-        return "longcat-serving is not installed in this environment; run pip install longcat-serving"
-    return "SGLang did not apply the hook; its log says why"
 
 
 def _platform() -> Finding:

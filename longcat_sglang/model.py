@@ -309,11 +309,11 @@ class LongcatFlashForCausalLM(nn.Module):
     def _load(self, parameters: dict[str, Any], name: str, tensor: Tensor) -> None:
         expert = checkpoint.expert_of(name)
         if expert is not None:
-            target, shard = _expert_parameter(name)
+            target, shard = checkpoint.expert_parameter(name)
             parameter = parameters[target]
             parameter.weight_loader(parameter, tensor, target, shard_id=shard, expert_id=expert)
             return
-        target, shard_index = _packed_parameter(name)
+        target, shard_index = checkpoint.packed_parameter(name, "fused_qkv_a_proj_with_mqa")
         parameter = parameters[target]
         loader = getattr(parameter, "weight_loader", default_weight_loader)
         if shard_index is None:
@@ -328,26 +328,3 @@ class LongcatFlashForCausalLM(nn.Module):
     def get_model_config_for_expert_location(cls, config: LongcatFlashConfig) -> ModelConfigForExpertLocation:
         longcat: LongcatConfig = config.longcat
         return ModelConfigForExpertLocation(num_layers=longcat.num_layers, num_logical_experts=longcat.n_routed_experts)
-
-
-_PACKED = {
-    ".q_a_proj.": (".fused_qkv_a_proj_with_mqa.", 0),
-    ".kv_a_proj_with_mqa.": (".fused_qkv_a_proj_with_mqa.", 1),
-    ".gate_proj.": (".gate_up_proj.", 0),
-    ".up_proj.": (".gate_up_proj.", 1),
-}
-
-
-def _packed_parameter(name: str) -> tuple[str, int | None]:
-    """The parameter that a published tensor goes to, and which part of it."""
-    for part, (packed, shard) in _PACKED.items():
-        if part in name:
-            return name.replace(part, packed), shard
-    return name, None
-
-
-def _expert_parameter(name: str) -> tuple[str, str]:
-    """`....mlp.experts.7.up_proj.weight` -> (`....mlp.experts.w13_weight`, "w3")."""
-    experts, part, suffix = name.rsplit(".", 2)
-    stacked, shard = {"gate_proj": ("w13", "w1"), "up_proj": ("w13", "w3"), "down_proj": ("w2", "w2")}[part]
-    return f"{experts.rsplit('.', 1)[0]}.{stacked}_{suffix}", shard

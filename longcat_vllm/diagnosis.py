@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longcat_core.config import LongcatConfig
-from longcat_core.diagnosis import Finding, checkpoint_finding, version_of
+from longcat_core.diagnosis import Finding, checkpoint_finding, hook_findings, version_of
 from longcat_vllm import compat
 
 if TYPE_CHECKING:
@@ -46,21 +45,10 @@ def _hooks() -> list[Finding]:
         "configuration class": CONFIG_MAPPING["longcat_flash"].__module__,
         "checkpoint check": getattr(MODELS_CONFIG_MAP.get(compat.ARCHITECTURE), "__module__", "none"),
     }
-    return [Finding(name, module, _unhooked(name, module)) for name, module in hooked.items()]
-
-
-def _unhooked(name: str, module: str) -> str:
-    if module.startswith("longcat_vllm"):
-        return ""
-    if name in compat.VLLM.failures:
-        return f"the hook failed: {compat.VLLM.failures[name]}"
     plugins = os.environ.get("VLLM_PLUGINS")
-    if plugins is not None and "longcat" not in plugins.split(","):
-        return f"VLLM_PLUGINS={plugins!r} leaves the plugin out; unset it or add 'longcat'"
-    points = [point.value for point in importlib.metadata.entry_points(group="vllm.general_plugins")]
-    if "longcat_vllm:register" not in points:
-        return "longcat-serving is not installed in this environment; run pip install longcat-serving"
-    return "replaced by another plugin; uninstall it, or choose with VLLM_PLUGINS"
+    is_left_out = plugins is not None and "longcat" not in plugins.split(",")
+    left_out = f"VLLM_PLUGINS={plugins!r} leaves the plugin out; unset it or add 'longcat'" if is_left_out else ""
+    return hook_findings(compat.VLLM, hooked, "longcat_vllm", "vllm.general_plugins", left_out)
 
 
 def _platform() -> Finding:

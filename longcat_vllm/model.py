@@ -298,7 +298,8 @@ class LongcatFlashForCausalLM(nn.Module, SupportsPP):
     def _load(self, parameters: dict[str, Any], name: str, tensor: Tensor) -> set[str]:
         expert = checkpoint.expert_of(name)
         if expert is not None:
-            target, shard = _expert_parameter(name)
+            target, shard = checkpoint.expert_parameter(name)
+            target = target.replace(".experts.", ".experts.routed_experts.")
             if is_pp_missing_parameter(target, self):
                 return set()
             parameter = parameters[target]
@@ -306,7 +307,7 @@ class LongcatFlashForCausalLM(nn.Module, SupportsPP):
                 parameter, tensor, target, shard_id=shard, expert_id=expert, return_success=True
             )
             return {target} if is_local else set()
-        target, shard_index = _packed_parameter(name)
+        target, shard_index = checkpoint.packed_parameter(name, "fused_qkv_a_proj")
         if is_pp_missing_parameter(target, self):
             return set()
         parameter = parameters[target]
@@ -316,26 +317,3 @@ class LongcatFlashForCausalLM(nn.Module, SupportsPP):
         else:
             loader(parameter, tensor, shard_index)
         return {target}
-
-
-_PACKED = {
-    ".q_a_proj.": (".fused_qkv_a_proj.", 0),
-    ".kv_a_proj_with_mqa.": (".fused_qkv_a_proj.", 1),
-    ".gate_proj.": (".gate_up_proj.", 0),
-    ".up_proj.": (".gate_up_proj.", 1),
-}
-
-
-def _packed_parameter(name: str) -> tuple[str, int | None]:
-    """The parameter that a published tensor goes to, and which part of it."""
-    for part, (packed, shard) in _PACKED.items():
-        if part in name:
-            return name.replace(part, packed), shard
-    return name, None
-
-
-def _expert_parameter(name: str) -> tuple[str, str]:
-    """`....mlp.experts.7.up_proj.weight` -> (`....mlp.experts.routed_experts.w13_weight`, "w3")."""
-    experts, part, suffix = name.rsplit(".", 2)
-    stacked, shard = {"gate_proj": ("w13", "w1"), "up_proj": ("w13", "w3"), "down_proj": ("w2", "w2")}[part]
-    return f"{experts.rsplit('.', 1)[0]}.routed_experts.{stacked}_{suffix}", shard

@@ -12,42 +12,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from longcat_core.engine import UnsupportedEngineError
 from longcat_sglang import compat
 from longcat_sglang.platform import read_cores
 from tests.cases import CASES, Case
+from tests.plugin import python, save_llama
 from tests.sglang.engine import configure, serving
 
 CASE = CASES["default"]
 
 
-def python(script: str, **environment: str) -> str:
-    """What a fresh interpreter prints last."""
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, **environment}, timeout=120
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.strip().splitlines()[-1]
-
-
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model that is not LongCat's."""
-    torch.manual_seed(0)
-    directory = tmp_path_factory.mktemp("llama")
-    config = LlamaConfig(
-        vocab_size=320,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    return directory
+    return save_llama(tmp_path_factory.mktemp("llama"))
 
 
 def test_registering_again_changes_nothing() -> None:

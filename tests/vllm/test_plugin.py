@@ -10,40 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from longcat_core.config import LongcatConfig
 from tests.cases import CASES, DEFAULT, write_checkpoint
+from tests.plugin import python, save_llama
 from tests.vllm.engine import serving
-
-
-def python(script: str, **environment: str) -> str:
-    """What a fresh interpreter prints last, with vLLM's plugins as the environment says."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env={**inherited, **environment}, timeout=120
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.strip().splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model that is not LongCat's."""
-    torch.manual_seed(0)
-    directory = tmp_path_factory.mktemp("llama")
-    config = LlamaConfig(
-        vocab_size=320,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.3,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    return directory
+    return save_llama(tmp_path_factory.mktemp("llama"))
 
 
 def test_register_twice_is_harmless() -> None:
