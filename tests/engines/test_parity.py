@@ -42,6 +42,11 @@ def test_tokens_and_logits_are_transformers(name: str, checkpoint_of: Callable[[
     assert_parity(CASES[name], checkpoint_of(CASES[name]))
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_every_case_is_read_as_it_was_written(name: str, checkpoint_of: Callable[[Case], Path]) -> None:
+    assert engine.configure(checkpoint_of(CASES[name])) == CASES[name].config
+
+
 @pytest.mark.parametrize("spelling", spellings(DEFAULT))
 def test_the_same_model_is_read_from_every_spelling_of_the_config(spelling: str, tmp_path: Path) -> None:
     case = CASES["default"]

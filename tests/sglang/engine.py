@@ -202,4 +202,5 @@ def configure(directory: Path, **engine_args: Any) -> LongcatConfig | None:
     if longcat is not None:
         assert (model.num_hidden_layers, model.num_attention_layers) == (longcat.num_layers, 2 * longcat.num_layers)
         assert model.kv_lora_rank + model.qk_rope_head_dim == longcat.latent_dim
+        assert model.scaling == pytest.approx(longcat.softmax_scale), "what some MLA backends take"
     return longcat

@@ -169,6 +169,15 @@ def test_cores_are_read_as_sglang_writes_them(text: str, cores: set[int]) -> Non
 # -- what the patches are for is still so ------------------------------------------------------------
 
 
+def test_sglang_still_does_not_start_on_a_cpu_by_itself() -> None:
+    """If this fails, `platform.prepare_cpu` may have become unnecessary."""
+    environment = {**os.environ, "SGLANG_PLUGINS": "none", "SGLANG_USE_CPU_ENGINE": "1"}
+    script = "import sglang.srt.managers.scheduler"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode != 0
+    assert "torchvision::nms" in done.stderr or "sgl_kernel" in done.stderr, done.stderr[-1000:]
+
+
 def test_sglang_still_takes_transformers_doubled_layers() -> None:
     """If this fails, `compat.install_config_class` may have become unnecessary: see its docstring."""
     from sglang.srt.configs import LongcatFlashConfig as Stock
