@@ -46,10 +46,6 @@ class LatentAttentionBackend(AttentionBackend):
     def support_triton(self) -> bool:
         return False
 
-    def get_cpu_graph_seq_len_fill_value(self) -> int:
-        """The length of what SGLang pads a batch of data-parallel attention with."""
-        return 1
-
     def forward_extend(
         self,
         q: Tensor,

@@ -175,6 +175,8 @@ def _unsupported(server_args: Any, settings: Any, hf_config: Any) -> list[str]:
             problems.append(f"kv_cache_dtype: {settings.kv_cache_dtype!r}, wanted 'auto' on a CPU")
         if server_args.page_size not in (None, 1):
             problems.append(f"page_size: {server_args.page_size}, wanted 1 on a CPU: SGLang's pages need Triton")
+        if settings.enable_dp_attention:
+            problems.append("data-parallel attention on a CPU is not there yet; leave --enable-dp-attention out")
         if settings.enable_torch_compile:
             problems.append("torch.compile on a CPU is not there yet; leave --enable-torch-compile out")
     elif settings.moe_runner_backend not in SKIP_ZERO_EXPERTS:

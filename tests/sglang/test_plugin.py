@@ -112,6 +112,10 @@ def test_a_hook_that_fails_is_named(checkpoint_of: Callable[[Case], Path], monke
         ({"enable_eplb": True}, "expert load balancing (EPLB) is not there yet"),
         ({"attention_backend": "triton"}, "attention_backend: 'triton', wanted our own on a CPU"),
         ({"kv_cache_dtype": "fp8_e4m3"}, "kv_cache_dtype: 'fp8_e4m3', wanted 'auto' on a CPU"),
+        (
+            {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True},
+            "data-parallel attention on a CPU is not there yet",
+        ),
         ({"enable_torch_compile": True}, "torch.compile on a CPU is not there yet"),
         ({"speculative_algorithm": "NEXTN"}, "is not there yet; leave it out, or use NGRAM on CUDA"),
     ],
