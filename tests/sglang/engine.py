@@ -35,7 +35,10 @@ METRICS = Metrics(
     generated='sglang:realtime_tokens_total{mode="decode"}',
     preemptions="sglang:num_retracted_requests_total",
 )
+AS_THE_STOCK_COMMAND: dict[str, Any] = {}
+"""Engine arguments: the tests' engines are as it is."""
 OURS: dict[str, str] = {}
+"""Variables that the tests set for engines of their own, and a user would not."""
 assert current_platform is not None  # our plugin has made torchvision importable, which transformers wants as well
 PRELOADED = ["sglang.srt.managers.scheduler", "sglang.srt.managers.detokenizer_manager", "sglang.srt.models.registry"]
 Break = Callable[[pytest.MonkeyPatch], None]

@@ -25,6 +25,8 @@ os.environ.update(OURS)
 
 NAME, PACKAGE, RECORD = "vLLM", "longcat_vllm", VLLM
 UNSUPPORTED, SUPPORTED = ("0.26.0", "0.31.2", "0.34.0"), ("0.32.0+cpu", "0.32.1", "0.33.0rc1")
+AS_THE_STOCK_COMMAND = {"enforce_eager": False}
+"""Engine arguments: the tests' engines are eager, to start sooner."""
 STARTED = "EngineCore"
 """In the log of a server whose engine's processes have started."""
 METRICS = Metrics(

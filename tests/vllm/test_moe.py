@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +14,9 @@ from torch import Tensor
 
 from longcat_core.experts import moe
 from longcat_core.routing import Routing
+from tests.cases import DEFAULT, Case
 from tests.oracle import relative_error
+from tests.vllm.engine import serving
 
 
 @st.composite
@@ -64,3 +70,15 @@ def test_every_cpu_kernel_is_the_reference(
     *tensors, routing = layer
     x, w13, w2 = (tensor.to(dtype) for tensor in tensors)
     assert_kernel_is_reference(kernel, min(ranks, w13.shape[0]), (x, w13, w2, routing))
+
+
+def test_off_the_cpu_there_is_always_an_expert_map(
+    checkpoint_of: Callable[[Case], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without one, vLLM's kernels sum the slots of zero experts uninitialised."""
+    case = Case(DEFAULT)
+    with serving(checkpoint_of(case)) as served:
+        experts = served.model.model.layers[0].mlp.experts.routed_experts
+        monkeypatch.setattr("longcat_vllm.moe.current_platform", SimpleNamespace(is_cpu=lambda: False))
+        experts.update_expert_map_info()
+        assert experts.expert_map.tolist() == list(range(case.config.n_routed_experts))

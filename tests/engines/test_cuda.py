@@ -1,18 +1,16 @@
-"""On an NVIDIA GPU: vLLM's MLA backends and FusedMoE kernels, with torch.compile and CUDA graphs on."""
+"""On an NVIDIA GPU: the engines' MLA backends and MoE kernels, with the graphs that the stock command has on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.cases import DEFAULT, Case, in_dtype, write_checkpoint
+from tests.harness import engine
 from tests.oracle import oracle, oracle_logits, typical_error
-from tests.vllm.engine import serving
 
 # The attention sizes of every published LongCat-Flash, which are those that MLA kernels are built for.
 PUBLISHED = replace(
@@ -39,18 +37,7 @@ def test_bf16_on_a_gpu_is_no_further_off_than_twice_transformers_own(name: str, 
         oracle_logits(oracle(case.config, rounded, dtype), torch.tensor([prompt]))[0, :-1].log_softmax(dim=-1)
         for dtype in (torch.float32, torch.bfloat16)
     )
-    with serving(write_checkpoint(tmp_path, case.config, rounded), dtype="bfloat16", enforce_eager=False) as engine:
-        ours = engine.log_softmax(prompt, case.config.vocab_size)
+    directory = write_checkpoint(tmp_path, case.config, rounded)
+    with engine.serving(directory, dtype="bfloat16", **engine.AS_THE_STOCK_COMMAND) as served:
+        ours = served.log_softmax(prompt, case.config.vocab_size)
     assert typical_error(ours, exact) <= 2 * typical_error(theirs, exact)
-
-
-def test_off_the_cpu_there_is_always_an_expert_map(
-    checkpoint_of: Callable[[Case], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without one, vLLM's kernels sum the slots of zero experts uninitialised."""
-    case = Case(DEFAULT)
-    with serving(checkpoint_of(case)) as engine:
-        experts = engine.model.model.layers[0].mlp.experts.routed_experts
-        monkeypatch.setattr("longcat_vllm.moe.current_platform", SimpleNamespace(is_cpu=lambda: False))
-        experts.update_expert_map_info()
-        assert experts.expert_map.tolist() == list(range(case.config.n_routed_experts))
