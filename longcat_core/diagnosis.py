@@ -6,7 +6,6 @@ import importlib.metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from longcat_core import checkpoint
 from longcat_core.engine import Engine
 
 
@@ -39,6 +38,8 @@ def hook_findings(engine: Engine, hooked: dict[str, str], package: str, group: s
 
 
 def checkpoint_finding(directory: Path) -> Finding:
+    from longcat_core import checkpoint  # which needs torch, and the command line starts without
+
     try:
         config = checkpoint.read_config(directory)
         checkpoint.verify(directory, config)
