@@ -20,7 +20,7 @@ from longcat_core.latent_attention import PagedBatch, paged_attention
 
 
 class LatentAttentionBackend(AttentionBackend):
-    """Any latent size and head count, any page size: SGLang's table names slots, not pages."""
+    """Any latent size and head count. SGLang's table names slots, so a block is one slot."""
 
     forward_metadata: PagedBatch | None
 
@@ -68,9 +68,3 @@ class LatentAttentionBackend(AttentionBackend):
         return attended.flatten(1)
 
     forward_decode = forward_extend
-
-
-def split_kv_b(weight: Tensor, heads: int, nope: int) -> tuple[Tensor, Tensor]:
-    """`kv_b_proj` [heads (nope + v), latent] as two views: [heads, nope, latent] and [heads, v, latent]."""
-    parts = weight.unflatten(0, (heads, -1))
-    return parts[:, :nope], parts[:, nope:]

@@ -25,6 +25,6 @@ def __getattr__(name: str) -> Callable[..., NoReturn]:
         raise AttributeError(f"sgl_kernel is not installed, and LongCat-Flash does without its {name}")
 
     def absent(*_: object, **__: object) -> NoReturn:
-        raise NotImplementedError(f"sgl_kernel.{name}: sgl_kernel is not installed; install sglang-kernel-cpu")
+        raise RuntimeError(f"sgl_kernel.{name}: sgl_kernel is not installed; leave --speculative-algorithm out")
 
     return absent
