@@ -167,9 +167,17 @@ class Audit:
         """Raise CheckpointError, listing every extra and misshapen tensor so far, if there are any."""
         self._raise(self._problems)
 
-    def raise_for_all(self) -> None:
-        """Raise CheckpointError if, all having come by, tensors were extra, misshapen or missing; all are listed."""
+    def raise_for_all(self, requires_mtp: bool = False) -> None:
+        """Raise CheckpointError if, all having come by, tensors were extra, misshapen or missing; all are listed.
+
+        The MTP layer is there as a whole or not at all; `requires_mtp`: it has to be there.
+        """
         has_mtp = any(name.startswith(MTP_PREFIX) for name in self._seen)
+        if requires_mtp and not has_mtp:
+            raise CheckpointError(
+                f"the checkpoint has no MTP layer (no tensor is called {MTP_PREFIX}*), which speculation drafts with; "
+                "serve it without speculation, or give a checkpoint that has one"
+            )
         missing = [
             f"missing: {name} {list(shape)}"
             for name, shape in self._expected.items()
@@ -197,8 +205,8 @@ class Audit:
             )
 
 
-def verify(directory: Path, config: LongcatConfig) -> None:
-    """Check every shard's header against the configuration, without reading weights.
+def verify(directory: Path, config: LongcatConfig, requires_mtp: bool = False) -> None:
+    """Check every shard's header against the configuration, without reading weights. `requires_mtp`: for drafting.
 
     Raises:
         CheckpointError: if the directory has no safetensors, a shard is missing or truncated, or tensors are
@@ -210,7 +218,7 @@ def verify(directory: Path, config: LongcatConfig) -> None:
             for name in tensors.keys():  # noqa: SIM118
                 piece = tensors.get_slice(name)
                 audit.accepts(name, tuple(piece.get_shape()), _DTYPES.get(piece.get_dtype()))
-    audit.raise_for_all()
+    audit.raise_for_all(requires_mtp)
 
 
 def load(directory: Path, config: LongcatConfig) -> dict[str, Tensor]:

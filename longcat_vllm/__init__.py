@@ -12,6 +12,7 @@ def register() -> None:
     from longcat_vllm import compat
 
     compat.VLLM.hook("model class", _register_model)
+    compat.VLLM.hook("draft model class", _register_draft_model)
     compat.VLLM.hook("configuration class", compat.install_config_class)
     compat.VLLM.hook("checkpoint check", compat.install_config_check)
 
@@ -29,3 +30,11 @@ def _register_model() -> None:
     from longcat_vllm.compat import ARCHITECTURE
 
     ModelRegistry.register_model(ARCHITECTURE, "longcat_vllm.model:LongcatFlashForCausalLM")
+
+
+def _register_draft_model() -> None:
+    from vllm import ModelRegistry
+
+    from longcat_vllm.compat import DRAFT_ARCHITECTURE
+
+    ModelRegistry.register_model(DRAFT_ARCHITECTURE, "longcat_vllm.mtp:LongcatFlashMTP")

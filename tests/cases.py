@@ -133,6 +133,32 @@ def published(
     return tensors
 
 
+def drafting_tensors(config: LongcatConfig, seed: int = 0) -> dict[str, Tensor]:
+    """`published`, with an MTP layer of whose drafts the target accepts about every second.
+
+    All layers are damped, so that the target mostly continues from its last token, and the MTP layer reads nearly the
+    same embedding. Every part of it still has a say, so that some drafts change when one is wrong: its own embedding,
+    the hidden state, the norms, its attention with a latent of its own, its FFN.
+    """
+    generator = torch.Generator().manual_seed(seed + 1)
+    tensors = published(config, seed)
+    for name, tensor in tensors.items():
+        if name.endswith((".o_proj.weight", ".down_proj.weight")):
+            tensor *= _DAMPING
+    for name in ("embed_tokens.weight", "norm.weight"):
+        target = tensors[f"model.{name}"]
+        spread = _SPREAD * target.std()
+        tensors[f"{checkpoint.MTP_PREFIX}{name}"] = target + spread * torch.randn(target.shape, generator=generator)
+    hidden = config.hidden_size
+    eh_proj = tensors[f"{checkpoint.MTP_PREFIX}layers.0.eh_proj.weight"]
+    eh_proj[:, :hidden] = torch.eye(hidden)
+    eh_proj[:, hidden:] *= _HIDDEN
+    return tensors
+
+
+_DAMPING, _HIDDEN, _SPREAD = 0.2, 0.2, 0.1
+
+
 def in_dtype(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """A checkpoint in `dtype`, whose routers stay fp32 as LongCat publishes them."""
     return {name: tensor if ".mlp.router." in name else tensor.to(dtype) for name, tensor in tensors.items()}

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.cases import Case, write_checkpoint
+from longcat_core import drafting
+from tests.cases import Case, drafting_tensors, write_checkpoint
+from tests.speculation import CASE, the_gate
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +24,25 @@ def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], 
         return written[case]
 
     return directory_of
+
+
+@pytest.fixture(scope="session")
+def drafting_checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Path]:
+    """Write a case's checkpoint whose drafts are partly accepted, once a session."""
+    written: dict[Case, Path] = {}
+
+    def directory_of(case: Case) -> Path:
+        if case not in written:
+            tensors = drafting_tensors(case.config)
+            written[case] = write_checkpoint(tmp_path_factory.mktemp("drafting"), case.config, tensors)
+        return written[case]
+
+    return directory_of
+
+
+@pytest.fixture(scope="session")
+def gated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with a gate beside it."""
+    directory = write_checkpoint(tmp_path_factory.mktemp("gated"), CASE.config, drafting_tensors(CASE.config))
+    drafting.save(the_gate(), directory, drafting.fingerprint(directory, CASE.config))
+    return directory

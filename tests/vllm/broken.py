@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import Tensor
+
+from longcat_core.config import LongcatConfig
 
 
 def shortcut_added_early(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,3 +28,44 @@ def shortcut_added_early(monkeypatch: pytest.MonkeyPatch) -> None:
 
 EXPERT_MAP = {"worker_extension_cls": "tests.vllm.broken_expert_map.BrokenExpertMap"}
 """Engine arguments: vLLM's ranks are processes of their own, into which no patch of this one reaches."""
+
+
+def target_embedding_in_the_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from longcat_vllm.mtp import LongcatFlashMTP
+
+    monkeypatch.delattr(LongcatFlashMTP, "has_own_embed_tokens")
+
+
+def drafts_without_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    from longcat_vllm.mtp import LongcatMTPLayer
+
+    def forward(self: LongcatMTPLayer, embedded: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor) -> object:
+        return layer(self, embedded, torch.zeros_like(hidden), cos, sin)
+
+    layer = LongcatMTPLayer.forward
+    monkeypatch.setattr(LongcatMTPLayer, "forward", forward)
+
+
+def drafts_a_position_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only its own context tells positions: all of them shifted alike would change nothing."""
+    from longcat_vllm.mtp import LongcatMTPModel
+
+    def forward(self: LongcatMTPModel, input_ids: Tensor, positions: Tensor, *rest: Tensor) -> Tensor:
+        return model(self, input_ids, positions * 2, *rest)
+
+    model = LongcatMTPModel.forward
+    monkeypatch.setattr(LongcatMTPModel, "forward", forward)
+
+
+def mtp_scales_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from longcat_core import checkpoint
+
+    folded = checkpoint.folded
+
+    def unfolded(name: str, tensor: Tensor, config: LongcatConfig) -> Tensor:
+        return tensor if name.startswith("model.layers.0.self_attn.kv") else folded(name, tensor, config)
+
+    monkeypatch.setattr(checkpoint, "folded", unfolded)
+
+
+DRAFTS = [target_embedding_in_the_drafts, drafts_without_the_target, drafts_a_position_late, mtp_scales_left_out]

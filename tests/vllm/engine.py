@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +18,7 @@ from longcat_core.config import LongcatConfig
 from longcat_vllm.compat import VLLM
 from tests.cases import DEFAULT
 from tests.metrics import Metrics
+from tests.speculation import Speculated
 
 # Engines in this process take 2 s each; one of processes of its own takes 20.
 OURS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
@@ -50,6 +51,37 @@ class Engine:
 
         parameters = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False, **sampling)
         return self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], parameters, use_tqdm=False)
+
+    def speculated(self, prompts: Sequence[list[int]], new_tokens: int) -> list[Speculated]:
+        """Greedy, all at once. The last verification counts what was asked for and no more."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = SamplingParams(
+            temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA
+        )
+        engine = self.llm.llm_engine
+        for number, prompt in enumerate(prompts):
+            engine.add_request(str(number), {"prompt_token_ids": list(prompt)}, parameters)
+        steps: dict[str, list[list[int]]] = {str(number): [] for number in range(len(prompts))}
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                steps[output.request_id].append(list(output.outputs[0].token_ids))
+        return [
+            Speculated([token for step in taken for token in step], [len(step) - 1 for step in taken[1:]])
+            for taken in steps.values()
+        ]
+
+    def sampled(self, prompt: list[int], new_tokens: int, temperature: float, seeds: Iterable[int]) -> list[list[int]]:
+        """One continuation for each seed."""
+        from vllm import SamplingParams
+
+        parameters = [
+            SamplingParams(temperature=temperature, seed=seed, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+            for seed in seeds
+        ]
+        prompts = [{"prompt_token_ids": prompt}] * len(parameters)
+        return [list(output.outputs[0].token_ids) for output in self.llm.generate(prompts, parameters, use_tqdm=False)]
 
     def log_softmax(self, prompt: list[int], vocab_size: int) -> Tensor:
         """fp32 [len(prompt) - 1, vocabulary]: of the logits at every position that has a successor in the prompt."""
@@ -86,6 +118,11 @@ class Engine:
         return sum(metric.value for metric in self.llm.get_metrics() if metric.name == name)
 
 
+def speculation(draft_tokens: int) -> dict[str, Any]:
+    """Engine arguments: so many drafts a step."""
+    return {"speculative_config": {"method": "mtp", "num_speculative_tokens": draft_tokens}}
+
+
 @contextmanager
 def serving(
     directory: Path,
@@ -98,10 +135,12 @@ def serving(
     max_running: int | None = None,
     tensor_parallel: int = 1,
     expert_parallel: bool = False,
+    draft_tokens: int | None = None,
     broken: Break | None = None,
     **engine_args: Any,
 ) -> Iterator[Engine]:
-    """An engine that is gone afterwards. `chunk`: tokens of a prompt at once; `broken`: what to do to it first."""
+    """An engine that is gone afterwards. `chunk`: tokens of a prompt at once; `broken`: what to do to it first;
+    `draft_tokens`: speculate with so many a step."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -120,6 +159,7 @@ def serving(
         "kv_cache_memory_bytes": 32 << 20,
         "skip_tokenizer_init": True,
         "max_logprobs": -1,
+        **(speculation(draft_tokens) if draft_tokens else {}),
         "disable_log_stats": False,
     }
     with pytest.MonkeyPatch.context() as patch:

@@ -33,9 +33,11 @@ def test_an_fp8_cache_on_a_cpu_is_refused(good: Path) -> None:
     assert "kv_cache_dtype: 'fp8', wanted 'auto' on a CPU" in refusal(good, kv_cache_dtype="fp8")
 
 
-def test_drafts_of_the_mtp_layer_are_refused_so_far(good: Path) -> None:
-    message = refusal(good, speculative_config={"method": "mtp", "num_speculative_tokens": 1})
-    assert "speculation with MTP is not there yet; leave --speculative-config out" in message
+def test_a_draft_model_of_another_checkpoint_is_refused(good: Path) -> None:
+    speculation = {"method": "mtp", "num_speculative_tokens": 1, "model": str(good.parent)}
+    (good.parent / "config.json").write_text((good / "config.json").read_text())
+    message = refusal(good, speculative_config=speculation)
+    assert "wanted none: the MTP layer is part of" in message
 
 
 def test_extra_and_misshapen_tensors_of_a_loader_are_all_listed(checkpoint_of: Callable[[Case], Path]) -> None:
@@ -50,7 +52,7 @@ def test_extra_and_misshapen_tensors_of_a_loader_are_all_listed(checkpoint_of: C
 
 def test_a_tensor_that_the_first_load_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As for a checkpoint from the hub, which is not there yet when a local one is checked; vLLM misses no expert."""
-    monkeypatch.setattr(checkpoint, "verify", lambda directory, config: None)
+    monkeypatch.setattr(checkpoint, "verify", lambda *args, **kwargs: None)
     brought = {name: tensor for name, tensor in TENSORS.items() if name != EXPERT}
     with pytest.raises(CheckpointError) as refused, serving(write_checkpoint(tmp_path, CASE.config, brought)):
         pass

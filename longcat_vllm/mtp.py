@@ -1,0 +1,147 @@
+"""The MTP layer for vLLM: the draft model behind `--speculative-config '{"method": "mtp", ...}'`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import ReplicatedLinear
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.models.utils import maybe_prefix
+
+from longcat_core import checkpoint, drafting, rotary
+from longcat_core.config import LongcatConfig
+from longcat_vllm.compat import install_draft_gate, is_longcat
+from longcat_vllm.model import LongcatAttention, LongcatFFN, load_published
+from longcat_vllm.speculation import GatedDrafts
+
+
+class LongcatMTPLayer(nn.Module):
+    """One dense layer on `eh_proj([enorm(embedding of the next token), hnorm(hidden)])`; modules as published."""
+
+    def __init__(self, config: LongcatConfig, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        quant_config = None if "mtp" in config.disable_quant_module else vllm_config.quant_config
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.enorm = nn.ModuleDict({"m": RMSNorm(hidden, eps=eps)})
+        self.hnorm = nn.ModuleDict({"m": RMSNorm(hidden, eps=eps)})
+        self.eh_proj = ReplicatedLinear(
+            2 * hidden, hidden, bias=False, quant_config=quant_config, prefix=f"{prefix}.eh_proj"
+        )
+        self.input_layernorm = RMSNorm(hidden, eps=eps)
+        self.self_attn = LongcatAttention(config, vllm_config, quant_config, f"{prefix}.self_attn")
+        self.post_attention_layernorm = RMSNorm(hidden, eps=eps)
+        ffn = LongcatFFN(hidden, config.ffn_hidden_size, quant_config, f"{prefix}.transformer_layer.mlp")
+        self.transformer_layer = nn.ModuleDict({"mlp": ffn})
+
+    def forward(self, embedded: Tensor, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """embedded, hidden_states: [T, H]. Returns the FFN's output and the residual it is to be added to."""
+        joined = torch.cat((self.enorm["m"](embedded), self.hnorm["m"](hidden_states)), dim=-1)
+        residual, _ = self.eh_proj(joined)
+        attended = self.self_attn(self.input_layernorm(residual), cos, sin)
+        hidden_states, residual = self.post_attention_layernorm(attended, residual)
+        return self.transformer_layer["mlp"](hidden_states), residual
+
+
+@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "hidden_states": 0, "inputs_embeds": 0})
+class LongcatMTPModel(nn.Module):
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        self.config = config = LongcatConfig.from_hf(vllm_config.model_config.hf_config)
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, prefix=maybe_prefix(prefix, "embed_tokens")
+        )
+        # vLLM numbers KV caches by the layer in the prefix: this one comes after the target's, two a decoder layer.
+        layer = maybe_prefix(prefix, f"layers.{2 * config.num_layers}")
+        self.layers = nn.ModuleList([LongcatMTPLayer(config, vllm_config, layer)])
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.inverse_frequencies: Tensor
+        self.register_buffer("inverse_frequencies", rotary.inverse_frequencies(config), persistent=False)
+        self.attention_factor = rotary.attention_factor(config.rope)
+
+    def forward(
+        self, input_ids: Tensor | None, positions: Tensor, hidden_states: Tensor, inputs_embeds: Tensor | None = None
+    ) -> Tensor:
+        embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        cos, sin = rotary.cos_sin(positions.unsqueeze(-1), self.inverse_frequencies, self.attention_factor)
+        hidden_states, residual = self.layers[0](embedded, hidden_states, cos, sin)
+        hidden_states, _ = self.norm(hidden_states, residual)
+        return hidden_states
+
+
+class LongcatFlashMTP(nn.Module):
+    """Drafts one token after another: what it returns is the `hidden_states` of its next step.
+
+    Its head is the target's, which vLLM's proposer puts into `lm_head`.
+    """
+
+    has_own_embed_tokens = True
+    """vLLM shares the target's embedding where it is equal, and would wherever this were left out."""
+
+    def __new__(cls, *, vllm_config: VllmConfig, prefix: str = "") -> Any:
+        if not is_longcat(vllm_config.model_config):  # Flash-Lite's drafter has the same architecture
+            from vllm.model_executor.models.longcat_flash_mtp import LongCatFlashMTP
+
+            return LongCatFlashMTP(vllm_config=vllm_config, prefix=prefix)
+        return super().__new__(cls)
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        self.model = LongcatMTPModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        self.config = self.model.config
+        self.logits_processor = LogitsProcessor(self.config.vocab_size)
+        gate = drafting.load(Path(vllm_config.model_config.model), self.config)
+        self.gated_drafts: GatedDrafts | None = None
+        if gate is not None:
+            self.gated_drafts = GatedDrafts(gate.to(vllm_config.device_config.device))
+            install_draft_gate()
+        self._loads_are_partial = vllm_config.load_config.load_format == "dummy"
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        return self.model.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        hidden_states: Tensor,
+        intermediate_tensors: None = None,
+        inputs_embeds: Tensor | None = None,
+        spec_step_idx: int = 0,
+    ) -> Tensor:
+        """input_ids: [T], the tokens after those at `positions` [T]; hidden_states: [T, H], the target's normed ones
+        there, or what this returned in the step before."""
+        return self.model(input_ids, positions, hidden_states, inputs_embeds)
+
+    def compute_logits(self, hidden_states: Tensor, spec_step_idx: int = 0) -> Tensor | None:
+        logits = self.logits_processor(self.lm_head, hidden_states)
+        if self.gated_drafts is not None:
+            self.gated_drafts.observe(logits)
+        return logits
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load the MTP layer out of a whole checkpoint; the names of the parameters that were written.
+
+        Raises:
+            CheckpointError: if the checkpoint is not complete, or has no MTP layer.
+        """
+        audit = checkpoint.Audit(self.config)
+        parameters = dict(self.named_parameters())
+        loaded: set[str] = set()
+        for name, tensor in weights:
+            if audit.accepts(name, tuple(tensor.shape), tensor.dtype) and name.startswith(checkpoint.MTP_PREFIX):
+                ours = f"model.{name.removeprefix(checkpoint.MTP_PREFIX)}"
+                loaded.add(load_published(parameters, ours, tensor, self.config))
+        if self._loads_are_partial:
+            audit.raise_for_unexpected()
+        else:
+            audit.raise_for_all(requires_mtp=True)
+        self._loads_are_partial = True
+        return loaded

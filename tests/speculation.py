@@ -1,0 +1,82 @@
+"""What speculation has to do: the drafts that the reference makes, and how many of them the target accepts."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from longcat_core.drafting import Chains, DraftGate, draft_chains, walk
+from longcat_core.reference import LongcatForCausalLM
+from tests.cases import CASES, Case, drafting_tensors
+
+CASE = CASES["default"]
+NEW_TOKENS = 24
+MOST_DRAFTS = 4
+"""Drafts a step, at most, in the tests."""
+
+
+class Speculated(NamedTuple):
+    """What an engine says of a request that it answered with speculation; each engine finds it out its own way."""
+
+    tokens: list[int]
+    accepted: list[int]
+    """Drafts accepted in each verification, in order; the last counts only what was still asked for."""
+    verified: int | None = None
+    """Drafts verified in all, where that is known."""
+
+
+@cache
+def reference_of(case: Case) -> LongcatForCausalLM:
+    model = LongcatForCausalLM(case.config)
+    model.load_published(drafting_tensors(case.config))
+    return model.eval()
+
+
+@cache
+def chains_of(case: Case, prompt: tuple[int, ...], new_tokens: int) -> tuple[list[int], Chains]:
+    """The greedy continuation, and what is drafted after each of its tokens."""
+    model = reference_of(case)
+    continuation = model.generate(list(prompt), new_tokens + MOST_DRAFTS)
+    with torch.no_grad():
+        return continuation[:new_tokens], draft_chains(model, list(prompt), continuation, MOST_DRAFTS)
+
+
+def truth(
+    case: Case, prompt: list[int], new_tokens: int, draft_tokens: int, gate: DraftGate | None = None
+) -> Speculated:
+    """Greedy, with `draft_tokens` drafts a step, of which the gate holds back some."""
+    continuation, chains = chains_of(case, tuple(prompt), new_tokens)
+    kept = torch.full_like(chains.accepted, draft_tokens)
+    if gate is not None:
+        kept = gate.kept(chains.features[:, :draft_tokens])
+    steps = [step for step in walk(chains.accepted, kept) if step.position + 1 < new_tokens]
+    return Speculated(
+        continuation,
+        accepted=[min(step.accepted, new_tokens - 2 - step.position) for step in steps],
+        verified=sum(step.verified for step in steps),
+    )
+
+
+def prompts_of(case: Case) -> list[list[int]]:
+    """Mixed lengths; the last shares its first 64 tokens with the one before."""
+    mixed = [case.prompts(1, length, seed=length)[0] for length in (1, 3, 17, 40, 70)]
+    return [*mixed, mixed[-1][:64] + mixed[1]]
+
+
+@cache
+def the_gate() -> DraftGate:
+    """A gate for `CASE` that goes by every feature, holds back a part of the first drafts and more of later ones, and
+    decides none of these by a hair."""
+    gate = DraftGate().requires_grad_(False)
+    for parameter in gate.parameters():
+        parameter.zero_()
+    gate.hidden.weight[:3] = torch.eye(3)
+    gate.output.weight[0, :3] = torch.tensor([6.0, -0.5, -0.1])  # of the path's probability, entropy, depth
+    chains = [chains_of(CASE, tuple(prompt), NEW_TOKENS)[1] for prompt in prompts_of(CASE)]
+    scores = torch.cat([gate(each.features[:, 0]) for each in chains]).unique()
+    middle = scores[len(scores) // 10 : len(scores) // 3]
+    widest = int(middle.diff().argmax())
+    gate.threshold = float(middle[widest : widest + 2].mean())
+    return gate

@@ -1,0 +1,134 @@
+"""What speculation needs of vLLM beside what `tests/engines/test_speculation.py` asks of both engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from longcat_vllm import compat
+from tests.cases import CASES, Case, drafting_tensors, write_checkpoint
+from tests.engines.test_speculation import assert_drafts_are_the_references, assert_drafts_pass_the_gate
+from tests.speculation import CASE, NEW_TOKENS, prompts_of, the_gate, truth
+from tests.vllm.engine import Engine, configure, serving, speculation
+
+
+@pytest.fixture
+def directory(drafting_checkpoint_of: Callable[[Case], Path]) -> Path:
+    return drafting_checkpoint_of(CASE)
+
+
+def test_the_targets_configuration_is_the_same_with_a_drafter(directory: Path) -> None:
+    """vLLM's own drafter sets the target's n_routed_experts to None."""
+    with serving(directory) as plain:
+        without = plain.llm.llm_engine.vllm_config.model_config.hf_config.to_dict()
+    with serving(directory, draft_tokens=1) as drafting:
+        config = drafting.llm.llm_engine.vllm_config
+        assert config.model_config.hf_config.to_dict() == without
+        assert config.speculative_config.draft_model_config.hf_config is not config.model_config.hf_config
+
+
+def test_torch_compile_with_drafts(directory: Path) -> None:
+    with serving(directory, draft_tokens=3, enforce_eager=False) as served:
+        assert_drafts_are_the_references(served, 3)
+
+
+def test_an_embedding_equal_to_the_targets_is_shared(tmp_path: Path) -> None:
+    tensors = drafting_tensors(CASE.config)
+    tensors["model.mtp.embed_tokens.weight"] = tensors["model.embed_tokens.weight"]
+    with serving(write_checkpoint(tmp_path, CASE.config, tensors), draft_tokens=1) as served:
+        runner = served.llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        assert runner.drafter.model.model.embed_tokens is runner.model.model.embed_tokens
+
+
+def counts(served: Engine) -> dict[str, int]:
+    names = ("drafts", "draft_tokens", "accepted_tokens", "draft_tokens_held_back")
+    return {name: int(served._metric(f"vllm:spec_decode_num_{name}")) for name in names}
+
+
+@pytest.mark.parametrize("has_gate", [False, True], ids=["no gate", "gate"])
+def test_metrics_count_what_was_verified_accepted_and_held_back(has_gate: bool, directory: Path, gated: Path) -> None:
+    draft_tokens = 3
+    with serving(gated if has_gate else directory, draft_tokens=draft_tokens) as served:
+        before = counts(served)
+        served.speculated(prompts_of(CASE), NEW_TOKENS)
+        counted = {name: count - before[name] for name, count in counts(served).items()}
+    steps = [
+        truth(CASE, prompt, NEW_TOKENS, draft_tokens, the_gate() if has_gate else None) for prompt in prompts_of(CASE)
+    ]
+    made, verified = draft_tokens * sum(len(each.accepted) for each in steps), sum(each.verified or 0 for each in steps)
+    assert counted["draft_tokens"] == verified
+    assert counted["draft_tokens_held_back"] == made - verified
+    # vLLM counts a verification to its end, and no step without a draft.
+    assert 0 <= counted["accepted_tokens"] - sum(sum(each.accepted) for each in steps) <= draft_tokens * len(steps)
+    assert counted["drafts"] <= sum(len(each.accepted) for each in steps)
+
+
+def test_a_seed_draws_the_same_tokens_when_its_prompt_comes_in_chunks(checkpoint_of: Callable[[Case], Path]) -> None:
+    """vLLM's runner cannot take a draw back on a CPU; if its engine does not end, see `compat`."""
+    prompt = CASES["default"].prompts(1, 40)[0]
+    drawn = []
+    for chunk in (16, None):
+        with serving(checkpoint_of(CASES["default"]), chunk=chunk, prefix_caching=False) as served:
+            drawn.append(served.sampled(prompt, 8, temperature=0.8, seeds=range(4)))
+    assert drawn[0] == drawn[1]
+
+
+def test_generators_of_a_cpu_still_have_no_offset() -> None:
+    """If this fails, `compat._keep_generators_out_of_discarded_chunks` may have become unnecessary."""
+    with pytest.raises(RuntimeError, match="does not use offset"):
+        torch.Generator().set_offset(0)
+
+
+def test_vllm_still_loses_the_temperatures_of_drafts() -> None:
+    """If this fails, `compat._expand_sampling_parameters_to_drafts` may have become unnecessary."""
+    from vllm.utils.cpu_triton_utils import _expand_kernel_impl
+
+    values, ends = torch.tensor([0.5, 0.0, 2.0]), torch.tensor([2, 2, 3])
+    expanded = torch.full((3,), -1.0)
+    _expand_kernel_impl(expanded, values, ends, 0, 1)
+    assert expanded.tolist() == [-1.0, -1.0, -1.0]
+    compat.expand(expanded, values, ends, 0, 1, 0)
+    assert expanded.tolist() == [0.5, 0.5, 2.0]
+
+
+def test_vllm_still_drafts_from_another_token_after_a_chunk(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails, the platform may leave padded batches on."""
+    from longcat_vllm import platform
+
+    monkeypatch.setattr(platform, "drafts_with_mtp", lambda config: False)
+    with (
+        serving(directory, draft_tokens=2, chunk=16, prefix_caching=False) as served,
+        pytest.raises(AssertionError, match="accepted drafts"),
+    ):
+        assert_drafts_are_the_references(served, 2)
+
+
+def test_vllm_still_has_no_place_for_a_gate(gated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails, `compat.install_draft_gate` may have become unnecessary."""
+    from vllm.v1.spec_decode.eagle import EagleProposer
+    from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
+
+    monkeypatch.setattr("longcat_vllm.mtp.install_draft_gate", lambda: None)
+    monkeypatch.setattr("longcat_vllm.speculation.GatedDrafts.observe", lambda self, logits: None)
+    monkeypatch.setattr(EagleProposer, "propose", SpecDecodeBaseProposer.propose)
+    with (
+        serving(gated, draft_tokens=3) as served,
+        pytest.raises(AssertionError, match="accepted drafts"),
+    ):
+        assert_drafts_pass_the_gate(served, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"async_scheduling": True}, "async_scheduling, which draws up a step before its drafts are there"),
+        ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "scheduler_cls: .*, wanted none"),
+    ],
+    ids=["async", "scheduler"],
+)
+def test_what_a_gate_cannot_be_used_with_is_named(options: dict[str, object], problem: str, gated: Path) -> None:
+    with pytest.raises(Exception, match=f"gate.safetensors cannot be used with {problem}"):
+        configure(gated, **speculation(1), **options)
