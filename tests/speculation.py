@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from longcat_core.drafting import Chains, DraftGate, draft_chains, walk
+from longcat_core.drafting import Chains, DraftGate, Step, draft_chains, walk
 from longcat_core.reference import LongcatForCausalLM
 from tests.cases import CASES, Case, drafting_tensors
 
@@ -23,8 +23,6 @@ class Speculated(NamedTuple):
     tokens: list[int]
     accepted: list[int]
     """Drafts accepted in each verification, in order; the last counts only what was still asked for."""
-    verified: int | None = None
-    """Drafts verified in all, where that is known."""
 
 
 @cache
@@ -43,20 +41,22 @@ def chains_of(case: Case, prompt: tuple[int, ...], new_tokens: int) -> tuple[lis
         return continuation[:new_tokens], draft_chains(model, list(prompt), continuation, MOST_DRAFTS)
 
 
+def steps_of(
+    case: Case, prompt: list[int], new_tokens: int, draft_tokens: int, gate: DraftGate | None = None
+) -> list[Step]:
+    """The verifications of a greedy answer, with `draft_tokens` drafts each, of which the gate holds back some."""
+    _, chains = chains_of(case, tuple(prompt), new_tokens)
+    kept = draft_tokens if gate is None else gate.kept(chains.features[:, :draft_tokens])
+    return [step for step in walk(chains.accepted, kept) if step.position + 1 < new_tokens]
+
+
 def truth(
     case: Case, prompt: list[int], new_tokens: int, draft_tokens: int, gate: DraftGate | None = None
 ) -> Speculated:
-    """Greedy, with `draft_tokens` drafts a step, of which the gate holds back some."""
-    continuation, chains = chains_of(case, tuple(prompt), new_tokens)
-    kept = torch.full_like(chains.accepted, draft_tokens)
-    if gate is not None:
-        kept = gate.kept(chains.features[:, :draft_tokens])
-    steps = [step for step in walk(chains.accepted, kept) if step.position + 1 < new_tokens]
-    return Speculated(
-        continuation,
-        accepted=[min(step.accepted, new_tokens - 2 - step.position) for step in steps],
-        verified=sum(step.verified for step in steps),
-    )
+    """What an engine has to answer."""
+    continuation, _ = chains_of(case, tuple(prompt), new_tokens)
+    steps = steps_of(case, prompt, new_tokens, draft_tokens, gate)
+    return Speculated(continuation, [min(step.accepted, new_tokens - 2 - step.position) for step in steps])
 
 
 def prompts_of(case: Case) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from longcat_core.config import LongcatConfig
+from longcat_core.drafting import Step
 from longcat_vllm.compat import VLLM
 from tests.cases import DEFAULT
 from tests.metrics import Metrics
@@ -35,6 +37,7 @@ METRICS = Metrics(
     waiting="vllm:num_requests_waiting",
     generated="vllm:generation_tokens_total",
     preemptions="vllm:num_preemptions_total",
+    held_back="vllm:spec_decode_num_draft_tokens_held_back_total",
 )
 Break = Callable[[pytest.MonkeyPatch], None]
 
@@ -121,6 +124,20 @@ class Engine:
 def speculation(draft_tokens: int) -> dict[str, Any]:
     """Engine arguments: so many drafts a step."""
     return {"speculative_config": {"method": "mtp", "num_speculative_tokens": draft_tokens}}
+
+
+def speculation_flags(draft_tokens: int) -> list[str]:
+    """What a user types for that."""
+    return ["--speculative-config", json.dumps(speculation(draft_tokens)["speculative_config"])]
+
+
+def speculation_metrics(steps: Sequence[Step]) -> dict[str, float]:
+    """What the server has to count for these verifications."""
+    return {
+        "vllm:spec_decode_num_drafts_total": sum(step.verified > 0 for step in steps),
+        "vllm:spec_decode_num_draft_tokens_total": sum(step.verified for step in steps),
+        "vllm:spec_decode_num_accepted_tokens_total": sum(step.accepted for step in steps),
+    }
 
 
 @contextmanager
