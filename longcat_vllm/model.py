@@ -232,47 +232,23 @@ class LongcatModel(nn.Module):
         return hidden_states
 
 
-class LongcatFlashForCausalLM(nn.Module, SupportsPP):
+class LongcatCausalLM(nn.Module):
+    """What the target and its drafter share: logits, and loading of published tensors."""
+
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = {
         "gate_up_proj": ["gate_proj", "up_proj"],
         FUSED_QKV_A: ["q_a_proj", "kv_a_proj_with_mqa"],
     }
+    _requires_mtp = False
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+    def __init__(self, vllm_config: VllmConfig, config: LongcatConfig) -> None:
         super().__init__()
-        if current_platform.is_cpu():
-            mend_cpu_sampling()
-        self.model = LongcatModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
-        self.config = config = self.model.config
-        if get_pp_group().is_last_rank:
-            self.lm_head = ParallelLMHead(
-                config.vocab_size,
-                config.hidden_size,
-                quant_config=vllm_config.quant_config,
-                prefix=maybe_prefix(prefix, "lm_head"),
-            )
-            if config.tie_word_embeddings:
-                self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
-        else:
-            self.lm_head = PPMissingLayer()
+        self.config = config
         self.logits_processor = LogitsProcessor(config.vocab_size)
         # With dummy weights the first load is an update; with vLLM's filter the other ranks' experts are withheld.
         self._loads_are_partial = (
             vllm_config.load_config.load_format == "dummy" or vllm_config.parallel_config.enable_ep_weight_filter
         )
-        self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
-
-    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        return self.model.embed_input_ids(input_ids)
-
-    def forward(
-        self,
-        input_ids: Tensor | None,
-        positions: Tensor,
-        intermediate_tensors: IntermediateTensors | None = None,
-        inputs_embeds: Tensor | None = None,
-    ) -> Tensor | IntermediateTensors:
-        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         return self.logits_processor(self.lm_head, hidden_states)
@@ -288,15 +264,63 @@ class LongcatFlashForCausalLM(nn.Module, SupportsPP):
         parameters = dict(self.named_parameters())
         loaded: set[str] = set()
         for name, tensor in weights:
-            if not audit.accepts(name, tuple(tensor.shape), tensor.dtype) or name.startswith(checkpoint.MTP_PREFIX):
-                continue
-            loaded |= self._load(parameters, name, tensor)
+            if audit.accepts(name, tuple(tensor.shape), tensor.dtype):
+                loaded |= self._load(parameters, name, tensor)
         if self._loads_are_partial:
             audit.raise_for_unexpected()
         else:
-            audit.raise_for_all()
+            audit.raise_for_all(self._requires_mtp)
         self._loads_are_partial = True
         return loaded
+
+    def _load(self, parameters: dict[str, Any], name: str, tensor: Tensor) -> set[str]:
+        """Load one tensor, or leave it to the other of the two models; the name of the parameter."""
+        raise NotImplementedError
+
+
+def load_published(parameters: dict[str, Any], name: str, tensor: Tensor, config: LongcatConfig) -> set[str]:
+    """Load a tensor of no expert into its parameter, or its part of a packed one; the name of the parameter."""
+    target, shard_index = checkpoint.packed_parameter(name, FUSED_QKV_A)
+    parameter = parameters[target]
+    loader = getattr(parameter, "weight_loader", default_weight_loader)
+    if shard_index is None:
+        loader(parameter, checkpoint.folded(name, tensor, config))
+    else:
+        loader(parameter, tensor, shard_index)
+    return {target}
+
+
+class LongcatFlashForCausalLM(LongcatCausalLM, SupportsPP):
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config, LongcatConfig.from_hf(vllm_config.model_config.hf_config))
+        if current_platform.is_cpu():
+            mend_cpu_sampling()
+        self.model = LongcatModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        config = self.config
+        if get_pp_group().is_last_rank:
+            self.lm_head = ParallelLMHead(
+                config.vocab_size,
+                config.hidden_size,
+                quant_config=vllm_config.quant_config,
+                prefix=maybe_prefix(prefix, "lm_head"),
+            )
+            if config.tie_word_embeddings:
+                self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+        else:
+            self.lm_head = PPMissingLayer()
+        self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        return self.model.embed_input_ids(input_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor | IntermediateTensors:
+        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def _load(self, parameters: dict[str, Any], name: str, tensor: Tensor) -> set[str]:
         expert = checkpoint.expert_of(name)
@@ -310,18 +334,8 @@ class LongcatFlashForCausalLM(nn.Module, SupportsPP):
                 parameter, tensor, target, shard_id=shard, expert_id=expert, return_success=True
             )
             return {target} if is_local else set()
-        if is_pp_missing_parameter(checkpoint.packed_parameter(name, FUSED_QKV_A)[0], self):
+        if name.startswith(checkpoint.MTP_PREFIX) or is_pp_missing_parameter(
+            checkpoint.packed_parameter(name, FUSED_QKV_A)[0], self
+        ):
             return set()
-        return {load_published(parameters, name, tensor, self.config)}
-
-
-def load_published(parameters: dict[str, Any], name: str, tensor: Tensor, config: LongcatConfig) -> str:
-    """Load a tensor of no expert into its parameter, or its part of a packed one, whose name is returned."""
-    target, shard_index = checkpoint.packed_parameter(name, FUSED_QKV_A)
-    parameter = parameters[target]
-    loader = getattr(parameter, "weight_loader", default_weight_loader)
-    if shard_index is None:
-        loader(parameter, checkpoint.folded(name, tensor, config))
-    else:
-        loader(parameter, tensor, shard_index)
-    return target
+        return load_published(parameters, name, tensor, self.config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,13 @@ from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ReplicatedLinear
-from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.models.utils import maybe_prefix
 
 from longcat_core import checkpoint, drafting, rotary
 from longcat_core.config import LongcatConfig
 from longcat_vllm.compat import install_draft_gate, is_longcat
-from longcat_vllm.model import LongcatAttention, LongcatFFN, load_published
+from longcat_vllm.model import LongcatAttention, LongcatCausalLM, LongcatFFN, load_published
 from longcat_vllm.speculation import GatedDrafts
 
 
@@ -76,12 +74,13 @@ class LongcatMTPModel(nn.Module):
         return hidden_states
 
 
-class LongcatFlashMTP(nn.Module):
+class LongcatFlashMTP(LongcatCausalLM):
     """Drafts one token after another: what it returns is the `hidden_states` of its next step.
 
     Its head is the target's, which vLLM's proposer puts into `lm_head`.
     """
 
+    _requires_mtp = True
     has_own_embed_tokens = True
     """vLLM shares the target's embedding where it is equal, and would wherever this were left out."""
 
@@ -93,16 +92,13 @@ class LongcatFlashMTP(nn.Module):
         return super().__new__(cls)
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__()
+        super().__init__(vllm_config, LongcatConfig.from_hf(vllm_config.model_config.hf_config))
         self.model = LongcatMTPModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
-        self.config = self.model.config
-        self.logits_processor = LogitsProcessor(self.config.vocab_size)
         gate = drafting.load(Path(vllm_config.model_config.model), self.config)
         self.gated_drafts: GatedDrafts | None = None
         if gate is not None:
             self.gated_drafts = GatedDrafts(gate.to(vllm_config.device_config.device))
             install_draft_gate()
-        self._loads_are_partial = vllm_config.load_config.load_format == "dummy"
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         return self.model.embed_tokens(input_ids)
@@ -121,27 +117,12 @@ class LongcatFlashMTP(nn.Module):
         return self.model(input_ids, positions, hidden_states, inputs_embeds)
 
     def compute_logits(self, hidden_states: Tensor, spec_step_idx: int = 0) -> Tensor | None:
-        logits = self.logits_processor(self.lm_head, hidden_states)
-        if self.gated_drafts is not None:
+        logits = super().compute_logits(hidden_states)
+        if self.gated_drafts is not None and logits is not None:
             self.gated_drafts.observe(logits)
         return logits
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load the MTP layer out of a whole checkpoint; the names of the parameters that were written.
-
-        Raises:
-            CheckpointError: if the checkpoint is not complete, or has no MTP layer.
-        """
-        audit = checkpoint.Audit(self.config)
-        parameters = dict(self.named_parameters())
-        loaded: set[str] = set()
-        for name, tensor in weights:
-            if audit.accepts(name, tuple(tensor.shape), tensor.dtype) and name.startswith(checkpoint.MTP_PREFIX):
-                ours = f"model.{name.removeprefix(checkpoint.MTP_PREFIX)}"
-                loaded.add(load_published(parameters, ours, tensor, self.config))
-        if self._loads_are_partial:
-            audit.raise_for_unexpected()
-        else:
-            audit.raise_for_all(requires_mtp=True)
-        self._loads_are_partial = True
-        return loaded
+    def _load(self, parameters: dict[str, Any], name: str, tensor: Tensor) -> set[str]:
+        if not name.startswith(checkpoint.MTP_PREFIX):
+            return set()
+        return load_published(parameters, f"model.{name.removeprefix(checkpoint.MTP_PREFIX)}", tensor, self.config)

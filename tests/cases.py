@@ -133,8 +133,9 @@ def published(
     return tensors
 
 
-def drafting_tensors(config: LongcatConfig, seed: int = 0) -> dict[str, Tensor]:
-    """`published`, with an MTP layer of whose drafts the target accepts about every second.
+def drafting_tensors(config: LongcatConfig, seed: int = 0, disagreement: float = 1.0) -> dict[str, Tensor]:
+    """`published`, with an MTP layer of whose drafts the target accepts about every second; the wider the model, the
+    less `disagreement` that takes.
 
     All layers are damped, so that the target mostly continues from its last token, and the MTP layer reads nearly the
     same embedding. Every part of it still has a say, so that some drafts change when one is wrong: its own embedding,
@@ -144,15 +145,15 @@ def drafting_tensors(config: LongcatConfig, seed: int = 0) -> dict[str, Tensor]:
     tensors = published(config, seed)
     for name, tensor in tensors.items():
         if name.endswith((".o_proj.weight", ".down_proj.weight")):
-            tensor *= _DAMPING
+            tensor *= _DAMPING * disagreement
     for name in ("embed_tokens.weight", "norm.weight"):
         target = tensors[f"model.{name}"]
-        spread = _SPREAD * target.std()
+        spread = _SPREAD * disagreement * target.std()
         tensors[f"{checkpoint.MTP_PREFIX}{name}"] = target + spread * torch.randn(target.shape, generator=generator)
     hidden = config.hidden_size
     eh_proj = tensors[f"{checkpoint.MTP_PREFIX}layers.0.eh_proj.weight"]
     eh_proj[:, :hidden] = torch.eye(hidden)
-    eh_proj[:, hidden:] *= _HIDDEN
+    eh_proj[:, hidden:] *= _HIDDEN * disagreement
     return tensors
 
 
