@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Requests with so many new tokens or fewer are attended to in one batch: decoding, and verification of drafts.
+_FEW_TOKENS = 16
 # Bounds on temporaries: (query, key) pairs of one head's mask in a prefill, and gathered slots in a decode batch.
 _PAIRS_AT_ONCE = 1 << 22
 _SLOTS_AT_ONCE = 1 << 17
@@ -24,15 +26,21 @@ class RequestGroup:
     """int64 [G, N]: cache slots of each request's tokens, padded to the longest with its own first slot, since a weight
     of 0 does not undo what a slot that nobody has written may hold."""
     positions: Tensor
-    """int64 [G, Q]: position of each query. It sees the slots up to its own, so never the padding."""
+    """int64 [G, Q]: place of each query among the slots. It sees those up to its own, so never the padding."""
     is_whole_prompt: bool
     """One request whose N tokens are all new, so that the mask is the plain causal triangle."""
     is_all_visible: bool
     """One query a request, and no padding, so that there is no mask."""
+    trees: Tensor | None = None
+    """bool [G, Q, Q]: which of the new tokens each query sees, where those are not all up to its own."""
 
     def visible(self, first: int = 0, last: int | None = None) -> Tensor:
         """bool [G, last - first, N]: may the query see the slot."""
-        return torch.arange(self.slots.shape[1]) <= self.positions[:, first:last, None]
+        slots = torch.arange(self.slots.shape[1])
+        if self.trees is None:
+            return slots <= self.positions[:, first:last, None]
+        before = (slots < self.positions[:, :1]).unsqueeze(1).repeat(1, self.positions.shape[1], 1)
+        return before.scatter(2, self.positions.unsqueeze(1).expand_as(self.trees), self.trees)[:, first:last]
 
 
 @dataclass(frozen=True)
@@ -43,12 +51,19 @@ class PagedBatch:
 
     @classmethod
     def build(
-        cls, query_starts: Sequence[int], seq_lens: Sequence[int], block_table: Tensor, block_size: int
+        cls,
+        query_starts: Sequence[int],
+        seq_lens: Sequence[int],
+        block_table: Tensor,
+        block_size: int,
+        trees: Tensor | None = None,
     ) -> PagedBatch:
         """Group the requests of a step.
 
         query_starts: R + 1 offsets into the query tensor; seq_lens: R context lengths, new tokens included;
-        block_table: integer [R, blocks], the cache blocks of each request; block_size: tokens a block.
+        block_table: integer [R, blocks], the cache blocks of each request; block_size: tokens a block; trees: bool
+        [R, Q, Q], where all requests have Q new tokens that are nodes of a tree: a node sees itself and those before it
+        on its path.
 
         Raises:
             ValueError: if a request has more new tokens than its context is long.
@@ -62,7 +77,7 @@ class PagedBatch:
                 continue
             # Contexts in a bucket differ by less than two times, which bounds the padding; a prompt chunk is
             # large enough to go alone.
-            key = (new, length.bit_length()) if new == 1 else (new, -1 - request)
+            key = (new, length.bit_length()) if new <= _FEW_TOKENS else (new, -1 - request)
             buckets.setdefault(key, []).append(request)
         groups = []
         for (new, _), bucket in buckets.items():
@@ -80,7 +95,8 @@ class PagedBatch:
                         queries=starts + torch.arange(new),
                         slots=torch.where(positions < lengths, slots, slots[:, :1]),
                         positions=lengths - new + torch.arange(new),
-                        is_whole_prompt=len(requests) == 1 and new == longest,
+                        trees=None if trees is None else trees[torch.tensor(requests)],
+                        is_whole_prompt=len(requests) == 1 and new == longest and trees is None,
                         is_all_visible=new == 1 and all(seq_lens[r] == longest for r in requests),
                     )
                 )

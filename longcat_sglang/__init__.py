@@ -16,6 +16,8 @@ def register() -> None:
     compat.SGLANG.hook("checkpoint check", compat.install_config_check)
     compat.SGLANG.hook("attention backend", compat.install_attention_backend)
     compat.SGLANG.hook("prompt check", compat.install_prompt_check)
+    compat.SGLANG.hook("draft attention", compat.install_draft_attention)
+    compat.SGLANG.hook("sampled verification", compat.install_sampled_verification)
 
 
 def register_platform() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from itertools import accumulate
 from typing import Any
 
+import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
@@ -30,17 +31,24 @@ class LatentAttentionBackend(AttentionBackend):
         self._cache = runner.token_to_kv_pool
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
-        mode = forward_batch.forward_mode
+        mode, draft = forward_batch.forward_mode, forward_batch.spec_info
         if mode.is_idle():
             self.forward_metadata = None
             return
-        seq_lens = forward_batch.seq_lens.tolist()
-        new = [1] * len(seq_lens) if mode.is_decode() else forward_batch.extend_seq_lens.tolist()
+        seq_lens, trees = forward_batch.seq_lens.tolist(), None
+        if mode.is_target_verify():  # whose lengths do not count the drafts
+            new = [draft.draft_token_num] * len(seq_lens)
+            seq_lens = [length + draft.draft_token_num for length in seq_lens]
+            if draft.tree_topk > 1:
+                trees = draft.custom_mask.view(-1, draft.draft_token_num, draft.draft_token_num)
+        else:
+            new = [1] * len(seq_lens) if mode.is_decode() else forward_batch.extend_seq_lens.tolist()
         self.forward_metadata = PagedBatch.build(
             query_starts=[0, *accumulate(new)],
             seq_lens=seq_lens,
             block_table=self._slots_of.req_to_token[forward_batch.req_pool_indices],
             block_size=1,
+            trees=trees,
         )
 
     def support_triton(self) -> bool:
@@ -68,3 +76,34 @@ class LatentAttentionBackend(AttentionBackend):
         return attended.flatten(1)
 
     forward_decode = forward_extend
+
+
+class DraftingBackend:
+    """Attention of the drafter's steps after the first: `attn_backends[i]` is for step i.
+
+    In place of SGLang's backends of that kind, as speculative/draft_utils.py makes them.
+    """
+
+    def __init__(self, runner: ModelRunner, branches: int, steps: int) -> None:
+        self._slots_of = runner.req_to_token_pool
+        self._branches, self._steps = branches, steps
+        self.attn_backends = [LatentAttentionBackend(runner) for _ in range(steps - 1)]
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        """Each branch has its own tokens after its request's, one more in each step.
+
+        Branch b of a request of n tokens has the slots from n + b steps on (kernels/ops/speculative/cache_locs.py,
+        `generate_draft_decode_kv_indices`).
+        """
+        seq_lens = forward_batch.seq_lens.repeat_interleave(self._branches)
+        table = self._slots_of.req_to_token[forward_batch.req_pool_indices].repeat_interleave(self._branches, dim=0)
+        first = torch.arange(self._branches).repeat(len(forward_batch.seq_lens)) * self._steps
+        own = seq_lens.unsqueeze(1) + torch.arange(self._steps - 1)
+        table.scatter_(1, own, table.gather(1, own + first.unsqueeze(1)))
+        for step, backend in enumerate(self.attn_backends):
+            backend.forward_metadata = PagedBatch.build(
+                query_starts=range(len(seq_lens) + 1),
+                seq_lens=(seq_lens + step + 1).tolist(),
+                block_table=table,
+                block_size=1,
+            )

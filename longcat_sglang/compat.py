@@ -13,10 +13,14 @@ from longcat_core.engine import Engine, UnsupportedEngineError
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+    from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
     from sglang.srt.model_executor.model_runner import ModelRunner
     from sglang.srt.plugins.hook_registry import HookType
     from sglang.srt.server_args import ServerArgs
+    from sglang.srt.speculative.draft_utils import DraftBackendFactory
+    from sglang.srt.speculative.eagle_info import EagleVerifyInput
 
 ARCHITECTURE = "LongcatFlashForCausalLM"
 SGLANG = Engine(
@@ -32,6 +36,9 @@ no graph (`support_triton`, arg_groups/attention_hook.py). For other models it s
 
 MODEL_CLASS_TARGET = "sglang.srt.model_loader.utils.get_model_architecture"
 PROMPT_CHECK_TARGET = "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request"
+DRAFT_DECODING_TARGET = "sglang.srt.speculative.draft_utils.DraftBackendFactory.create_decode_backend"
+DRAFT_EXTENDING_TARGET = "sglang.srt.speculative.draft_utils.DraftBackendFactory.create_draft_extend_backend"
+VERIFICATION_TARGET = "sglang.srt.speculative.eagle_utils.eagle_sample"
 """Functions of SGLang that are wrapped through its registry of hooks, after all plugins have been called."""
 RESOLUTION_STEP = "handle_model_specific_adjustments"
 
@@ -53,6 +60,9 @@ def hooked() -> dict[str, str]:
         "checkpoint check": __name__ if _check_after_adjustments in checks else "none",
         "attention backend": attention_registry.ATTENTION_BACKENDS[CPU_ATTENTION].__module__,
         "prompt check": applied(PROMPT_CHECK_TARGET),
+        "draft attention": applied(DRAFT_DECODING_TARGET),
+        "draft attention, extending": applied(DRAFT_EXTENDING_TARGET),
+        "sampled verification": applied(VERIFICATION_TARGET),
     }
 
 
@@ -79,7 +89,7 @@ def _hook_once(target: str, hook: Callable[..., Any], kind: HookType) -> None:
 
 
 def install_model_class() -> None:
-    """Build our model where the configuration is ours.
+    """Build our model where the configuration is ours, or our MTP layer where SGLang builds a drafter.
 
     Without it: SGLang's own model, which does not scale zero experts (sglang#10019) and computes them as expert 0.
     Not through `ModelRegistry.register`, which imports every model there is, in every process, and would give us
@@ -95,11 +105,15 @@ def _ours_where_the_config_is(
     original: Callable[[ModelConfig], tuple[type, str]], model_config: ModelConfig
 ) -> tuple[type, str]:
     model_class, architecture = original(model_config)
-    if is_longcat(model_config.hf_config):
-        from longcat_sglang.model import LongcatFlashForCausalLM
+    if not is_longcat(model_config.hf_config):
+        return model_class, architecture
+    if model_config.is_draft_model:
+        from longcat_sglang.mtp import LongcatFlashMTP
 
-        return LongcatFlashForCausalLM, architecture
-    return model_class, architecture
+        return LongcatFlashMTP, architecture
+    from longcat_sglang.model import LongcatFlashForCausalLM
+
+    return LongcatFlashForCausalLM, architecture
 
 
 def install_config_class() -> None:
@@ -138,6 +152,10 @@ def _check_after_adjustments(server_args: ServerArgs, previous: Callable[[Server
     check_deployment(server_args, settings, hf_config)
     if settings.device == "cpu":
         declare_resolution(server_args, "longcat-serving", attention_backend=CPU_ATTENTION)
+    drafts_some = _algorithm(settings) in MTP_ALGORITHMS and settings.speculative_num_steps is not None
+    if drafts_some and settings.speculative_eagle_topk is None:
+        # SGLang compares it with 1 whether it is there or not (arg_groups/speculative_hook.py).
+        declare_resolution(server_args, "longcat-serving", speculative_eagle_topk=1)
 
 
 def check_deployment(server_args: Any, settings: Any, hf_config: Any) -> None:
@@ -153,7 +171,7 @@ def check_deployment(server_args: Any, settings: Any, hf_config: Any) -> None:
         raise ValueError("LongCat-Flash cannot be served like this:\n  " + "\n  ".join(problems))
     directory = Path(settings.model_path)
     if directory.is_dir() and settings.load_format != "dummy":
-        checkpoint.verify(directory, hf_config.longcat)
+        checkpoint.verify(directory, hf_config.longcat, requires_mtp=_algorithm(settings) in MTP_ALGORITHMS)
 
 
 def _unsupported(server_args: Any, settings: Any, hf_config: Any) -> list[str]:
@@ -192,9 +210,7 @@ def _unsupported(server_args: Any, settings: Any, hf_config: Any) -> list[str]:
         problems.append(f"tp_size: {settings.tp_size}, wanted a divisor of the {longcat.num_attention_heads} heads")
     if longcat.n_routed_experts % settings.ep_size:
         problems.append(f"ep_size: {settings.ep_size}, wanted a divisor of the {longcat.n_routed_experts} FFN experts")
-    speculation = settings.speculative_algorithm
-    if speculation not in ((None,) if settings.device == "cpu" else (None, "NGRAM")):
-        problems.append(f"speculative_algorithm: {speculation!r} is not there yet; leave it out, or use NGRAM on CUDA")
+    problems += _unsupported_speculation(server_args, settings)
     if settings.enable_eplb:
         problems.append(
             "expert load balancing (EPLB) is not there yet: SGLang looks each id up in tables of FFN experts, "
@@ -202,6 +218,51 @@ def _unsupported(server_args: Any, settings: Any, hf_config: Any) -> list[str]:
         )
     return problems
 
+
+def _unsupported_speculation(server_args: Any, settings: Any) -> list[str]:
+    algorithm, problems = _algorithm(settings), []
+    if algorithm not in (None, *MTP_ALGORITHMS, *(() if settings.device == "cpu" else ("NGRAM",))):
+        problems.append(
+            f"speculative_algorithm: {algorithm!r}, wanted NEXTN, which drafts with LongCat's own MTP layer"
+            + (", or NGRAM" if settings.device != "cpu" else "; NGRAM on a CPU needs sgl_kernel")
+        )
+    if algorithm not in MTP_ALGORITHMS:
+        return problems
+    drafter = settings.speculative_draft_model_path
+    if drafter not in (None, server_args.model_path, settings.model_path):
+        problems.append(
+            f"speculative_draft_model_path: {drafter!r}, wanted none: "
+            "the MTP layer is in the model's own checkpoint; leave --speculative-draft-model-path out"
+        )
+    steps, branches = settings.speculative_num_steps, settings.speculative_eagle_topk
+    nodes = settings.speculative_num_draft_tokens
+    if steps is None and (branches, nodes) != (None, None) and not settings.speculative_adaptive:
+        problems.append("speculative_num_steps: None, wanted a number with the other two; give --speculative-num-steps")
+    if (branches or 1) > 1 and nodes is None:
+        problems.append(
+            f"speculative_num_draft_tokens: None, wanted the size of a tree of {branches} branches, its root included; "
+            "give --speculative-num-draft-tokens, or leave --speculative-eagle-topk out"
+        )
+    for option in ("speculative_token_map", "speculative_draft_model_quantization", "enable_multi_layer_eagle"):
+        if getattr(settings, option):
+            flag = option.replace("_", "-")
+            problems.append(f"{option} is not there for LongCat's MTP layer; leave --{flag} out")
+    backend = settings.speculative_draft_attention_backend
+    if settings.device == "cpu" and backend not in (None, CPU_ATTENTION):
+        problems.append(
+            f"speculative_draft_attention_backend: {backend!r}, wanted our own on a CPU; "
+            "leave --speculative-draft-attention-backend out"
+        )
+    return problems
+
+
+def _algorithm(settings: Any) -> str | None:
+    """As SGLang will spell it; NEXTN and EAGLE are one thing to it."""
+    return settings.speculative_algorithm and settings.speculative_algorithm.upper()
+
+
+MTP_ALGORITHMS = ("NEXTN", "EAGLE")
+"""SGLang's names for drafting with a layer that takes the target's hidden states."""
 
 SKIP_ZERO_EXPERTS = ("auto", "triton", "deep_gemm")
 """SGLang's MoE runners that were read to skip ids of -1."""
@@ -227,6 +288,84 @@ def install_attention_backend() -> None:
         return LatentAttentionBackend(runner)
 
     attention_registry.register_attention_backend(CPU_ATTENTION)(create)
+
+
+def install_draft_attention() -> None:
+    """Give the drafter of a LongCat model on a CPU our attention backend too.
+
+    Without it: SGLang has a list of backends that can draft, and refuses ours ("EAGLE is not supported in decode
+    attention backend torch_native").
+    Remove when: `DraftBackendFactory` asks the registry of attention backends.
+    """
+    from sglang.srt.plugins.hook_registry import HookType
+
+    _hook_once(DRAFT_DECODING_TARGET, _our_drafting_backend, HookType.AROUND)
+    _hook_once(DRAFT_EXTENDING_TARGET, _no_backend_beside_ours, HookType.AROUND)
+
+
+def _our_drafting_backend(original: Callable[[DraftBackendFactory], Any], factory: DraftBackendFactory) -> Any:
+    if not _attends_with_ours(factory.draft_model_runner) or factory.speculative_num_steps < 2:
+        return original(factory)
+    from longcat_sglang.attention import DraftingBackend
+
+    select_drafts_without_a_compiler()
+    return DraftingBackend(factory.draft_model_runner, factory.topk, factory.speculative_num_steps)
+
+
+def _no_backend_beside_ours(original: Callable[[DraftBackendFactory], Any], factory: DraftBackendFactory) -> Any:
+    """None is what makes SGLang's worker use the drafter's own backend, which is ours already."""
+    return None if _attends_with_ours(factory.draft_model_runner) else original(factory)
+
+
+def _attends_with_ours(runner: ModelRunner) -> bool:
+    if not is_longcat(runner.model_config.hf_config):
+        return False
+    from longcat_sglang.attention import LatentAttentionBackend
+
+    return isinstance(runner.attn_backend, LatentAttentionBackend)
+
+
+def select_drafts_without_a_compiler() -> None:
+    """Run in plain PyTorch what SGLang compiles, in a process that drafts for LongCat on a CPU.
+
+    Without it: the first answer of a server with two drafts or more waits 16 s for `torch.compile`, which needs a C++
+    compiler, for a few operations on tensors of a few numbers.
+    Remove when: `_select_top_k_tokens_later` is not compiled on a CPU (speculative/spec_utils.py).
+    """
+    from sglang.srt.speculative import spec_utils
+
+    compiled = spec_utils._select_top_k_tokens_later
+    spec_utils._select_top_k_tokens_later = getattr(compiled, "_torchdynamo_orig_callable", compiled)
+
+
+def install_sampled_verification() -> None:
+    """Verify the drafts of requests that sample by sampling, on a CPU.
+
+    Without it: they are answered greedily, whatever their temperature: `_verify_uses_greedy` takes the greedy path for
+    every request on a CPU.
+    Remove when: `eagle_sample` samples on a CPU.
+    """
+    from sglang.srt.plugins.hook_registry import HookType
+
+    _hook_once(VERIFICATION_TARGET, _sample_where_requests_do, HookType.AROUND)
+
+
+def _sample_where_requests_do(
+    original: Callable[..., Any],
+    draft: EagleVerifyInput,
+    batch: ScheduleBatch,
+    logits_output: LogitsProcessorOutput,
+    *rest: Any,
+    **named: Any,
+) -> Any:
+    """`original` also applies penalties, biases and grammars, in place, so that it is called in any case."""
+    greedy = original(draft, batch, logits_output, *rest, **named)
+    is_ours = batch.device == "cpu" and is_longcat(batch.model_config.hf_config)
+    if not is_ours or batch.forward_mode.is_idle() or batch.sampling_info.is_all_greedy:
+        return greedy
+    from longcat_sglang.sampled_verification import verify_sampled
+
+    return verify_sampled(draft, batch, logits_output)
 
 
 def install_prompt_check() -> None:

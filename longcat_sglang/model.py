@@ -32,6 +32,7 @@ from longcat_sglang.moe import LongcatMoE
 from longcat_sglang.platform import bind_rank_to_its_cores
 
 require_supported()
+FUSED_QKV_A = "fused_qkv_a_proj_with_mqa"
 
 
 class LongcatAttention(DeepseekV2AttentionMLA):
@@ -237,45 +238,21 @@ class LongcatModel(nn.Module):
         return residual_batch.norm(hidden_states, forward_batch, self.norm, skip_empty=True)
 
 
-class LongcatFlashForCausalLM(nn.Module):
+class LongcatCausalLM(nn.Module):
+    """What the target and its drafter share: logits, and loading of published tensors."""
+
     packed_modules_mapping = {  # noqa: RUF012
         "gate_up_proj": ["gate_proj", "up_proj"],
-        "fused_qkv_a_proj_with_mqa": ["q_a_proj", "kv_a_proj_with_mqa"],
+        FUSED_QKV_A: ["q_a_proj", "kv_a_proj_with_mqa"],
     }
+    _requires_mtp = False
 
-    def __init__(
-        self, config: LongcatFlashConfig, quant_config: QuantizationConfig | None = None, prefix: str = ""
-    ) -> None:
+    def __init__(self, config: LongcatFlashConfig, quant_config: QuantizationConfig | None) -> None:
         super().__init__()
-        if is_cpu():
-            bind_rank_to_its_cores()
         self.config = config
         self.quant_config = quant_config
-        self.model = LongcatModel(config, quant_config, add_prefix("model", prefix))
-        longcat = config.longcat
-        self.lm_head = (
-            self.model.embed_tokens
-            if longcat.tie_word_embeddings
-            else ParallelLMHead(
-                longcat.vocab_size,
-                longcat.hidden_size,
-                quant_config=quant_config,
-                prefix=add_prefix("lm_head", prefix),
-                use_attn_tp_group=get_parallel().enable_dp_lm_head,
-            )
-        )
         self.logits_processor = LogitsProcessor(config)
         self._loads_are_partial = False
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.embed_tokens
-
-    @torch.no_grad()
-    def forward(
-        self, input_ids: Tensor, positions: Tensor, forward_batch: ForwardBatch, input_embeds: Tensor | None = None
-    ) -> LogitsProcessorOutput:
-        hidden_states = self.model(input_ids, positions, forward_batch, input_embeds)
-        return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Load published tensors.
@@ -291,12 +268,12 @@ class LongcatFlashForCausalLM(nn.Module):
                     module.experts.quant_method.restore_weights_before_loading(module.experts)
         parameters = dict(self.named_parameters())
         for name, tensor in weights:
-            if audit.accepts(name, tuple(tensor.shape), tensor.dtype) and not name.startswith(checkpoint.MTP_PREFIX):
+            if audit.accepts(name, tuple(tensor.shape), tensor.dtype):
                 self._load(parameters, name, tensor)
         if self._loads_are_partial:
             audit.raise_for_unexpected()
         else:
-            audit.raise_for_all()
+            audit.raise_for_all(self._requires_mtp)
         self.post_load_weights()
 
     def post_load_weights(self) -> None:
@@ -307,22 +284,67 @@ class LongcatFlashForCausalLM(nn.Module):
         self._loads_are_partial = True
 
     def _load(self, parameters: dict[str, Any], name: str, tensor: Tensor) -> None:
+        """Load one tensor, or leave it to the other of the two models."""
+        raise NotImplementedError
+
+
+def load_published(parameters: dict[str, Any], name: str, tensor: Tensor, config: LongcatConfig) -> None:
+    """Load a tensor of no expert into its parameter, or its part of a packed one."""
+    target, shard_index = checkpoint.packed_parameter(name, FUSED_QKV_A)
+    parameter = parameters[target]
+    loader = getattr(parameter, "weight_loader", default_weight_loader)
+    if shard_index is None:
+        loader(parameter, checkpoint.folded(name, tensor, config))
+    elif FUSED_QKV_A in target:  # replicated, so its loader knows no parts
+        rows = config.q_lora_rank
+        parameter.data[slice(rows, None) if shard_index else slice(rows)].copy_(tensor)
+    else:
+        loader(parameter, tensor, shard_index)
+
+
+class LongcatFlashForCausalLM(LongcatCausalLM):
+    def __init__(
+        self, config: LongcatFlashConfig, quant_config: QuantizationConfig | None = None, prefix: str = ""
+    ) -> None:
+        if is_cpu():
+            bind_rank_to_its_cores()
+        super().__init__(config, quant_config)
+        self.model = LongcatModel(config, quant_config, add_prefix("model", prefix))
+        longcat = config.longcat
+        self.lm_head = (
+            self.model.embed_tokens
+            if longcat.tie_word_embeddings
+            else ParallelLMHead(
+                longcat.vocab_size,
+                longcat.hidden_size,
+                quant_config=quant_config,
+                prefix=add_prefix("lm_head", prefix),
+                use_attn_tp_group=get_parallel().enable_dp_lm_head,
+            )
+        )
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def get_embed_and_head(self) -> tuple[Tensor, Tensor]:
+        """This rank's part of both; SGLang offers them to the drafter."""
+        return self.model.embed_tokens.weight, self.lm_head.weight
+
+    @torch.no_grad()
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, forward_batch: ForwardBatch, input_embeds: Tensor | None = None
+    ) -> LogitsProcessorOutput:
+        hidden_states = self.model(input_ids, positions, forward_batch, input_embeds)
+        return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch)
+
+    def _load(self, parameters: dict[str, Any], name: str, tensor: Tensor) -> None:
         expert = checkpoint.expert_of(name)
         if expert is not None:
             target, shard = checkpoint.expert_parameter(name)
             parameter = parameters[target]
             parameter.weight_loader(parameter, tensor, target, shard_id=shard, expert_id=expert)
-            return
-        target, shard_index = checkpoint.packed_parameter(name, "fused_qkv_a_proj_with_mqa")
-        parameter = parameters[target]
-        loader = getattr(parameter, "weight_loader", default_weight_loader)
-        if shard_index is None:
-            loader(parameter, checkpoint.folded(name, tensor, self.config.longcat))
-        elif "fused_qkv_a_proj_with_mqa" in target:  # replicated, so its loader knows no parts
-            rows = self.config.longcat.q_lora_rank
-            parameter.data[slice(rows, None) if shard_index else slice(rows)].copy_(tensor)
-        else:
-            loader(parameter, tensor, shard_index)
+        elif not name.startswith(checkpoint.MTP_PREFIX):
+            load_published(parameters, name, tensor, self.config.longcat)
 
     @classmethod
     def get_model_config_for_expert_location(cls, config: LongcatFlashConfig) -> ModelConfigForExpertLocation:

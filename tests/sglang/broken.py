@@ -41,3 +41,50 @@ def _expert_map_reversed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 EXPERT_MAP = {"broken": _expert_map_reversed}
 """Engine arguments: every rank takes another's experts."""
+
+
+def target_embedding_in_the_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As SGLang's own drafters do it."""
+    from longcat_sglang.mtp import LongcatFlashMTP
+
+    def set_embed_and_head(self: LongcatFlashMTP, embed: Tensor, head: Tensor) -> None:
+        self.model.embed_tokens.weight = embed
+
+    monkeypatch.setattr(LongcatFlashMTP, "set_embed_and_head", set_embed_and_head)
+
+
+def drafts_without_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    from longcat_sglang.mtp import LongcatMTPLayer
+
+    def forward(self: LongcatMTPLayer, embedded: Tensor, forward_batch: Any, inputs: dict[str, Any]) -> Tensor:
+        forward_batch.spec_info.hidden_states = torch.zeros_like(forward_batch.spec_info.hidden_states)
+        return layer(self, embedded, forward_batch, inputs)
+
+    layer = LongcatMTPLayer.forward
+    monkeypatch.setattr(LongcatMTPLayer, "forward", forward)
+
+
+def drafts_a_position_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only its own context tells positions: all of them shifted alike would change nothing."""
+    from longcat_sglang.mtp import LongcatMTPModel
+
+    def forward(self: LongcatMTPModel, input_ids: Tensor, positions: Tensor, forward_batch: Any) -> Tensor:
+        return model(self, input_ids, positions * 2, forward_batch)
+
+    model = LongcatMTPModel.forward
+    monkeypatch.setattr(LongcatMTPModel, "forward", forward)
+
+
+def mtp_scales_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from longcat_core import checkpoint
+    from longcat_core.config import LongcatConfig
+
+    folded = checkpoint.folded
+
+    def unfolded(name: str, tensor: Tensor, config: LongcatConfig) -> Tensor:
+        return tensor if name.startswith("model.layers.0.self_attn.kv") else folded(name, tensor, config)
+
+    monkeypatch.setattr(checkpoint, "folded", unfolded)
+
+
+DRAFTS = [target_embedding_in_the_drafts, drafts_without_the_target, drafts_a_position_late, mtp_scales_left_out]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch import Tensor
 from longcat_core.config import LongcatConfig
 from longcat_sglang.compat import SGLANG
 from tests.metrics import Metrics
+from tests.speculation import Speculated
 
 NAME, PACKAGE, RECORD = "SGLang", "longcat_sglang", SGLANG
 UNSUPPORTED, SUPPORTED = ("0.5.20", "0.5.24", "0.6.0"), ("0.5.21", "0.5.23", "0.5.23.post1")
@@ -33,6 +34,7 @@ METRICS = Metrics(
     waiting="sglang:num_queue_reqs",
     generated='sglang:realtime_tokens_total{mode="decode"}',
     preemptions="sglang:num_retracted_requests_total",
+    held_back="sglang:spec_num_drafts_held_back_total",
 )
 AS_THE_STOCK_COMMAND: dict[str, Any] = {}
 """Engine arguments: the tests' engines are as it is."""
@@ -54,12 +56,45 @@ class Engine:
     def greedy(self, prompts: Sequence[list[int]], new_tokens: int) -> list[list[int]]:
         return [output["output_ids"] for output in self.outputs(prompts, new_tokens)]
 
-    def outputs(self, prompts: Sequence[list[int]], new_tokens: int, **options: Any) -> list[dict[str, Any]]:
-        parameters = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
-        outputs = self.sglang.generate(input_ids=[list(p) for p in prompts], sampling_params=parameters, **options)
-        self.cached_tokens += sum(output["meta_info"]["cached_tokens"] for output in outputs)
-        self.preemptions += sum(output["meta_info"].get("num_retractions", 0) for output in outputs)
+    def outputs(
+        self, prompts: Sequence[list[int]], new_tokens: int, temperature: float = 0, **options: Any
+    ) -> list[dict[str, Any]]:
+        parameters = {"temperature": temperature, "max_new_tokens": new_tokens, "ignore_eos": True}
+        outputs = list(
+            self.sglang.generate(input_ids=[list(p) for p in prompts], sampling_params=parameters, **options)
+        )
+        ended = [output["meta_info"] for output in outputs if output["meta_info"]["finish_reason"]]
+        self.cached_tokens += sum(about["cached_tokens"] for about in ended)
+        self.preemptions += sum(about.get("num_retractions", 0) for about in ended)
         return outputs
+
+    def speculated(self, prompts: Sequence[list[int]], new_tokens: int) -> list[Speculated]:
+        """Greedy, all at once. The last verification counts what was asked for and no more.
+
+        Taken from what the engine's processes send, which is one message a step: a stream joins those that wait. A
+        request that loses its place in the cache gets its next token from a prompt, which looks like a verification.
+        """
+        manager = self.sglang.tokenizer_manager
+        steps: dict[str, list[list[int]]] = {str(number): [] for number in range(len(prompts))}
+
+        async def noting(message: Any) -> None:
+            for request, tokens in zip(message.rids, message.output_ids, strict=True):
+                steps[request].append(list(tokens))
+            await handle(message)
+
+        handle = manager._handle_batch_output
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(manager, "_handle_batch_output", noting)
+            self.outputs(prompts, new_tokens, rid=list(steps), stream=True)
+        return [
+            Speculated([token for step in taken for token in step], [len(step) - 1 for step in taken[1:]])
+            for taken in steps.values()
+        ]
+
+    def sampled(self, prompt: list[int], new_tokens: int, temperature: float, seeds: Iterable[int]) -> list[list[int]]:
+        """One continuation for each seed, of which SGLang makes no use: it draws them one after the other."""
+        outputs = self.outputs([prompt for _ in seeds], new_tokens, temperature)
+        return [output["output_ids"] for output in outputs]
 
     def largest_chunk(self) -> int:
         """Tokens of a prompt in a step, at most."""
@@ -83,6 +118,16 @@ class Engine:
         return rows
 
 
+def speculation(draft_tokens: int) -> dict[str, Any]:
+    """Engine arguments: so many drafts a step, one after the other."""
+    return {
+        "speculative_algorithm": "NEXTN",
+        "speculative_num_steps": draft_tokens,
+        "speculative_eagle_topk": 1,
+        "speculative_num_draft_tokens": draft_tokens + 1,
+    }
+
+
 @contextmanager
 def serving(
     directory: Path,
@@ -95,10 +140,12 @@ def serving(
     max_running: int | None = None,
     tensor_parallel: int = 1,
     expert_parallel: bool = False,
+    draft_tokens: int | None = None,
     broken: Break | None = None,
     **engine_args: Any,
 ) -> Iterator[Engine]:
-    """An engine that is gone afterwards. `chunk`: tokens of a prompt at once; `broken`: what to do to it first."""
+    """An engine that is gone afterwards. `chunk`: tokens of a prompt at once; `broken`: what to do to it first;
+    `draft_tokens`: speculate with so many a step."""
     from sglang.srt.entrypoints import engine as entry
     from sglang.srt.utils import kill_process_tree
 
@@ -116,6 +163,7 @@ def serving(
         "mem_fraction_static": 0.1,
         "random_seed": 0,
         "log_level": "error",
+        **(speculation(draft_tokens) if draft_tokens else {}),
     }
     if cache_tokens is not None:
         options["schedule_conservativeness"] = 0.01  # so that requests are let in that will not fit to their end
@@ -193,16 +241,26 @@ def stock_command(directory: Path) -> list[str | Path]:
 def configure(directory: Path, **engine_args: Any) -> LongcatConfig | None:
     """What `sglang.launch_server` does before it starts any process: the model as read, None if it is not LongCat."""
     from sglang.srt.arg_groups.overrides import model_config_of
-    from sglang.srt.plugins import load_plugins
-    from sglang.srt.server_args import ServerArgs
 
-    load_plugins()
-    server_args = ServerArgs(model_path=str(directory), skip_tokenizer_init=True, **engine_args)
-    server_args.resolve_once()
-    model = model_config_of(server_args)
+    model = model_config_of(_resolved(directory, engine_args))
     longcat: LongcatConfig | None = getattr(model.hf_config, "longcat", None)
     if longcat is not None:
         assert (model.num_hidden_layers, model.num_attention_layers) == (longcat.num_layers, 2 * longcat.num_layers)
         assert model.kv_lora_rank + model.qk_rope_head_dim == longcat.latent_dim
         assert model.scaling == pytest.approx(longcat.softmax_scale), "what some MLA backends take"
     return longcat
+
+
+def settled(directory: Path, **engine_args: Any) -> dict[str, Any]:
+    """All engine arguments, as they are when `sglang.launch_server` has made up its mind."""
+    return _resolved(directory, engine_args).resolved_dict()
+
+
+def _resolved(directory: Path, engine_args: dict[str, Any]) -> Any:
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import ServerArgs
+
+    load_plugins()
+    server_args = ServerArgs(model_path=str(directory), skip_tokenizer_init=True, **engine_args)
+    server_args.resolve_once()
+    return server_args

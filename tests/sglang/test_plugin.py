@@ -117,7 +117,33 @@ def test_a_hook_that_fails_is_named(checkpoint_of: Callable[[Case], Path], monke
             "data-parallel attention on a CPU is not there yet",
         ),
         ({"enable_torch_compile": True}, "torch.compile on a CPU is not there yet"),
-        ({"speculative_algorithm": "NEXTN"}, "is not there yet; leave it out, or use NGRAM on CUDA"),
+        ({"speculative_algorithm": "EAGLE3"}, "'EAGLE3', wanted NEXTN, which drafts with LongCat's own MTP layer"),
+        ({"speculative_algorithm": "NGRAM"}, "NGRAM on a CPU needs sgl_kernel"),
+        (
+            {"speculative_algorithm": "NEXTN", "speculative_draft_model_path": "/another"},
+            "speculative_draft_model_path: '/another', wanted none",
+        ),
+        (
+            {"speculative_algorithm": "NEXTN", "speculative_token_map": "/tokens.pt"},
+            "leave --speculative-token-map out",
+        ),
+        (
+            {"speculative_algorithm": "NEXTN", "speculative_draft_model_quantization": "fp8"},
+            "leave --speculative-draft-model-quantization out",
+        ),
+        (
+            {"speculative_algorithm": "NEXTN", "enable_multi_layer_eagle": True},
+            "leave --enable-multi-layer-eagle out",
+        ),
+        (
+            {"speculative_algorithm": "NEXTN", "speculative_draft_attention_backend": "triton"},
+            "speculative_draft_attention_backend: 'triton', wanted our own on a CPU",
+        ),
+        ({"speculative_algorithm": "NEXTN", "speculative_num_draft_tokens": 2}, "give --speculative-num-steps"),
+        (
+            {"speculative_algorithm": "NEXTN", "speculative_num_steps": 2, "speculative_eagle_topk": 2},
+            "give --speculative-num-draft-tokens, or leave --speculative-eagle-topk out",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

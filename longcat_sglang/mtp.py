@@ -1,0 +1,136 @@
+"""The MTP layer for SGLang: the draft model behind `--speculative-algorithm NEXTN`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.eplb.expert_distribution import get_global_expert_distribution_recorder
+from sglang.srt.layers.dp_attention import is_dp_attention_enabled
+from sglang.srt.layers.layer_boundary import declare_attn, declare_ffn, make_stages
+from sglang.srt.layers.layer_boundary.residual import batch as residual_batch
+from sglang.srt.layers.layernorm import RMSNorm
+from sglang.srt.layers.linear import ReplicatedLinear
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.layers.quantization.base_config import QuantizationConfig
+from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.runtime_context import get_stream
+from sglang.srt.utils import BumpAllocator, add_prefix
+from torch import Tensor, nn
+
+from longcat_core import checkpoint, rotary
+from longcat_sglang.config import LongcatFlashConfig
+from longcat_sglang.model import LongcatAttention, LongcatCausalLM, LongcatFFN, load_published
+
+
+class LongcatMTPLayer(nn.Module):
+    """One dense layer on `eh_proj([enorm(embedding of the next token), hnorm(hidden)])`; modules as published.
+
+    In place of SGLang's LongcatFlashDenseDecoderLayer (models/longcat_flash_nextn.py), which leaves
+    `qkv_latent_func` out, so that it attends with the latent of the target's last attention.
+    """
+
+    def __init__(self, hf_config: LongcatFlashConfig, quant_config: QuantizationConfig | None, prefix: str) -> None:
+        super().__init__()
+        config = hf_config.longcat
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.enorm = nn.ModuleDict({"m": RMSNorm(hidden, eps=eps)})
+        self.hnorm = nn.ModuleDict({"m": RMSNorm(hidden, eps=eps)})
+        self.eh_proj = ReplicatedLinear(
+            2 * hidden, hidden, bias=False, quant_config=quant_config, prefix=add_prefix("eh_proj", prefix)
+        )
+        self.input_layernorm = RMSNorm(hidden, eps=eps)
+        self.self_attn = LongcatAttention(
+            hf_config, 0, quant_config, add_prefix("self_attn", prefix), get_stream("alt")
+        )
+        self.post_attention_layernorm = RMSNorm(hidden, eps=eps)
+        ffn = LongcatFFN(hidden, config.ffn_hidden_size, quant_config, add_prefix("transformer_layer.mlp", prefix))
+        self.transformer_layer = nn.ModuleDict({"mlp": ffn})
+        self._attention, self._ffn = make_stages(
+            (declare_attn(), self.input_layernorm, {"qkv_latent_func": self.self_attn.prepare_qkv_latent}),
+            (declare_ffn(), self.post_attention_layernorm),
+            terminal=True,
+        )
+
+    def forward(self, embedded: Tensor, forward_batch: ForwardBatch, attention_inputs: dict[str, Any]) -> Tensor:
+        hidden_states = embedded
+        if embedded.shape[0]:  # an idle rank has no hidden states either
+            joined = (self.enorm["m"](embedded), self.hnorm["m"](forward_batch.spec_info.hidden_states))
+            hidden_states, _ = self.eh_proj(torch.cat(joined, dim=-1))
+        hidden_states = self._attention.prepare(hidden_states, forward_batch)
+        if hidden_states.shape[0]:
+            hidden_states = self.self_attn(hidden_states=hidden_states, **attention_inputs)
+        hidden_states = self._attention.finish(hidden_states, forward_batch)
+        hidden_states = self._ffn.prepare(hidden_states, forward_batch)
+        with self._ffn.exit(forward_batch) as ffn:
+            hidden_states = self.transformer_layer["mlp"](hidden_states)
+        return ffn.finish(hidden_states)
+
+
+class LongcatMTPModel(nn.Module):
+    def __init__(self, hf_config: LongcatFlashConfig, quant_config: QuantizationConfig | None, prefix: str) -> None:
+        super().__init__()
+        config = hf_config.longcat
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, use_attn_tp_group=is_dp_attention_enabled()
+        )
+        self.layers = nn.ModuleList([LongcatMTPLayer(hf_config, quant_config, add_prefix("layers.0", prefix))])
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.inverse_frequencies: Tensor
+        self.register_buffer("inverse_frequencies", rotary.inverse_frequencies(config), persistent=False)
+        self.attention_factor = rotary.attention_factor(config.rope)
+
+    def forward(self, input_ids: Tensor, positions: Tensor, forward_batch: ForwardBatch) -> Tensor:
+        embedded = self.embed_tokens(input_ids)
+        cos, sin = rotary.cos_sin(positions.unsqueeze(-1), self.inverse_frequencies, self.attention_factor)
+        attention_inputs = {
+            "positions": positions,
+            "forward_batch": forward_batch,
+            "cos": cos,
+            "sin": sin,
+            "zero_allocator": BumpAllocator(2, dtype=torch.float32, device=embedded.device),
+        }
+        residual_batch.start(forward_batch)
+        with get_global_expert_distribution_recorder().disable_this_region():
+            hidden_states = self.layers[0](embedded, forward_batch, attention_inputs)
+        return residual_batch.norm(hidden_states, forward_batch, self.norm, skip_empty=True)
+
+
+class LongcatFlashMTP(LongcatCausalLM):
+    """Drafts one token after another: what it returns as hidden states is what it takes in its next step.
+
+    Its head is the target's, which SGLang's worker hands over.
+    """
+
+    _requires_mtp = True
+
+    def __init__(
+        self, config: LongcatFlashConfig, quant_config: QuantizationConfig | None = None, prefix: str = ""
+    ) -> None:
+        if "mtp" in config.longcat.disable_quant_module:
+            quant_config = None
+        super().__init__(config, quant_config)
+        self.model = LongcatMTPModel(config, quant_config, add_prefix("model", prefix))
+        self.lm_head: nn.Module | None = None
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def set_embed_and_head(self, embed: Tensor, head: Tensor) -> None:
+        """Leave the target's embedding: the MTP layer has one of its own. The head comes as a whole, below."""
+
+    def set_lm_head_from_target(self, target_lm_head: nn.Module) -> None:
+        self.lm_head = target_lm_head
+
+    @torch.no_grad()
+    def forward(self, input_ids: Tensor, positions: Tensor, forward_batch: ForwardBatch) -> LogitsProcessorOutput:
+        """input_ids: [T], the tokens after those at `positions` [T]; `forward_batch.spec_info.hidden_states`: [T, H],
+        the target's normed ones there, or what this returned in the step before."""
+        hidden_states = self.model(input_ids, positions, forward_batch)
+        return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch)
+
+    def _load(self, parameters: dict[str, Any], name: str, tensor: Tensor) -> None:
+        if name.startswith(checkpoint.MTP_PREFIX):
+            ours = f"model.{name.removeprefix(checkpoint.MTP_PREFIX)}"
+            load_published(parameters, ours, tensor, self.config.longcat)

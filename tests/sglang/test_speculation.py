@@ -1,0 +1,184 @@
+"""What speculation needs of SGLang beside what `tests/engines/test_speculation.py` asks of both engines."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longcat_core.drafting import draft_chains, walk
+from longcat_core.reference import LongcatForCausalLM
+from tests.cases import Case, drafting_tensors
+from tests.engines.test_speculation import assert_drafts_are_the_references, assert_tokens
+from tests.plugin import save_llama
+from tests.sglang.engine import Engine, configure, serving, settled, speculation
+from tests.speculation import CASE, NEW_TOKENS, prompts_of, truth
+
+
+@pytest.fixture
+def directory(drafting_checkpoint_of: Callable[[Case], Path]) -> Path:
+    return drafting_checkpoint_of(CASE)
+
+
+def chain(settings: dict[str, Any]) -> tuple[int, int, int]:
+    names = ("speculative_num_steps", "speculative_eagle_topk", "speculative_num_draft_tokens")
+    steps, branches, nodes = (settings[name] for name in names)
+    return steps, branches, nodes
+
+
+@pytest.mark.parametrize("algorithm", ["NEXTN", "EAGLE", "nextn"])
+def test_the_flag_alone_makes_a_chain_of_three_drafts(algorithm: str, directory: Path) -> None:
+    assert chain(settled(directory, speculative_algorithm=algorithm)) == (3, 1, 4)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_number_of_steps_makes_a_chain_of_so_many_drafts(steps: int, directory: Path) -> None:
+    settings = settled(directory, speculative_algorithm="NEXTN", speculative_num_steps=steps)
+    assert chain(settings) == (steps, 1, steps + 1)
+
+
+def test_what_sglang_changes_beside_is_known(directory: Path) -> None:
+    plain, drafting = settled(directory, random_seed=0), settled(directory, random_seed=0, **speculation(2))
+    changed = {name: drafting[name] for name in plain if plain[name] != drafting[name]}
+    assert {name: value for name, value in changed.items() if not name.startswith("speculative_")} == {
+        "max_running_requests": 48,
+        "disable_overlap_schedule": True,
+    }
+
+
+def test_the_models_own_directory_may_be_named_as_the_drafters(directory: Path) -> None:
+    with serving(directory, draft_tokens=2, speculative_draft_model_path=str(directory)) as served:
+        assert_drafts_are_the_references(served, 2)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"enable_mixed_chunk": True, "chunk": 16},
+        {"speculative_adaptive": True},
+        {"speculative_use_rejection_sampling": True},
+    ],
+    ids=lambda option: next(iter(option)),
+)
+def test_an_option_of_sglangs_changes_no_token(option: dict[str, Any], directory: Path) -> None:
+    with serving(directory, draft_tokens=3, **option) as served:
+        assert_tokens(served)
+
+
+def compare_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the engine fail where building the drafter changes the target's configuration."""
+    from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker
+
+    def checked(self: EagleDraftWorker, server_args: Any, gpu_id: int, nccl_port: int, target_worker: Any) -> None:
+        config = target_worker.model_config.hf_config
+        before = copy.deepcopy(vars(config))
+        build(self, server_args, gpu_id, nccl_port, target_worker)
+        assert vars(config) == before
+        drafter = self.draft_runner.model_config.hf_config
+        assert drafter is not config
+        assert drafter.longcat == config.longcat
+        assert drafter.num_hidden_layers == 1 != config.num_hidden_layers
+
+    build = EagleDraftWorker.__init__
+    monkeypatch.setattr(EagleDraftWorker, "__init__", checked)
+
+
+def test_the_targets_configuration_is_the_same_with_a_drafter(directory: Path) -> None:
+    with serving(directory, draft_tokens=1, broken=compare_configurations) as served:
+        assert_drafts_are_the_references(served, 1)
+
+
+def test_an_update_of_the_weights_is_in_the_next_drafts(directory: Path) -> None:
+    tensors, prompt, draft_tokens = drafting_tensors(CASE.config, seed=1), prompts_of(CASE)[2], 2
+    model = LongcatForCausalLM(CASE.config)
+    model.load_published(tensors)
+    continuation = model.generate(prompt, NEW_TOKENS + draft_tokens)
+    chains = draft_chains(model, prompt, continuation, draft_tokens)
+    steps = [step for step in walk(chains.accepted, draft_tokens) if step.position + 1 < NEW_TOKENS]
+    with serving(directory, draft_tokens=draft_tokens, prefix_caching=False) as served:
+        assert_drafts_are_the_references(served, draft_tokens)
+        served.update(tensors)
+        (ours,) = served.speculated([prompt], NEW_TOKENS)
+    assert ours.tokens == continuation[:NEW_TOKENS] != truth(CASE, prompt, NEW_TOKENS, draft_tokens).tokens
+    assert ours.accepted == [min(step.accepted, NEW_TOKENS - 2 - step.position) for step in steps]
+
+
+@pytest.fixture(scope="module")
+def sampling(drafting_checkpoint_of: Callable[[Case], Path]) -> Iterator[Engine]:
+    with serving(drafting_checkpoint_of(CASE), draft_tokens=3) as served:
+        yield served
+
+
+def answers(served: Engine, *requests: dict[str, Any]) -> list[list[int]]:
+    """Of one prompt, in one batch, with these parameters."""
+    parameters = [{"max_new_tokens": NEW_TOKENS, "ignore_eos": True, **request} for request in requests]
+    outputs = served.sglang.generate(input_ids=[prompts_of(CASE)[2]] * len(requests), sampling_params=parameters)
+    return [output["output_ids"] for output in outputs]
+
+
+def test_requests_that_sample_leave_those_beside_them_greedy(sampling: Engine) -> None:
+    wanted = truth(CASE, prompts_of(CASE)[2], NEW_TOKENS, 3).tokens
+    greedy, hot, again = answers(sampling, {"temperature": 0}, {"temperature": 5.0}, {"temperature": 0})
+    assert greedy == again == wanted
+    assert hot != wanted
+
+
+@pytest.mark.parametrize("filtered", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}], ids=lambda f: next(iter(f)))
+def test_sampling_out_of_the_best_token_alone_is_greedy(filtered: dict[str, float], sampling: Engine) -> None:
+    (tokens,) = answers(sampling, {"temperature": 5.0, **filtered})
+    assert tokens == truth(CASE, prompts_of(CASE)[2], NEW_TOKENS, 3).tokens
+
+
+def test_a_biased_token_is_sampled_in_every_place(sampling: Engine) -> None:
+    (tokens,) = answers(sampling, {"temperature": 1.0, "logit_bias": {"7": 100.0}})
+    assert tokens == [7] * NEW_TOKENS
+
+
+def test_two_ranks_sample_the_same_tokens(directory: Path) -> None:
+    """Ranks that parted would wait for each other in vain, or attend to different contexts."""
+    with serving(directory, draft_tokens=3, tensor_parallel=2) as served:
+        hot = answers(served, *[{"temperature": 5.0}] * 8)
+        assert len({tuple(tokens) for tokens in hot}) == 8
+        assert_tokens(served)
+
+
+# -- what the patches are for is still so ------------------------------------------------------------
+
+
+def test_sglangs_mtp_layer_still_takes_the_targets_latent() -> None:
+    """If this fails, SGLang's own drafter may have become right: see `mtp.LongcatMTPLayer`."""
+    from sglang.srt.models.longcat_flash_nextn import LongcatFlashDenseDecoderLayer
+
+    assert "qkv_latent_func" not in inspect.getsource(LongcatFlashDenseDecoderLayer)
+
+
+def test_sglang_still_drafts_with_backends_of_its_own_only() -> None:
+    """If this fails, `compat.install_draft_attention` may have become unnecessary."""
+    from sglang.srt.speculative import draft_utils
+
+    assert "torch_native" not in inspect.getsource(draft_utils)
+
+
+def test_sglang_still_verifies_greedily_on_a_cpu() -> None:
+    """If this fails, `compat.install_sampled_verification` may have become unnecessary."""
+    from sglang.srt.speculative.eagle_utils import _verify_uses_greedy
+
+    how = {"is_all_greedy": False, "is_cpu": True, "is_hip": False, "is_xpu": False, "use_rejection_sampling": False}
+    assert _verify_uses_greedy(**how)
+
+
+def test_sglang_still_compiles_the_choice_of_drafts() -> None:
+    """If this fails, `compat.select_drafts_without_a_compiler` may have become unnecessary, or does nothing."""
+    from sglang.srt.speculative.spec_utils import _select_top_k_tokens_later
+
+    assert callable(_select_top_k_tokens_later._torchdynamo_orig_callable)
+
+
+def test_sglang_still_cannot_take_a_number_of_steps_alone(tmp_path: Path) -> None:
+    """If this fails, `compat` need not choose a chain where there is only a number of steps."""
+    with pytest.raises(TypeError, match="'>' not supported"):
+        configure(save_llama(tmp_path), speculative_algorithm="EAGLE", speculative_num_steps=2)
