@@ -18,6 +18,7 @@ def register() -> None:
     compat.SGLANG.hook("prompt check", compat.install_prompt_check)
     compat.SGLANG.hook("draft attention", compat.install_draft_attention)
     compat.SGLANG.hook("sampled verification", compat.install_sampled_verification)
+    compat.SGLANG.hook("draft gate", compat.install_draft_gate)
 
 
 def register_platform() -> None:

@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
     from sglang.srt.speculative.draft_utils import DraftBackendFactory
     from sglang.srt.speculative.eagle_info import EagleVerifyInput
+    from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 ARCHITECTURE = "LongcatFlashForCausalLM"
 SGLANG = Engine(
     name="SGLang",
     distributions=("sglang",),
-    supported=SpecifierSet(">=0.5.21,<0.5.24"),
-    supported_text="0.5.21 to 0.5.23",
+    supported=SpecifierSet("==0.5.21.*"),  # 0.5.22 has another interface of layer boundaries
+    supported_text="0.5.21",
 )
 CPU_ATTENTION = "torch_native"
 """The name under which our attention backend is chosen on a CPU: it is the one that SGLang takes to need no Triton and
@@ -39,6 +40,7 @@ PROMPT_CHECK_TARGET = "sglang.srt.managers.tokenizer_manager.TokenizerManager._v
 DRAFT_DECODING_TARGET = "sglang.srt.speculative.draft_utils.DraftBackendFactory.create_decode_backend"
 DRAFT_EXTENDING_TARGET = "sglang.srt.speculative.draft_utils.DraftBackendFactory.create_draft_extend_backend"
 VERIFICATION_TARGET = "sglang.srt.speculative.eagle_utils.eagle_sample"
+WORKER_TARGET = "sglang.srt.speculative.spec_info.SpeculativeAlgorithm.create_worker"
 """Functions of SGLang that are wrapped through its registry of hooks, after all plugins have been called."""
 RESOLUTION_STEP = "handle_model_specific_adjustments"
 
@@ -63,6 +65,7 @@ def hooked() -> dict[str, str]:
         "draft attention": applied(DRAFT_DECODING_TARGET),
         "draft attention, extending": applied(DRAFT_EXTENDING_TARGET),
         "sampled verification": applied(VERIFICATION_TARGET),
+        "draft gate": applied(WORKER_TARGET),
     }
 
 
@@ -176,6 +179,8 @@ def check_deployment(server_args: Any, settings: Any, hf_config: Any) -> None:
 
 def _unsupported(server_args: Any, settings: Any, hf_config: Any) -> list[str]:
     """Options that SGLang would accept for LongCat-Flash and then get wrong, each with what to do."""
+    from longcat_core import drafting
+
     longcat, problems = hf_config.longcat, []
     quantization = settings.quantization or (longcat.is_quantized and hf_config.quantization_config.get("quant_method"))
     if quantization:
@@ -211,6 +216,8 @@ def _unsupported(server_args: Any, settings: Any, hf_config: Any) -> list[str]:
     if longcat.n_routed_experts % settings.ep_size:
         problems.append(f"ep_size: {settings.ep_size}, wanted a divisor of the {longcat.n_routed_experts} FFN experts")
     problems += _unsupported_speculation(server_args, settings)
+    if _algorithm(settings) in MTP_ALGORITHMS and drafting.load(Path(settings.model_path), longcat) is not None:
+        problems += _unsupported_with_gate(settings)
     if settings.enable_eplb:
         problems.append(
             "expert load balancing (EPLB) is not there yet: SGLang looks each id up in tables of FFN experts, "
@@ -254,6 +261,23 @@ def _unsupported_speculation(server_args: Any, settings: Any) -> list[str]:
             "leave --speculative-draft-attention-backend out"
         )
     return problems
+
+
+def _unsupported_with_gate(settings: Any) -> list[str]:
+    """Options with which the number of drafts is fixed before a gate can judge them, or drafts are not its own."""
+    from longcat_core.drafting import GATE_FILE
+
+    problems = []
+    if settings.device != "cpu":
+        problems.append(f"device: {settings.device!r}, wanted 'cpu': CUDA graphs verify a fixed number of drafts")
+    if (settings.speculative_eagle_topk or 1) > 1:
+        problems.append(f"speculative_eagle_topk: {settings.speculative_eagle_topk}, wanted 1, as it judges chains")
+    problems += [
+        f"{option}; leave --{option.replace('_', '-')} out"
+        for option in ("speculative_adaptive", "speculative_use_rejection_sampling")
+        if getattr(settings, option)
+    ]
+    return [f"{GATE_FILE} cannot be used with {problem}; or remove that file" for problem in problems]
 
 
 def _algorithm(settings: Any) -> str | None:
@@ -366,6 +390,38 @@ def _sample_where_requests_do(
     from longcat_sglang.sampled_verification import verify_sampled
 
     return verify_sampled(draft, batch, logits_output)
+
+
+def install_draft_gate() -> None:
+    """Draft with a worker that verifies only what passes the gate, where a LongCat checkpoint has one.
+
+    Without it: all drafts are verified. A class of its own for an algorithm of our own would need another flag than the
+    stock one.
+    Remove when: a draft model can say how many of its drafts are to be verified.
+    """
+    from sglang.srt.plugins.hook_registry import HookType
+
+    _hook_once(WORKER_TARGET, _gated_where_there_is_a_gate, HookType.AROUND)
+
+
+def _gated_where_there_is_a_gate(
+    original: Callable[[SpeculativeAlgorithm, ServerArgs], type],
+    algorithm: SpeculativeAlgorithm,
+    server_args: ServerArgs,
+) -> type:
+    from sglang.srt.arg_groups.overrides import model_config_of
+
+    from longcat_core import drafting
+
+    worker = original(algorithm, server_args)
+    hf_config = model_config_of(server_args).hf_config
+    if not algorithm.is_eagle() or not is_longcat(hf_config):
+        return worker
+    if drafting.load(Path(server_args.model_path), hf_config.longcat) is None:
+        return worker
+    from longcat_sglang.speculation import GatedWorker
+
+    return GatedWorker
 
 
 def install_prompt_check() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -24,7 +23,7 @@ from longcat_core import checkpoint
 from tests.harness import ENGINE, engine
 from tests.oracle import Greedy, assert_greedy_equal, greedy, oracle
 from tests.requests import CACHE_TOKENS, CASE, COMPLETIONS, MAX_MODEL_LEN, MODEL
-from tests.server import ONE_REQUEST_A_CONNECTION, Server, processes_of, serving
+from tests.server import ONE_REQUEST_A_CONNECTION, Server, processes_of, serving, wait_until
 
 BAD_REQUESTS = import_module(f"tests.{ENGINE}.bad_requests").BAD_REQUESTS
 NEW_TOKENS = 16
@@ -80,13 +79,6 @@ def continuation(truth: LongcatFlashForCausalLM, prompt: tuple[int, ...], new_to
 
 def completion(server: Server, **changes: Any) -> dict[str, Any]:
     return server.http.post(COMPLETIONS, json=REQUEST | changes).raise_for_status().json()["choices"][0]
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not after {seconds} s"
-        time.sleep(0.02)
 
 
 def assert_serves_as_before(server: Server, truth: LongcatFlashForCausalLM) -> None:

@@ -21,12 +21,13 @@ from sglang.srt.platforms import current_platform
 from torch import Tensor
 
 from longcat_core.config import LongcatConfig
+from longcat_core.drafting import Step
 from longcat_sglang.compat import SGLANG
 from tests.metrics import Metrics
 from tests.speculation import Speculated
 
 NAME, PACKAGE, RECORD = "SGLang", "longcat_sglang", SGLANG
-UNSUPPORTED, SUPPORTED = ("0.5.20", "0.5.24", "0.6.0"), ("0.5.21", "0.5.23", "0.5.23.post1")
+UNSUPPORTED, SUPPORTED = ("0.5.20", "0.5.22", "0.6.0"), ("0.5.21", "0.5.21.post1")
 STARTED = "Load weight begin"
 """In the log of a server whose engine's processes have started."""
 METRICS = Metrics(
@@ -126,6 +127,16 @@ def speculation(draft_tokens: int) -> dict[str, Any]:
         "speculative_eagle_topk": 1,
         "speculative_num_draft_tokens": draft_tokens + 1,
     }
+
+
+def speculation_flags(draft_tokens: int) -> list[str]:
+    """What a user types for that."""
+    return ["--speculative-algorithm", "NEXTN", "--speculative-num-steps", str(draft_tokens)]
+
+
+def speculation_metrics(steps: Sequence[Step]) -> dict[str, float]:
+    """What the server has to count for these verifications."""
+    return {"sglang:spec_verify_calls_total": len(steps)}
 
 
 @contextmanager

@@ -1,0 +1,122 @@
+"""The draft worker's part in SGLang: with a gate, drafts that are unlikely to be accepted are not verified (C2T)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from prometheus_client import Counter
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.managers.utils import GenerationBatchResult
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.runtime_context import get_parallel
+from sglang.srt.server_args import ServerArgs
+from sglang.srt.speculative.eagle_info import EagleDraftInput, EagleVerifyInput
+from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
+from torch import Tensor
+
+from longcat_core import drafting
+from longcat_core.drafting import draft_features
+
+HELD_BACK = "sglang:spec_num_drafts_held_back"
+
+
+class GatedWorker(EAGLEWorkerV2):
+    """SGLang's worker for chains of drafts, which verifies as many of a batch as its longest chain that passes a gate.
+
+    Drafts beyond a request's own are computed with the others and never accepted. SGLang makes the first draft of a
+    chain right after the verification before it, so the gate judges that one then; what it found goes along with the
+    request as `topk_p`, of which nothing else is made on a chain: the draft's probability, or 0 if it is held back.
+    """
+
+    def __init__(self, server_args: ServerArgs, *args: Any, **kwargs: Any) -> None:
+        super().__init__(server_args, *args, **kwargs)
+        runner = self.draft_worker.draft_runner
+        gate = drafting.load(Path(server_args.model_path), runner.model_config.hf_config.longcat)
+        assert gate is not None, "compat.install_draft_gate asks for this worker where there is one"
+        self._gate = gate.to(self.device)
+        self._most = self.speculative_num_draft_tokens - 1
+        self._made: list[LogitsProcessorOutput] = []
+        """By the draft model in this step, in order."""
+        self._first: Tensor | None = None
+        self._draft = runner.forward
+        runner.forward = self._draft_and_note
+        self._held_back: Counter | None = None
+        if server_args.enable_metrics and get_parallel().tp_rank == 0:
+            help_text = "Drafts that a gate held back from verification."
+            labelled = Counter(HELD_BACK, help_text, labelnames=["model_name"])
+            self._held_back = labelled.labels(model_name=server_args.served_model_name)
+
+    def forward_batch_generation(self, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> GenerationBatchResult:
+        self._made.clear()
+        self._first = batch.spec_info.topk_p if isinstance(batch.spec_info, EagleDraftInput) else None
+        try:
+            result = super().forward_batch_generation(batch, *args, **kwargs)
+        finally:
+            self._verify_at_most(self._most)
+        drafted = result.next_draft_input
+        if self._made and drafted is not None:
+            drafted.topk_p = self._judge_first(self._made[-1].next_token_logits, drafted.topk_index)
+        return result
+
+    def verify(self, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> GenerationBatchResult:
+        if not batch.forward_mode.is_idle():
+            kept = self._kept(batch.spec_info)
+            longest = int(kept.max())
+            if self._held_back is not None:
+                self._held_back.inc(self._most * len(kept) - int(kept.sum()))
+            shorten(batch.spec_info, kept, longest)
+            self._verify_at_most(longest)
+        return super().verify(batch, *args, **kwargs)
+
+    def _draft_and_note(self, forward_batch: ForwardBatch, *args: Any, **kwargs: Any) -> Any:
+        output = self._draft(forward_batch, *args, **kwargs)
+        self._made.append(output.logits_output)
+        return output
+
+    def _judge_first(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        """logits: [R, vocabulary]; tokens: [R, 1], drafted from them. Returns fp32 [R, 1], as the class says."""
+        path = torch.zeros(len(logits), device=logits.device)
+        features, path = draft_features(logits, tokens.squeeze(1), path, depth=1)
+        return (path.exp() * self._gate.kept(features.unsqueeze(1))).unsqueeze(1)
+
+    def _kept(self, chains: EagleVerifyInput) -> Tensor:
+        """int64 [R]: how many leading drafts of each chain are worth verifying."""
+        assert self._first is not None
+        path = self._first.squeeze(1).log()
+        drafts = chains.draft_token.view(len(path), -1)[:, 1:]  # after the token that is certain
+        kept = (self._first.squeeze(1) > 0).long()
+        if self._most > 1:
+            judged = []
+            for depth, made in enumerate(self._made, start=2):
+                features, path = draft_features(made.next_token_logits, drafts[:, depth - 1], path, depth)
+                judged.append(features)
+            kept += kept * self._gate.kept(torch.stack(judged, dim=1))
+        parallel = get_parallel()
+        if parallel.tp_size > 1:  # every rank judges, and one decides
+            parallel.tp_group.broadcast(kept, src=0)
+        return kept
+
+    def _verify_at_most(self, drafts: int) -> None:
+        self.speculative_num_draft_tokens = drafts + 1
+        self.draft_worker.speculative_num_draft_tokens = drafts + 1
+
+
+def shorten(chains: EagleVerifyInput, kept: Tensor, longest: int) -> None:
+    """Cut R chains down to `longest` drafts, in place, and end each after its own `kept` [R] ones.
+
+    A chain is a tree whose root is the token that is certain; node n follows node n - 1.
+    """
+    requests, nodes, width = len(kept), longest + 1, chains.draft_token_num
+    chains.draft_token = chains.draft_token.view(requests, width)[:, :nodes].flatten()
+    chains.positions = chains.positions.view(requests, width)[:, :nodes].flatten()
+    if chains.custom_mask is not None and chains.custom_mask.numel() == requests * width * width:
+        chains.custom_mask = chains.custom_mask.view(requests, width, width)[:, :nodes, :nodes].flatten()
+    places = torch.arange(requests * nodes, device=kept.device)
+    chains.retrieve_index = places.view(requests, nodes)
+    chains.retrieve_next_token = chains.retrieve_next_token[:, :nodes].scatter(1, kept.unsqueeze(1), -1)
+    chains.retrieve_next_sibling = chains.retrieve_next_sibling[:, :nodes].contiguous()
+    chains.draft_token_num = chains.num_tokens_per_req = chains.num_tokens_for_logprob_per_req = nodes
+    chains.spec_steps = longest
