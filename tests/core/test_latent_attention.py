@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -253,3 +253,34 @@ def test_slot_minus_one_stores_nothing() -> None:
     cache = torch.zeros(4, 3)
     write_latents(cache, torch.ones(3, 2), torch.full((3, 1), 2.0), torch.tensor([2, -1, 0]))
     assert cache.tolist() == [[1, 1, 2], [0, 0, 0], [1, 1, 2], [0, 0, 0]]
+
+
+@settings(deadline=None)  # the first call in a process is slow
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(1, 8), st.integers(0, 2**31))
+def test_a_node_attends_to_its_request_and_its_path(lengths: list[int], nodes: int, seed: int) -> None:
+    heads, nope, rope, rank, value = 2, 6, 4, 8, 5
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    parents = [[int(torch.randint(node, (), generator=generator)) for node in range(1, nodes)] for _ in lengths]
+    trees = torch.eye(nodes, dtype=torch.bool).repeat(len(lengths), 1, 1)
+    for tree, above in zip(trees, parents, strict=True):
+        for node, parent in enumerate(above, start=1):
+            tree[node] |= tree[parent]
+    cache = normal(1 + sum(length + nodes for length in lengths), rank + rope)
+    table = torch.zeros(len(lengths), max(lengths) + nodes, dtype=torch.int32)
+    order = (torch.randperm(len(cache) - 1, generator=generator) + 1).split([n + nodes for n in lengths])
+    for row, slots in zip(table, order, strict=True):
+        row[: len(slots)] = slots
+    queries = normal(len(lengths) * nodes, heads, nope + rope)
+    w_uk, w_uv = normal(heads, nope, rank), normal(heads, value, rank)
+    starts = range(0, len(queries) + 1, nodes)
+    batch = PagedBatch.build(starts, [n + nodes for n in lengths], table, 1, trees)
+    ours = paged_attention(queries, cache, batch, w_uk, w_uv, SCALE).view(len(lengths), nodes, heads, value)
+    for r, (length, slots) in enumerate(zip(lengths, order, strict=True)):
+        for node in range(nodes):
+            seen = torch.cat((slots[:length], slots[length:][trees[r, node]]))
+            alone = dense(queries[r * nodes + node].unsqueeze(0), cache[seen], w_uk, w_uv)[0]
+            torch.testing.assert_close(ours[r, node].double(), alone, rtol=1e-4, atol=1e-5)

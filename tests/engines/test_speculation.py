@@ -175,10 +175,11 @@ TEMPERATURE = 0.8
 
 
 @torch.no_grad()
-def test_sampled_tokens_have_the_targets_distribution(directory: Path) -> None:
+@pytest.mark.parametrize("has_gate", [False, True], ids=["no gate", "gate"])
+def test_sampled_tokens_have_the_targets_distribution(has_gate: bool, directory: Path, gated: Path) -> None:
     """The first token comes from the prompt, the second out of the verification of a draft."""
     prompt = prompts_of(CASE)[2]
-    with engine.serving(directory, draft_tokens=3) as served:
+    with engine.serving(gated if has_gate else directory, draft_tokens=3) as served:
         drawn = torch.tensor(served.sampled(prompt, 2, TEMPERATURE, seeds=range(SAMPLES)))
     model = reference_of(CASE)
 

@@ -5,18 +5,24 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from longcat_core.drafting import draft_chains, walk
 from longcat_core.reference import LongcatForCausalLM
 from tests.cases import Case, drafting_tensors
-from tests.engines.test_speculation import assert_drafts_are_the_references, assert_tokens
+from tests.engines.test_speculation import (
+    assert_drafts_are_the_references,
+    assert_drafts_pass_the_gate,
+    assert_tokens,
+)
 from tests.plugin import save_llama
 from tests.sglang.engine import Engine, configure, serving, settled, speculation
-from tests.speculation import CASE, NEW_TOKENS, prompts_of, truth
+from tests.speculation import CASE, NEW_TOKENS, prompts_of, steps_of, the_gate, truth
 
 
 @pytest.fixture
@@ -182,3 +188,70 @@ def test_sglang_still_cannot_take_a_number_of_steps_alone(tmp_path: Path) -> Non
     """If this fails, `compat` need not choose a chain where there is only a number of steps."""
     with pytest.raises(TypeError, match="'>' not supported"):
         configure(save_llama(tmp_path), speculative_algorithm="EAGLE", speculative_num_steps=2)
+
+
+@pytest.mark.parametrize(("steps", "branches", "nodes"), [(1, 3, 3), (2, 2, 5), (3, 3, 8)])
+def test_trees_change_no_token(steps: int, branches: int, nodes: int, directory: Path) -> None:
+    prompts = prompts_of(CASE)
+    tree = {
+        "speculative_algorithm": "EAGLE",
+        "speculative_num_steps": steps,
+        "speculative_eagle_topk": branches,
+        "speculative_num_draft_tokens": nodes,
+    }
+    chains = [truth(CASE, prompt, NEW_TOKENS, min(steps, nodes - 1)) for prompt in prompts]
+    with serving(directory, **tree) as served:
+        trees = served.speculated(prompts, NEW_TOKENS)
+        assert [answer.tokens for answer in trees] == [chain.tokens for chain in chains]
+        assert served.greedy(prompts, NEW_TOKENS) == [chain.tokens for chain in chains], "from the cache"
+    taken, alone = (sum(len(each.accepted) for each in them) for them in (trees, chains))
+    assert taken < alone, "a tree needs fewer steps than its chain"
+
+
+def note_widths(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write down for how many tokens a request the target runs in each verification."""
+    from longcat_sglang.attention import LatentAttentionBackend
+
+    def noted(self: LatentAttentionBackend, forward_batch: Any, in_capture: bool = False) -> None:
+        if forward_batch.forward_mode.is_target_verify():
+            with file.open("a") as written:
+                written.write(f"{forward_batch.spec_info.draft_token_num}\n")
+        prepare(self, forward_batch, in_capture)
+
+    prepare = LatentAttentionBackend.init_forward_metadata_out_graph
+    monkeypatch.setattr(LatentAttentionBackend, "init_forward_metadata_out_graph", noted)
+
+
+def test_the_target_runs_on_no_draft_that_is_held_back(gated: Path, tmp_path: Path) -> None:
+    prompt, file = prompts_of(CASE)[2], tmp_path / "widths"
+    with serving(gated, draft_tokens=3, broken=partial(note_widths, file)) as served:
+        served.greedy([prompt], NEW_TOKENS)
+    steps = steps_of(CASE, prompt, NEW_TOKENS, 3, the_gate())
+    assert [int(line) - 1 for line in file.read_text().split()] == [step.verified for step in steps]
+
+
+def all_drafts_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    from longcat_sglang.speculation import GatedWorker
+
+    kept = GatedWorker._kept
+    monkeypatch.setattr(GatedWorker, "_kept", lambda self, chains: torch.full_like(kept(self, chains), self._most))
+
+
+def test_the_gates_tests_see_it_when_all_drafts_pass(gated: Path) -> None:
+    with serving(gated, draft_tokens=3, broken=all_drafts_pass) as served:
+        with pytest.raises(AssertionError, match="accepted drafts"):
+            assert_drafts_pass_the_gate(served, 3)
+        assert_tokens(served)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"speculative_eagle_topk": 2, "speculative_num_draft_tokens": 3}, "speculative_eagle_topk: 2, wanted 1"),
+        ({"speculative_adaptive": True}, "speculative_adaptive; leave --speculative-adaptive out"),
+    ],
+    ids=["tree", "adaptive"],
+)
+def test_what_a_gate_cannot_be_used_with_is_named(options: dict[str, Any], problem: str, gated: Path) -> None:
+    with pytest.raises(Exception, match=f"gate.safetensors cannot be used with {problem}"):
+        configure(gated, **speculation(1) | options)
