@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 SPECIAL_TOKENS = ("<longcat_unk>", "<longcat_s>", "</longcat_s>", "<longcat_pad>")
@@ -17,14 +17,18 @@ TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS) + len(MARKERS)
 """Every byte is a token, so that any text can be encoded."""
 
+FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+"""What `write` writes."""
+
 _CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 _CHARACTERS = 1_000_000
 
 
-def write(directory: Path, vocab_size: int, model_max_length: int) -> None:
+def write(directory: Path, vocab_size: int, model_max_length: int, text: Iterable[str] | None = None) -> None:
     """Write `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`.
 
-    The tokenizer has at most `vocab_size` tokens; fewer where the text has no more pairs to merge.
+    The tokenizer has at most `vocab_size` tokens; fewer where the text has no more pairs to merge. It is trained on
+    `text`, or on a part of Python's standard library.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -37,7 +41,7 @@ def write(directory: Path, vocab_size: int, model_max_length: int) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_text(), trainer)
+    tokenizer.train_from_iterator(_text() if text is None else text, trainer)
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in MARKERS])
     tokenizer.save(str(directory / "tokenizer.json"))
 

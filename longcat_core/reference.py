@@ -97,8 +97,9 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts))
 
     def forward(self, x: Tensor) -> Routing:
-        """x: [T, H]. The logits are fp32 whatever x is."""
-        logits = F.linear(x.float(), self.classifier.weight.float())
+        """x: [T, H]. The logits are fp32 whatever x is, under autocast too."""
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.float(), self.classifier.weight.float())
         return route(
             logits,
             self.e_score_correction_bias,

@@ -1,0 +1,140 @@
+"""What a trained model is worth on held-out text: bits a byte beside simple models', experts, and draft acceptance."""
+
+from __future__ import annotations
+
+import gzip
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from examples.nano.balance import Watch
+from examples.nano.corpus import END, Corpus
+from longcat_core import drafting
+from longcat_core.reference import LongcatForCausalLM
+
+_PROMPT_TOKENS, _PROMPTS = 64, 16
+_BATCH = 16
+
+
+class Agreement(NamedTuple):
+    """A glance at held-out text while training."""
+
+    loss: float
+    """Nats a token."""
+    drafts: float | None
+    """The share of first drafts that are the model's own likeliest next token, the text before being given; what an
+    engine accepts, but that it goes along greedy text. None without a draft layer."""
+
+
+class Acceptance(NamedTuple):
+    """Along the model's own greedy continuations of held-out prompts."""
+
+    first: float
+    """The share of first drafts accepted, over all positions of the continuations."""
+    by_depth: list[float]
+    """The share of chains of which at least so many leading drafts are right."""
+    accepted_length: float
+    """Tokens a step of an engine that verifies the whole chain: the accepted drafts and the target's own."""
+    chains: int
+
+
+@torch.no_grad()
+def glance(model: LongcatForCausalLM, stream: Tensor, sequence_length: int, windows: int, bf16: bool) -> Agreement:
+    """stream: int32 [tokens]; `windows` of it are looked at, spread evenly, in one batch."""
+    count = min(windows, len(stream) // sequence_length)
+    starts = torch.linspace(0, len(stream) - sequence_length, count).long()
+    device = model.lm_head.weight.device
+    ids = stream[starts.unsqueeze(1) + torch.arange(sequence_length)].long().to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        logits, hidden, _ = model(ids)
+        drafted = model.draft(hidden[:, :-1], ids[:, 1:])[0] if model.model.mtp is not None else None
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+    if drafted is None:
+        return Agreement(float(loss), None)
+    return Agreement(float(loss), float((drafted.argmax(-1) == logits[:, 1:].argmax(-1)).double().mean()))
+
+
+class HeldOut(NamedTuple):
+    bits_per_byte: float
+    ffn_experts: list[float]
+    """Mean a token, by layer."""
+
+
+@torch.no_grad()
+def held_out(model: LongcatForCausalLM, stream: Tensor, num_bytes: int, sequence_length: int) -> HeldOut:
+    """The whole stream, each token from at least half a window before it, where there is so much.
+
+    stream: int32 [tokens], beginning with `END`; the ends of the files are counted as tokens to predict, but not as
+    bytes of the `num_bytes`.
+    """
+    device, half = model.lm_head.weight.device, sequence_length // 2
+    # Windows overlap by half; of all but the first only the second half counts. What is short of a window at the end is
+    # filled up, and does not count.
+    filled = F.pad(stream.long(), (0, sequence_length), value=END)
+    starts = torch.arange(0, max(1, len(stream) - half), half)
+    nats, tokens, rows = 0.0, 0, torch.zeros(model.config.num_layers, dtype=torch.float64)
+    for batch in starts.split(_BATCH):
+        places = batch.unsqueeze(1) + torch.arange(sequence_length + 1)
+        ids = filled[places.clamp(max=len(filled) - 1)].to(device)
+        with Watch(model) as watch:
+            logits = model(ids[:, :-1])[0].float()
+        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").cpu()
+        predicted = places[:, 1:]
+        repeated = (places[:, :1] > 0) & (predicted <= places[:, :1] + sequence_length - half)
+        nats += float(loss.view_as(predicted).double()[(predicted < len(stream)) & ~repeated].sum())
+        rows += torch.tensor([float(each.rows.sum()) for each in watch.take()], dtype=torch.float64)
+        tokens += predicted.numel()
+    return HeldOut(nats / math.log(2) / num_bytes, (rows / tokens).tolist())
+
+
+def acceptance(model: LongcatForCausalLM, stream: Tensor, depth: int, new_tokens: int) -> Acceptance:
+    """Greedy continuations of the first tokens of held-out files, and every chain of drafts along them.
+
+    model: on the CPU, with its MTP layer; stream: int32 [tokens], files with `END` before each.
+
+    Raises:
+        ValueError: if no file is long enough for a prompt.
+    """
+    prompts = _prompts(stream)
+    chains = [drafting.draft_chains(model, p, model.generate(p, new_tokens), depth) for p in prompts]
+    accepted = torch.cat([each.accepted for each in chains])
+    steps = [step for each in chains for step in drafting.walk(each.accepted, depth)]
+    by_depth = [float((accepted >= d).double().mean()) for d in range(1, depth + 1)]
+    length = 1 + sum(step.accepted for step in steps) / len(steps)
+    return Acceptance(by_depth[0], by_depth, length, len(accepted))
+
+
+def _prompts(stream: Tensor) -> list[list[int]]:
+    """Whole prompts from the beginnings of files, as many as are looked at."""
+    starts = (stream == END).nonzero().squeeze(1) + 1
+    lengths = torch.diff(starts, append=torch.tensor([len(stream)])) - 1
+    long = starts[lengths >= _PROMPT_TOKENS][:_PROMPTS].tolist()
+    if not long:
+        raise ValueError(f"no held-out file has the {_PROMPT_TOKENS} tokens of a prompt; hold out more files")
+    return [stream[start : start + _PROMPT_TOKENS].tolist() for start in long]
+
+
+# -- what it is compared with ----------------------------------------------------------------------------
+
+
+def gzip_bits_per_byte(texts: Iterable[str]) -> float:
+    """All texts in one, at gzip's best level."""
+    content = "".join(texts).encode()
+    return 8 * len(gzip.compress(content, compresslevel=9, mtime=0)) / len(content)
+
+
+def bigram_bits_per_byte(corpus: Corpus) -> float:
+    """A byte from the byte before it: counts of the train part, one added to each; measured on the held-out part."""
+    trained, measured = (_bytes(part.values()) for part in corpus)
+    counts = torch.bincount(256 * trained[:-1] + trained[1:], minlength=256 * 256).view(256, 256).double() + 1
+    log_probability = (counts / counts.sum(dim=1, keepdim=True)).log2()
+    # The first byte, which has none before it, at 8 bits.
+    return float(8 - log_probability[measured[:-1], measured[1:]].sum()) / len(measured)
+
+
+def _bytes(texts: Iterable[str]) -> Tensor:
+    return torch.frombuffer(bytearray("".join(texts).encode()), dtype=torch.uint8).long()

@@ -1,0 +1,95 @@
+"""The training record that lies beside a checkpoint: settings, corpus, machine, curves, and what was measured."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+
+from examples.nano import measure
+from examples.nano.corpus import Corpus
+from examples.nano.settings import Settings
+from examples.nano.trainer import Curves
+from longcat_core.reference import LongcatForCausalLM
+
+FILE = "record.json"
+_NEW_TOKENS = 128
+
+
+def results(model: LongcatForCausalLM, corpus: Corpus, stream: torch.Tensor, settings: Settings) -> dict[str, Any]:
+    """What the model, on the CPU, is worth on the held-out part of the corpus, whose tokens are `stream`."""
+    texts = corpus.held_out.values()
+    num_bytes = sum(len(text.encode()) for text in texts)
+    found = measure.held_out(model, stream, num_bytes, settings.sequence_length)
+    drafts = None
+    if model.model.mtp is not None:
+        drafts = measure.acceptance(model, stream, settings.draft_layer.depth, _NEW_TOKENS)._asdict()
+    mean = sum(found.ffn_experts) / len(found.ffn_experts)
+    target = settings.zero_experts.target
+    return {
+        "held_out_bytes": num_bytes,
+        "held_out_tokens": len(stream),
+        "bits_per_byte": found.bits_per_byte,
+        "bits_per_byte_of_a_byte_bigram": measure.bigram_bits_per_byte(corpus),
+        "bits_per_byte_of_gzip": measure.gzip_bits_per_byte(texts),
+        "ffn_experts_per_token": mean,
+        "ffn_experts_per_token_by_layer": found.ffn_experts,
+        "ffn_experts_off_target": abs(mean / target - 1),
+        "drafts": drafts,
+    }
+
+
+def machine(device: torch.device, threads: int) -> dict[str, Any]:
+    names = {"cpu": _processor, "cuda": lambda: torch.cuda.get_device_name(device)}
+    return {
+        "device": names.get(device.type, lambda: str(device))(),
+        "threads": threads,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "tokenizers": tokenizers.__version__,
+        "longcat-serving": version("longcat-serving"),
+    }
+
+
+def record(
+    settings: Settings,
+    corpus: Corpus,
+    train_tokens: int,
+    model: LongcatForCausalLM,
+    machine: dict[str, Any],
+    seconds: float,
+    curves: Curves,
+    results: dict[str, Any],
+) -> dict[str, Any]:
+    return {
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(seconds),
+        "machine": machine,
+        "settings": settings.model_dump(),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "corpus": {
+            "sha256": corpus.digest(),
+            "train_files": len(corpus.train),
+            "train_bytes": sum(len(text.encode()) for text in corpus.train.values()),
+            "train_tokens": train_tokens,
+            "epochs": settings.steps * settings.batch_size * settings.sequence_length / train_tokens,
+            "held_out_files": list(corpus.held_out),
+        },
+        "results": results,
+        "curves": asdict(curves),
+    }
+
+
+def _processor() -> str:
+    """As Linux names it, or else the architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,246 @@
+"""`python -m examples.nano.train`: trains LongCat-Nano, a small LongCat-Flash that has learned something."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from safetensors import SafetensorError
+from torch import Tensor
+
+from examples.nano import measure, plots, publish, record
+from examples.nano.corpus import standard_library
+from examples.nano.corpus import streams as encoded
+from examples.nano.settings import PRESETS, Settings, SettingsError
+from examples.nano.trainer import Curves, Measured, ResumeError, Trainer, deterministic
+from longcat_cli import example_tokenizer
+from longcat_core.config import ConfigError
+from longcat_core.reference import LongcatForCausalLM
+
+STATE = "state.safetensors"
+_GLANCE_WINDOWS = 16
+_MEASURING_SECONDS = 60.0
+"""What is kept of a time budget for what comes after the last step."""
+_TIMED_STEPS = 4
+
+console = Console(stderr=True, highlight=False)
+
+
+def command(
+    out: Annotated[Path, typer.Option(help="Where the checkpoint goes: a new or an empty directory.")],
+    preset: Annotated[str, typer.Option(help=f"Settings to begin with: {', '.join(PRESETS)}.")] = "cpu",
+    settings: Annotated[
+        Path | None, typer.Option(help="Settings to begin with, as JSON; a training record has them too.")
+    ] = None,
+    library: Annotated[
+        Path | None, typer.Option(help="Python sources to train on; this Python's standard library, if not given.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that was to write to OUT.")] = False,
+    minutes: Annotated[float | None, typer.Option(help="Time to train for; the steps are timed first.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps to train for.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, settings and machine, same weights.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads on a CPU, one a part of a batch; as many as cores, if not given.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one, if not given.")] = None,
+    pid: Annotated[bool | None, typer.Option(help="Hold the mean of FFN experts a token at its target.")] = None,
+    bias_balance: Annotated[bool | None, typer.Option(help="Balance FFN experts by their bias.")] = None,
+    device_balance: Annotated[bool | None, typer.Option(help="The balance loss over devices.")] = None,
+    mtp: Annotated[bool | None, typer.Option(help="The draft layer (MTP), added late.")] = None,
+    growth: Annotated[bool | None, typer.Option(help="Half the depth first, then stacked.")] = None,
+) -> None:
+    """Train LongCat-Nano on the Python standard library, and write it as LongCat-Flash-Chat is published.
+
+    A run that was cut off goes on with --resume, from the state beside OUT, as if it had not been.
+    """
+    switches = {
+        "zero_experts.controlled": pid,
+        "bias_balance.enabled": bias_balance,
+        "device_balance.enabled": device_balance,
+        "draft_layer.enabled": mtp,
+        "growth.enabled": growth,
+    }
+    overrides = {"steps": steps, "seed": seed} | switches
+    threads = threads or os.cpu_count() or 1
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        work = out.absolute().with_name(f".{out.name}.training")
+        if resume:
+            given = [name for name, value in (overrides | {"minutes": minutes, "settings": settings}).items() if value]
+            if given:
+                raise SettingsError(f"--resume goes on with the run's own settings; leave out {', '.join(given)}")
+            run(out.absolute(), work, None, None, chosen, threads, library)
+        else:
+            if minutes is not None and steps is not None:
+                raise SettingsError(f"--minutes {minutes:g} and --steps {steps}: wanted one of them")
+            begin = Settings.read(settings) if settings is not None else _preset(preset)
+            run(out.absolute(), work, begin.changed(overrides), minutes, chosen, threads, library)
+    except (ConfigError, SettingsError, ResumeError, SafetensorError, OSError) as error:
+        console.print(f"examples.nano.train: {error}", style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+def run(
+    out: Path,
+    work: Path,
+    settings: Settings | None,
+    minutes: float | None,
+    device: torch.device,
+    threads: int,
+    library: Path | None,
+) -> None:
+    """Train, and write `out`, which appears whole or not at all; `work` has what a cut-off run goes on from.
+
+    settings: None to go on with what is in `work`.
+
+    Raises:
+        FileExistsError: if there is something in `out`, or in `work` though there are settings.
+        FileNotFoundError: if there is nothing in `work` to go on from.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and is not an empty directory; name another one, or remove it")
+    deterministic()
+    resumes = settings is None
+    if (work / STATE).exists() and not resumes:
+        raise FileExistsError(f"{work} has a run that was cut off; go on with --resume, or remove it")
+    if settings is None:
+        if not (work / STATE).exists():
+            raise FileNotFoundError(f"{work / STATE}: no such file, so no run to go on with; leave out --resume")
+        settings = Trainer.settings_of(work / STATE)
+    with console.status("reading the corpus") as status:
+        corpus = standard_library(settings.held_out, library)
+        status.update("training the tokenizer, and encoding")
+        work.mkdir(parents=True, exist_ok=True)
+        streams = encoded(corpus, work, settings)
+        if minutes is not None and not resumes:
+            status.update("timing steps")
+            settings = settings.changed({"steps": steps_for(minutes, settings, streams.train, device, threads)})
+        if resumes:
+            trainer = Trainer.resumed(work / STATE, streams.train, device, threads)
+        else:
+            trainer = Trainer(settings, streams.train, device, threads)
+    seconds = train(trainer, streams.held_out, work / STATE)
+
+    unfinished = out.with_name(f".{out.name}.unfinished-{os.getpid()}")
+    unfinished.mkdir()
+    try:
+        with console.status("measuring on held-out files"):
+            publish.write(trainer.model, unfinished)
+            for name in example_tokenizer.FILES:
+                shutil.copyfile(work / name, unfinished / name)
+            # What is measured is what is shipped: the bf16 weights.
+            shipped = LongcatForCausalLM.from_checkpoint(unfinished)
+            results = record.results(shipped, corpus, streams.held_out, settings)
+            machine = record.machine(device, threads)
+            made = record.record(
+                settings, corpus, len(streams.train), shipped, machine, seconds, trainer.curves, results
+            )
+            publish.write_json(unfinished / record.FILE, made)
+            plots.draw(made, unfinished)
+        if out.exists():
+            out.rmdir()
+        unfinished.rename(out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.rmtree(work)
+    Console().print(_table(made))
+    typer.echo(f"{out}: {made['parameters'] / 1e6:.1f} M parameters; try `vllm serve {out}`")
+
+
+def train(trainer: Trainer, held_out: Tensor, state: Path | None) -> float:
+    """Every step that is left. The state is saved to a file, if one is given, now and then.
+
+    Returns the seconds of training, with those of the run before it was cut off.
+    """
+    settings, curves = trainer.settings, trainer.curves
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[found]}"), TimeRemainingColumn())
+    with Progress(TextColumn("{task.description}"), *columns, console=console, speed_estimate_period=600) as progress:
+        task = progress.add_task("steps", total=settings.steps, completed=trainer.step, found="")
+        marked, before = trainer.step, time.monotonic()
+        while trainer.step < settings.steps:
+            measured = trainer.train_step()
+            done, last = trainer.step, trainer.step == settings.steps
+            if done % settings.record_every == 0 or last:
+                now = time.monotonic()
+                speed = (done - marked) * settings.batch_size * settings.sequence_length / (now - before)
+                trainer.seconds += now - before
+                marked, before = done, now
+                curves.note(done, measured, speed)
+                progress.update(task, found=_found(measured, curves))
+            if done % settings.measure_every == 0 or last:
+                glance = measure.glance(
+                    trainer.model, held_out, settings.sequence_length, _GLANCE_WINDOWS, settings.bf16
+                )
+                curves.note_glance(done, glance.loss, glance.drafts)
+                if not console.is_terminal:  # a log shows no bar
+                    now_held = f"held out {glance.loss:.3f}, {trainer.seconds / 60:.1f} min"
+                    console.print(
+                        f"step {done}/{settings.steps}: {_found(measured, curves)}, {now_held}", soft_wrap=True
+                    )
+            progress.update(task, completed=done)
+            if state is not None and done % settings.save_every == 0:
+                trainer.save(state)
+    return trainer.seconds
+
+
+def steps_for(minutes: float, settings: Settings, stream: Tensor, device: torch.device, threads: int) -> int:
+    """The steps that fit into the time, from some of each of the schedule's phases, timed on models thrown away."""
+    growth, drafts = settings.growth, settings.draft_layer
+    small = growth.at if growth.enabled else 0.0
+    drafting = 1 - max(small, drafts.begins) if drafts.enabled else 0.0
+    phases: list[tuple[float, dict[str, Any]]] = [
+        (small, {"model.num_layers": settings.model.num_layers // 2, "draft_layer.enabled": False}),
+        (1 - small - drafting, {"draft_layer.enabled": False}),
+        (drafting, {"draft_layer.enabled": True, "draft_layer.begins": 0.0}),
+    ]
+    timed = max(_TIMED_STEPS, drafts.deep_every)  # a whole round of shallow and deep batches
+    seconds = 0.0
+    for share, changes in phases:
+        if share > 0:
+            trainer = Trainer(settings.changed(changes | {"growth.enabled": False}), stream, device, threads)
+            trainer.train_step()  # the first is slower
+            begun = time.monotonic()
+            for _ in range(timed):
+                trainer.train_step()
+            seconds += share * (time.monotonic() - begun) / timed
+    return max(1, int((60 * minutes - _MEASURING_SECONDS) / seconds))
+
+
+def _preset(name: str) -> Settings:
+    if name not in PRESETS:
+        raise SettingsError(f"--preset: {name}, wanted {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def _found(measured: Measured, curves: Curves) -> str:
+    experts = sum(measured.ffn_experts) / len(measured.ffn_experts)
+    parts = [f"loss {measured.loss:.3f}", f"{experts:.2f} FFN experts"]
+    parts += [f"{speed:,.0f} tokens/s" for speed in curves.tokens_per_second[-1:]]
+    parts += [f"drafts {agreement:.0%}" for agreement in curves.agreement[-1:] if agreement is not None]
+    return ", ".join(parts)
+
+
+def _table(made: dict[str, Any]) -> Table:
+    results = made["results"]
+    table = Table(title="on held-out files", title_justify="left", show_edge=False, show_header=False)
+    table.add_row("bits a byte", f"{results['bits_per_byte']:.3f}")
+    table.add_row("  of gzip -9", f"{results['bits_per_byte_of_gzip']:.3f}")
+    table.add_row("  of a byte bigram", f"{results['bits_per_byte_of_a_byte_bigram']:.3f}")
+    target = made["settings"]["zero_experts"]["target"]
+    table.add_row("FFN experts a token", f"{results['ffn_experts_per_token']:.3f} (target {target:g})")
+    if results["drafts"] is not None:
+        table.add_row("first drafts accepted", f"{results['drafts']['first']:.1%}")
+        table.add_row("tokens a step", f"{results['drafts']['accepted_length']:.2f}")
+    return table
+
+
+if __name__ == "__main__":
+    typer.run(command)

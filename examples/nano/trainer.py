@@ -1,0 +1,378 @@
+"""One training run, step by step: the model, its losses, its optimizer, and the state to go on from."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from itertools import repeat
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from examples.nano.balance import BiasController, Watch, set_biases
+from examples.nano.corpus import Batches
+from examples.nano.growth import grown, stacked
+from examples.nano.settings import Settings
+from longcat_core.reference import MTP, LongcatForCausalLM
+
+_INIT_STD = 0.02
+_BETAS, _EPS = (0.9, 0.95), 1e-16
+_LEAST_CONTROL = 0.1
+"""Of the controllers' gains, at the end of the decay: while weights still move, so does what routers do."""
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class ResumeError(ValueError):
+    """A saved state that this run cannot go on from; the message says why."""
+
+
+@dataclass
+class Curves:
+    """What was recorded of a run: one entry for each recorded step, in nats a token where it is a loss."""
+
+    step: list[int]
+    loss: list[float]
+    draft_loss: list[float | None]
+    """Of the first draft; None before there is a draft layer."""
+    balance_loss: list[float | None]
+    """Summed over the layers, without its coefficient."""
+    ffn_experts: list[list[float]]
+    """Mean a token, by layer."""
+    imbalance: list[list[float]]
+    """The busiest FFN expert over the mean, by layer."""
+    device_imbalance: list[list[float]]
+    """The busiest device's FFN experts over the mean, by layer."""
+    tokens_per_second: list[float]
+    glanced: list[int]
+    """The steps before which held-out text was glanced at."""
+    held_out_loss: list[float]
+    agreement: list[float | None]
+    """See `measure.Agreement.drafts`."""
+
+    @classmethod
+    def empty(cls) -> Curves:
+        return cls(*([] for _ in fields(cls)))
+
+    def note(self, step: int, measured: Measured, tokens_per_second: float) -> None:
+        self.step.append(step)
+        self.loss.append(measured.loss)
+        self.draft_loss.append(measured.draft_loss)
+        self.balance_loss.append(measured.balance_loss)
+        self.ffn_experts.append(measured.ffn_experts)
+        self.imbalance.append(measured.imbalance)
+        self.device_imbalance.append(measured.device_imbalance)
+        self.tokens_per_second.append(tokens_per_second)
+
+    def note_glance(self, step: int, loss: float, agreement: float | None) -> None:
+        self.glanced.append(step)
+        self.held_out_loss.append(loss)
+        self.agreement.append(agreement)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one step did."""
+
+    loss: float
+    draft_loss: float | None
+    balance_loss: float | None
+    ffn_experts: list[float]
+    imbalance: list[float]
+    device_imbalance: list[float]
+
+
+class Part(NamedTuple):
+    """What one part of a batch gave."""
+
+    gradients: tuple[Tensor, ...]
+    """Of the share of the part in the loss, by parameter."""
+    loss: Tensor
+    draft_loss: Tensor | None
+    balance_loss: Tensor | None
+    rows: Tensor
+    """int64 [layers, FFN experts]: tokens of each."""
+
+
+class Trainer:
+    """Everything random comes from the seed and the step, so that a state needs no random generator's."""
+
+    def __init__(self, settings: Settings, stream: Tensor, device: torch.device, threads: int = 1) -> None:
+        """stream: int32 [tokens] to train on; threads: for so many parts of a batch at once."""
+        self.settings, self.device = settings, device
+        self.batches = Batches(stream, settings.batch_size, settings.sequence_length, settings.seed)
+        # Within a part one thread does everything: more would wait for each other at every small operation.
+        self._pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+        self.step = 0
+        self.seconds = 0.0
+        """Of training so far, whoever ran it; kept here, so that a run that goes on counts them."""
+        self.curves = Curves.empty()
+        layers = settings.model.num_layers // 2 if settings.grows_at > 0 else settings.model.num_layers
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            self.model = LongcatForCausalLM(settings.model.config(layers), with_mtp=False)
+            initialize(self.model)
+        self.model.to(device)
+        self.controller = BiasController(settings, layers)
+        self.optimizer = self._new_optimizer()
+
+    # -- a step ------------------------------------------------------------------------------------------
+
+    def train_step(self) -> Measured:
+        """One step of the schedule: grow or add the draft layer where it is due, then learn from one batch."""
+        settings = self.settings
+        if self.step == settings.grows_at > 0:
+            self._grow()
+        if self.step == settings.drafts_from:
+            self._add_draft_layer()
+        rate = settings.rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.learning_rate * rate
+
+        ids = self.batches[self.step].to(self.device)
+        with Watch(self.model, settings) as watch:
+            parts = list(self._pool.map(self._part, range(settings.parts), ids.chunk(settings.parts), repeat(watch)))
+        # Summed in the order of the parts, whichever was done first.
+        for parameter, *gradients in zip(self.model.parameters(), *(part.gradients for part in parts), strict=True):
+            parameter.grad = sum(gradients[1:], start=gradients[0])
+        nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
+        self.optimizer.step()
+        rows = torch.stack([part.rows for part in parts]).sum(dim=0)
+        set_biases(self.model, self.controller.update(rows, ids.numel(), max(rate, _LEAST_CONTROL)))
+        self.step += 1
+        by_device = rows.unflatten(1, (settings.device_balance.devices, -1)).sum(dim=2)
+        return Measured(
+            loss=sum(float(part.loss) for part in parts) / settings.parts,
+            draft_loss=_mean([part.draft_loss for part in parts]),
+            balance_loss=_mean([part.balance_loss for part in parts]),
+            ffn_experts=(rows.sum(dim=1) / ids.numel()).tolist(),
+            imbalance=_busiest_over_mean(rows),
+            device_imbalance=_busiest_over_mean(by_device),
+        )
+
+    def _part(self, index: int, ids: Tensor, watch: Watch) -> Part:
+        """Losses and gradients of one part of the batch, in a thread of its own."""
+        settings = self.settings
+        # Without the cache of cast weights, which threads would share.
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.bf16, cache_enabled=False):
+            logits, hidden, _ = self.model(ids)
+            routed = watch.take()
+            draft_losses = self._draft_losses(hidden, ids, index) if self.model.model.mtp is not None else []
+        main_loss = next_token_loss(logits, ids, ahead=1)
+        loss = main_loss
+        if draft_losses:
+            loss = loss + settings.draft_layer.weight * torch.stack(draft_losses).mean()
+        balance_losses = [each.loss for each in routed if each.loss is not None]
+        balance_loss = torch.stack(balance_losses).sum() if balance_losses else None
+        if balance_loss is not None:
+            loss = loss + settings.device_balance.coefficient * balance_loss
+        return Part(
+            gradients=torch.autograd.grad(loss / settings.parts, list(self.model.parameters())),
+            loss=main_loss.detach(),
+            draft_loss=draft_losses[0].detach() if draft_losses else None,
+            balance_loss=None if balance_loss is None else balance_loss.detach(),
+            rows=torch.stack([each.rows for each in routed]),
+        )
+
+    def _draft_losses(self, hidden: Tensor, ids: Tensor, index: int) -> list[Tensor]:
+        """The loss of the first draft at every position, and in some batches those of the drafts after it.
+
+        In an engine's chain, a draft after the first is made from the layer's own output at the position before, while
+        positions further back keep what the target's hidden states made of them. Here each pass takes the own
+        output of the pass before at half of the positions, drawn at random: one pass a depth, and what a position
+        attends to is as mixed as in a chain.
+        """
+        settings = self.settings.draft_layer
+        deep = self.step % settings.deep_every == 0
+        target, tokens = hidden[:, :-1], ids[:, 1:]
+        logits, own, _ = self.model.draft(target, tokens)
+        losses = [next_token_loss(logits, tokens, ahead=1)]
+        generator = torch.Generator().manual_seed(_seed(self.settings.seed, self.step * self.settings.parts + index))
+        for _ in range(1, settings.depth if deep else 1):
+            shifted = torch.cat((target[:, :1], own[:, :-1]), dim=1)
+            takes_own = (torch.rand(tokens.shape, generator=generator) < 0.5).to(self.device).unsqueeze(-1)
+            logits, own, _ = self.model.draft(torch.where(takes_own, shifted, target), tokens)
+            losses.append(next_token_loss(logits, tokens, ahead=1))
+        return losses
+
+    # -- what changes on the way -------------------------------------------------------------------------
+
+    def _grow(self) -> None:
+        before = self.optimizer_tensors()
+        layers = self.model.config.num_layers
+        self.model = grown(self.model, self.settings.model.config())
+        self.controller.grow()
+        self.optimizer = self._new_optimizer()
+        names = [name for name, _ in self.model.named_parameters()]
+        for moment in (*_MOMENTS, "step"):
+            of_moment = {
+                name.removesuffix(f"/{moment}"): t for name, t in before.items() if name.endswith(f"/{moment}")
+            }
+            self._load_moment(moment, stacked(of_moment, names, layers))
+
+    def _add_draft_layer(self) -> None:
+        """A new MTP layer, but that its embedding begins as the model's own."""
+        model = self.model
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.settings.seed + 1)
+            mtp = MTP(model.config)
+            initialize(mtp)
+        mtp.embed_tokens.weight.data.copy_(model.model.embed_tokens.weight.data)
+        model.model.mtp = mtp.to(self.device)
+        before = self.optimizer_tensors()
+        self.optimizer = self._new_optimizer()
+        self.load_optimizer_tensors(before)
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        """AdamW; norms do not decay. Moments are made at a parameter's first gradient."""
+        parameters = [p for _, p in self.model.named_parameters()]
+        groups = [
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": self.settings.weight_decay},
+            {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=self.settings.learning_rate, betas=_BETAS, eps=_EPS, fused=True)
+
+    # -- state -------------------------------------------------------------------------------------------
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """By parameter and moment, `NAME/exp_avg`, `NAME/exp_avg_sq`, `NAME/step`."""
+        state = self.optimizer.state
+        return {
+            f"{name}/{moment}": state[parameter][moment]
+            for name, parameter in self.model.named_parameters()
+            if parameter in state
+            for moment in (*_MOMENTS, "step")
+        }
+
+    def load_optimizer_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """The other way round."""
+        for moment in (*_MOMENTS, "step"):
+            suffix = f"/{moment}"
+            self._load_moment(moment, {n.removesuffix(suffix): t for n, t in tensors.items() if n.endswith(suffix)})
+
+    def _load_moment(self, moment: str, tensors: dict[str, Tensor]) -> None:
+        parameters = dict(self.model.named_parameters())
+        for name, tensor in tensors.items():
+            self.optimizer.state[parameters[name]][moment] = tensor.to(self.device).clone()
+
+    def save(self, path: Path) -> None:
+        """One safetensors file, which appears whole or not at all: weights, moments, controllers, step and curves."""
+        tensors = {f"model/{n}": t for n, t in self.model.state_dict().items()}
+        if self.settings.model.tie_word_embeddings:
+            del tensors["model/lm_head.weight"]
+        tensors |= {f"optimizer/{n}": t for n, t in self.optimizer_tensors().items()}
+        tensors |= {f"controller/{n}": t for n, t in self.controller.state_dict().items()}
+        metadata = {
+            "settings": self.settings.model_dump_json(),
+            "step": str(self.step),
+            "seconds": str(self.seconds),
+            "curves": json.dumps(asdict(self.curves)),
+        }
+        unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
+        try:
+            save_file({n: t.detach().contiguous().cpu() for n, t in tensors.items()}, unfinished, metadata)
+            unfinished.rename(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    @staticmethod
+    def settings_of(path: Path) -> Settings:
+        """Those of the run that wrote the state.
+
+        Raises:
+            OSError: if the file cannot be read.
+            ResumeError: if it is not such a state.
+        """
+        return Settings.model_validate_json(_metadata(path)["settings"])
+
+    @classmethod
+    def resumed(cls, path: Path, stream: Tensor, device: torch.device, threads: int = 1) -> Trainer:
+        """The run that wrote the state, with its settings, as it was after the last step that it had done.
+
+        Raises:
+            OSError: if the file cannot be read.
+            ResumeError: if it is not such a state.
+        """
+        metadata = _metadata(path)
+        with safe_open(path, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        trainer = cls(Settings.model_validate_json(metadata["settings"]), stream, device, threads)
+        trainer.step, trainer.seconds = int(metadata["step"]), float(metadata["seconds"])
+        trainer.curves = Curves(**json.loads(metadata["curves"]))
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "controller": {}}
+        for name, tensor in tensors.items():
+            part, rest = name.split("/", 1)
+            parts[part][rest] = tensor
+        layers = len(parts["controller"]["integral"])
+        with_mtp = any(".mtp." in name for name in parts["model"])
+        model = LongcatForCausalLM(trainer.settings.model.config(layers), with_mtp=with_mtp)
+        model.load_state_dict(parts["model"], strict=not trainer.settings.model.tie_word_embeddings)
+        trainer.model = model.to(device)
+        trainer.controller = BiasController(trainer.settings, layers)
+        trainer.controller.load_state_dict(parts["controller"])
+        trainer.optimizer = trainer._new_optimizer()
+        trainer.load_optimizer_tensors(parts["optimizer"])
+        return trainer
+
+
+def initialize(module: nn.Module) -> None:
+    """Normal weights of 0.02, but less for what is added to the residual stream; norms are 1, biases of routers 0.
+
+    At these sizes 0.02 for every matrix makes the first steps slow; a matrix's inputs are counted in.
+    """
+    for name, parameter in module.named_parameters():
+        if parameter.dim() == 1:
+            continue
+        std = _INIT_STD if "embed_tokens" in name or "lm_head" in name else 0.5 / math.sqrt(parameter.shape[-1])
+        if name.endswith(("o_proj.weight", "down_proj.weight", ".w2")):
+            std /= 2.0
+        nn.init.normal_(parameter, std=std)
+
+
+def next_token_loss(logits: Tensor, ids: Tensor, ahead: int) -> Tensor:
+    """Cross-entropy in nats a token, fp32, of logits [B, T, V] at each position for the id `ahead` of it."""
+    return F.cross_entropy(logits[:, :-ahead].flatten(0, 1).float(), ids[:, ahead:].flatten())
+
+
+def _mean(losses: Sequence[Tensor | None]) -> float | None:
+    """None where there are none."""
+    present = [float(loss) for loss in losses if loss is not None]
+    return sum(present) / len(present) if present else None
+
+
+def _busiest_over_mean(rows: Tensor) -> list[float]:
+    """rows: [layers, what there is of a kind]."""
+    return (rows.amax(dim=1) / rows.double().mean(dim=1).clamp(min=1e-9)).tolist()
+
+
+def _seed(seed: int, number: int) -> int:
+    return (seed * 1_000_003 + number) % 2**63
+
+
+def deterministic() -> None:
+    """Only kernels that give equal results on equal input, on every device; and one thread for each, for how a
+    reduction is split among threads changes its last bits."""
+    torch.set_num_threads(1)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # Nothing here reads memory that it has not written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, framework="pt") as opened:
+            metadata: dict[str, str] = opened.metadata() or {}
+    except SafetensorError as error:
+        raise ResumeError(f"{path}: truncated or not safetensors ({error}); remove it, and begin again") from None
+    if not {"settings", "step", "seconds", "curves"} <= metadata.keys():
+        raise ResumeError(f"{path}: not the state of a training run; remove it, and begin again")
+    return metadata
