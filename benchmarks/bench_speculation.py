@@ -13,7 +13,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -22,64 +22,76 @@ from rich.table import Table
 
 from benchmarks import record
 from benchmarks.bench_serving import AT_ONCE, CONFIG, NEW_TOKENS, PROMPT_TOKENS
+from longcat_cli.train_gate import read_prompts
 from longcat_core import drafting
+from longcat_core.checkpoint import read_config
+from longcat_core.config import LongcatConfig
 from longcat_core.reference import LongcatForCausalLM
 from tests.cases import drafting_tensors, in_dtype, write_checkpoint
 from tests.harness import engine
 
 DRAFT_TOKENS = (1, 3)
-TRAINING_PROMPTS = 16
+TRAINING_PROMPTS, TRAINING_TOKENS = 16, 96
 
 
-def main(rounds: int = 3) -> None:
+def main(
+    checkpoint: Annotated[Path | None, typer.Option(help="Measure this one, with its own prompts.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text, one prompt a line, for that checkpoint.")] = None,
+    rounds: int = 3,
+) -> None:
     console = Console(stderr=True)
-    generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(CONFIG.vocab_size, (TRAINING_PROMPTS + max(AT_ONCE), PROMPT_TOKENS), generator=generator)
-    training, asked = prompts[:TRAINING_PROMPTS].tolist(), prompts[TRAINING_PROMPTS:].tolist()
     with tempfile.TemporaryDirectory() as temporary, console.status("") as status:
-        status.update("making a checkpoint")
-        tensors = in_dtype(drafting_tensors(CONFIG, disagreement=0.25), torch.bfloat16)
-        plain = write_checkpoint(Path(temporary) / "plain", CONFIG, tensors)
-        gated = Path(shutil.copytree(plain, Path(temporary) / "gated"))
+        plain, gated = Path(temporary) / "plain", Path(temporary) / "gated"
+        if checkpoint is not None and prompts is not None:
+            shutil.copytree(checkpoint, plain, ignore=shutil.ignore_patterns(str(drafting.GATE_FILE.parent)))
+            config = read_config(plain)
+            texts = read_prompts(prompts, plain, config, NEW_TOKENS)
+        else:
+            status.update("making a checkpoint")
+            config = CONFIG
+            write_checkpoint(plain, config, in_dtype(drafting_tensors(config, disagreement=0.25), torch.bfloat16))
+            shape = (TRAINING_PROMPTS + max(AT_ONCE), PROMPT_TOKENS)
+            texts = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).tolist()
+        asked, training = texts[: max(AT_ONCE)], texts[max(AT_ONCE) : max(AT_ONCE) + TRAINING_PROMPTS]
+        shutil.copytree(plain, gated)
         status.update("training a gate")
-        write_gate(gated, training)
+        write_gate(gated, config, training)
         rows = []
         runs = [(plain, None), *itertools.product((plain, gated), DRAFT_TOKENS), (plain, None)]
         for directory, draft_tokens in runs:
-            name = "no drafts" if draft_tokens is None else f"k = {draft_tokens}"
-            status.update(f"{engine.NAME}, {name}, {directory.name}")
-            rows.append(
-                {"drafts": name, "gate": directory is gated, **measured(directory, draft_tokens, asked, rounds)}
-            )
+            name = "none" if draft_tokens is None else str(draft_tokens)
+            status.update(f"{engine.NAME}, {name} drafts, {directory.name}")
+            found = measured(directory, draft_tokens, asked, rounds)
+            rows.append({"drafts": name, "gate": directory is gated, **found})
     for row in rows:
         for n in AT_ONCE:
             base = (rows[0][f"tokens/s at {n}"] + rows[-1][f"tokens/s at {n}"]) / 2
             row[f"ratio at {n}"] = round(row[f"tokens/s at {n}"] / base, 2)
-    table = Table(*rows[0])
+    table = Table(*rows[1])
     for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
+        table.add_row(*(str(row.get(column, "")) for column in rows[1]))
     Console(width=160).print(table)
-    settings = {"prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS, "model": CONFIG.to_hf()}
-    print(record.write("speculation", rows, **settings))
+    print(record.write("speculation", rows, new_tokens=NEW_TOKENS, model=config.to_hf()))
 
 
-def write_gate(directory: Path, prompts: list[list[int]]) -> None:
+def write_gate(directory: Path, config: LongcatConfig, prompts: list[list[int]]) -> None:
     """As `longcat train-gate` does it, of tokens rather than text."""
     model, steps = LongcatForCausalLM.from_checkpoint(directory), max(DRAFT_TOKENS)
-    chains = [drafting.draft_chains(model, p, model.generate(p, NEW_TOKENS), steps) for p in prompts]
+    chains = [drafting.draft_chains(model, p, model.generate(p, TRAINING_TOKENS), steps) for p in prompts]
     trained, judged = chains[: len(chains) // 2], chains[len(chains) // 2 :]
     gate = drafting.train(trained, seed=0)
     gate.threshold = drafting.choose(drafting.trade_off(gate, judged, [n / 50 for n in range(50)])).threshold
-    drafting.save(gate, directory, drafting.fingerprint(directory, CONFIG))
+    drafting.save(gate, directory, drafting.fingerprint(directory, config))
 
 
 def measured(directory: Path, draft_tokens: int | None, prompts: list[list[int]], rounds: int) -> dict[str, Any]:
-    """Accepted length (tokens a verification), drafts verified and accepted, and tokens a second."""
+    """Tokens a verification (the accepted length), and tokens a second."""
     with engine.serving(directory, dtype="bfloat16", draft_tokens=draft_tokens, prefix_caching=False) as served:
-        found: dict[str, Any] = {"tokens a step": 1.0}
+        found: dict[str, Any] = {}
         if draft_tokens is not None:
             accepted = [taken for each in served.speculated(prompts, NEW_TOKENS) for taken in each.accepted]
-            found["tokens a step"] = round(1 + statistics.mean(accepted), 2)
+            found["accepted length"] = round(1 + statistics.mean(accepted), 2)
+            found["first drafts accepted"] = round(statistics.mean(taken > 0 for taken in accepted), 2)
         for n in AT_ONCE:
             seconds = []
             for _ in range(rounds + 1):  # the first warms up
