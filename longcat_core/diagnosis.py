@@ -37,12 +37,20 @@ def hook_findings(engine: Engine, hooked: dict[str, str], package: str, group: s
     return findings
 
 
-def checkpoint_finding(directory: Path) -> Finding:
-    from longcat_core import checkpoint  # which needs torch, and the command line starts without
+def checkpoint_findings(directory: Path) -> list[Finding]:
+    """Of the checkpoint, and of its gate for drafts, if it has one."""
+    from longcat_core import checkpoint, drafting  # which need torch, and the command line starts without
 
     try:
         config = checkpoint.read_config(directory)
         checkpoint.verify(directory, config)
     except ValueError as error:
-        return Finding("checkpoint", str(directory), str(error))
-    return Finding("checkpoint", f"{directory}: {config.total_parameters / 1e6:,.0f} M parameters, complete")
+        return [Finding("checkpoint", str(directory), str(error))]
+    found = [Finding("checkpoint", f"{directory}: {config.total_parameters / 1e6:,.0f} M parameters, complete")]
+    try:
+        gate = drafting.load(directory, config)
+    except ValueError as error:
+        return [*found, Finding("draft gate", str(directory / drafting.GATE_FILE), str(error))]
+    if gate is not None:
+        found.append(Finding("draft gate", f"verifies drafts with a score of {gate.threshold:g} or more"))
+    return found

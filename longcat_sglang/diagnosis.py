@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from longcat_core.diagnosis import Finding, checkpoint_finding, hook_findings, version_of
+from longcat_core.diagnosis import Finding, checkpoint_findings, hook_findings, version_of
 from longcat_sglang import compat
 
 
@@ -26,7 +26,7 @@ def diagnose(checkpoint: Path | None = None) -> list[Finding]:
     findings += hook_findings(compat.SGLANG, compat.hooked(), "longcat_sglang", "sglang.srt.plugins", left_out="")
     findings.append(_platform())
     if checkpoint is not None:
-        findings.append(checkpoint_finding(checkpoint))
+        findings += checkpoint_findings(checkpoint)
     if not any(finding.problem for finding in findings):
         findings += _implementations()
     return findings

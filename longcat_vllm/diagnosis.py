@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longcat_core.config import LongcatConfig
-from longcat_core.diagnosis import Finding, checkpoint_finding, hook_findings, version_of
+from longcat_core.diagnosis import Finding, checkpoint_findings, hook_findings, version_of
 from longcat_vllm import compat
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def diagnose(checkpoint: Path | None = None) -> list[Finding]:
     findings += _hooks()
     findings.append(_platform())
     if checkpoint is not None:
-        findings.append(checkpoint_finding(checkpoint))
+        findings += checkpoint_findings(checkpoint)
     if not any(finding.problem for finding in findings):
         findings += _implementations(checkpoint)
     return findings
