@@ -93,6 +93,7 @@ def _train_gate(
     model_id = drafting.fingerprint(directory, config)
     prompts = read_prompts(prompts_file, directory, config, new_tokens)
     _check_folder(directory / drafting.GATE_FILE.parent)
+    _check_memory(directory, config)
     with console.status("loading the checkpoint"):
         model = LongcatForCausalLM.from_checkpoint(directory)
 
@@ -235,6 +236,16 @@ def _check_folder(folder: Path) -> None:
     foreign = sorted({path.name for path in folder.iterdir()} - {GATE_FILE.name, PLOT}) if folder.exists() else []
     if foreign:
         raise TrainingError(f"{folder} holds {', '.join(foreign)}, which training did not write; move it elsewhere")
+
+
+def _check_memory(directory: Path, config: LongcatConfig) -> None:
+    """The reference holds the model in fp32, beside the checkpoint's tensors while it loads them."""
+    weights, memory = 4 * config.total_parameters, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if weights > memory:
+        raise TrainingError(
+            f"{directory}: {weights / 1e9:,.0f} GB in float32, and this machine has {memory / 1e9:,.0f} GB of memory; "
+            "train the gate on a machine that can hold the model"
+        )
 
 
 def _write(gate: DraftGate, directory: Path, model_id: str, trade_offs: Sequence[TradeOff], chosen: TradeOff) -> None:

@@ -48,7 +48,7 @@ def checkpoint_findings(directory: Path) -> list[Finding]:
         return [Finding("checkpoint", str(directory), str(error))]
     found = [Finding("checkpoint", f"{directory}: {config.total_parameters / 1e6:,.0f} M parameters, complete")]
     try:
-        gate = drafting.load(directory, config)
+        gate = drafting.load(directory)
     except ValueError as error:
         return [*found, Finding("draft gate", str(directory / drafting.GATE_FILE), str(error))]
     if gate is not None:

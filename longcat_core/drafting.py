@@ -303,12 +303,14 @@ def save(gate: DraftGate, directory: Path, fingerprint: str) -> None:
     path.chmod(0o644)  # safetensors makes files that only their owner can read
 
 
-def load(directory: Path, config: LongcatConfig) -> DraftGate | None:
+def load(directory: Path) -> DraftGate | None:
     """The gate of the checkpoint in `directory`, on the CPU, or None where it has none.
+
+    Whose it is goes by the checkpoint's own `config.json`, whatever an engine was told to read it as.
 
     Raises:
         GateError: if the file is not a gate of this version, or belongs to another model.
-        CheckpointError: if there is a gate, but the checkpoint has no MTP layer or cannot be read.
+        ConfigError, CheckpointError: if there is a gate, but the checkpoint has no MTP layer or cannot be read.
     """
     path = directory / GATE_FILE
     if not path.exists():
@@ -335,6 +337,6 @@ def load(directory: Path, config: LongcatConfig) -> DraftGate | None:
     if unfit := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise GateError(f"{path}: {', '.join(unfit)} not finite; {again}")
     gate.load_state_dict(tensors)
-    if (theirs := metadata.get("fingerprint")) != (ours := fingerprint(directory, config)):
+    if (theirs := metadata.get("fingerprint")) != (ours := fingerprint(directory, checkpoint.read_config(directory))):
         raise GateError(f"{path}: belongs to another model, fingerprint {theirs}, wanted {ours}; {again}")
     return gate.requires_grad_(False).eval()

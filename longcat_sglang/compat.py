@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from sglang.srt.speculative.eagle_info import EagleVerifyInput
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
+logger = logging.getLogger(__name__)
 ARCHITECTURE = "LongcatFlashForCausalLM"
 SGLANG = Engine(
     name="SGLang",
@@ -175,12 +177,12 @@ def check_deployment(server_args: Any, settings: Any, hf_config: Any) -> None:
     directory = Path(settings.model_path)
     if directory.is_dir() and settings.load_format != "dummy":
         checkpoint.verify(directory, hf_config.longcat, requires_mtp=_algorithm(settings) in MTP_ALGORITHMS)
+    if _algorithm(settings) in MTP_ALGORITHMS:
+        _say_whether_a_gate_is_used(settings)
 
 
 def _unsupported(server_args: Any, settings: Any, hf_config: Any) -> list[str]:
     """Options that SGLang would accept for LongCat-Flash and then get wrong, each with what to do."""
-    from longcat_core import drafting
-
     longcat, problems = hf_config.longcat, []
     quantization = settings.quantization or (longcat.is_quantized and hf_config.quantization_config.get("quant_method"))
     if quantization:
@@ -216,8 +218,6 @@ def _unsupported(server_args: Any, settings: Any, hf_config: Any) -> list[str]:
     if longcat.n_routed_experts % settings.ep_size:
         problems.append(f"ep_size: {settings.ep_size}, wanted a divisor of the {longcat.n_routed_experts} FFN experts")
     problems += _unsupported_speculation(server_args, settings)
-    if _algorithm(settings) in MTP_ALGORITHMS and drafting.load(Path(settings.model_path), longcat) is not None:
-        problems += _unsupported_with_gate(settings)
     if settings.enable_eplb:
         problems.append(
             "expert load balancing (EPLB) is not there yet: SGLang looks each id up in tables of FFN experts, "
@@ -263,21 +263,31 @@ def _unsupported_speculation(server_args: Any, settings: Any) -> list[str]:
     return problems
 
 
-def _unsupported_with_gate(settings: Any) -> list[str]:
-    """Options with which the number of drafts is fixed before a gate can judge them, or drafts are not its own."""
-    from longcat_core.drafting import GATE_FILE
+def _say_whether_a_gate_is_used(settings: Any) -> None:
+    from longcat_core import drafting
 
-    problems = []
+    gate = drafting.load(Path(settings.model_path))
+    if gate is None:
+        return
+    if obstacles := _in_the_way_of_a_gate(settings):
+        logger.warning("The checkpoint's draft gate is not used, and all drafts are verified: %s", "; ".join(obstacles))
+    else:
+        logger.info("The checkpoint's draft gate holds back drafts with a score under %g.", gate.threshold)
+
+
+def _in_the_way_of_a_gate(settings: Any) -> list[str]:
+    """Options with which the number of drafts is fixed before a gate can judge them, or drafts are not its own."""
+    obstacles = []
     if settings.device != "cpu":
-        problems.append(f"device: {settings.device!r}, wanted 'cpu': CUDA graphs verify a fixed number of drafts")
+        obstacles.append(f"device is {settings.device!r}, where graphs verify a fixed number of drafts")
     if (settings.speculative_eagle_topk or 1) > 1:
-        problems.append(f"speculative_eagle_topk: {settings.speculative_eagle_topk}, wanted 1, as it judges chains")
-    problems += [
-        f"{option}; leave --{option.replace('_', '-')} out"
+        obstacles.append(f"speculative_eagle_topk is {settings.speculative_eagle_topk}, wanted 1, as it judges chains")
+    obstacles += [
+        f"{option} is set; leave --{option.replace('_', '-')} out"
         for option in ("speculative_adaptive", "speculative_use_rejection_sampling")
         if getattr(settings, option)
     ]
-    return [f"{GATE_FILE} cannot be used with {problem}; or remove that file" for problem in problems]
+    return obstacles
 
 
 def _algorithm(settings: Any) -> str | None:
@@ -409,15 +419,14 @@ def _gated_where_there_is_a_gate(
     algorithm: SpeculativeAlgorithm,
     server_args: ServerArgs,
 ) -> type:
-    from sglang.srt.arg_groups.overrides import model_config_of
+    from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
 
     from longcat_core import drafting
 
     worker = original(algorithm, server_args)
-    hf_config = model_config_of(server_args).hf_config
-    if not algorithm.is_eagle() or not is_longcat(hf_config):
+    if not algorithm.is_eagle() or not is_longcat(model_config_of(server_args).hf_config):
         return worker
-    if drafting.load(Path(server_args.model_path), hf_config.longcat) is None:
+    if drafting.load(Path(server_args.model_path)) is None or _in_the_way_of_a_gate(resolving_view(server_args)):
         return worker
     from longcat_sglang.speculation import GatedWorker
 

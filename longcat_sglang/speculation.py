@@ -34,7 +34,7 @@ class GatedWorker(EAGLEWorkerV2):
     def __init__(self, server_args: ServerArgs, *args: Any, **kwargs: Any) -> None:
         super().__init__(server_args, *args, **kwargs)
         runner = self.draft_worker.draft_runner
-        gate = drafting.load(Path(server_args.model_path), runner.model_config.hf_config.longcat)
+        gate = drafting.load(Path(server_args.model_path))
         assert gate is not None, "compat.install_draft_gate asks for this worker where there is one"
         self._gate = gate.to(self.device)
         self._most = self.speculative_num_draft_tokens - 1
@@ -45,7 +45,7 @@ class GatedWorker(EAGLEWorkerV2):
         runner.forward = self._draft_and_note
         self._held_back: Counter | None = None
         if server_args.enable_metrics and get_parallel().tp_rank == 0:
-            help_text = "Drafts that a gate held back from verification."
+            help_text = "Drafts that a gate held back; a batch verifies as many as its longest chain all the same."
             labelled = Counter(HELD_BACK, help_text, labelnames=["model_name"])
             self._held_back = labelled.labels(model_name=server_args.served_model_name)
 

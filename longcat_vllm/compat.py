@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     import torch
     from vllm.config import ModelConfig, VllmConfig
 
+    from longcat_core.drafting import DraftGate
+
 ARCHITECTURE = "LongcatFlashForCausalLM"
 DRAFT_ARCHITECTURE = "LongCatFlashMTPModel"
 """What vLLM calls the MTP layer of any model whose model_type is longcat_flash (config/speculative.py)."""
@@ -23,6 +26,10 @@ VLLM = Engine(
     supported=SpecifierSet(">=0.32,<0.34"),
     supported_text="0.32 or 0.33",
 )
+
+
+logger = logging.getLogger(f"vllm.{__name__}")
+"""Among vLLM's own, whose handlers it takes."""
 
 
 def install_config_class() -> None:
@@ -63,10 +70,11 @@ def install_config_check() -> None:
         raise RuntimeError(f"{entry.__module__}.{entry.__qualname__} is there already, wanted no entry")
 
 
-def mend_cpu_sampling() -> None:
+def mend_cpu_runner() -> None:
     """Called when a LongCat model is built on a CPU."""
     _keep_generators_out_of_discarded_chunks()
     _expand_sampling_parameters_to_drafts()
+    _give_drafts_lengths_of_their_own()
 
 
 def _keep_generators_out_of_discarded_chunks() -> None:
@@ -108,6 +116,29 @@ def _expand_sampling_parameters_to_drafts() -> None:
     register_kernels({"vllm.v1.sample.rejection_sampler.expand_kernel": expand})
 
 
+def _give_drafts_lengths_of_their_own() -> None:
+    """Keep a batch's lengths apart from the upper bound of them that vLLM has for the host.
+
+    Without it: the second draft of a chain and those after it attend to a slot that nobody has written, or that a
+    rejected draft has. On a CPU `prepare_inputs` makes both one tensor, as there is nothing to copy
+    (`async_tensor_h2d`), and each step of a chain adds one to either (v1/spec_decode/llm_base_proposer.py in 0.32).
+    Remove when: they are two tensors on a CPU too.
+    """
+    from vllm.v1.spec_decode.eagle import EagleProposer
+
+    prepare_inputs = EagleProposer.prepare_inputs
+    if prepare_inputs.__module__ == __name__:
+        return
+
+    def with_lengths_of_its_own(proposer: EagleProposer, *args: Any, **kwargs: Any) -> Any:
+        metadata, token_indices = prepare_inputs(proposer, *args, **kwargs)
+        if is_longcat(proposer.vllm_config.model_config):
+            metadata.seq_lens = metadata.seq_lens.clone()
+        return metadata, token_indices
+
+    EagleProposer.prepare_inputs = with_lengths_of_its_own
+
+
 def expand(
     output: torch.Tensor, values: torch.Tensor, ends: torch.Tensor, replace_from: float, replace_to: float, _: int
 ) -> None:
@@ -123,41 +154,48 @@ def check_deployment(vllm_config: VllmConfig) -> None:
     VLLM.require_supported()
     model = vllm_config.model_config
     config = LongcatConfig.from_hf(model.hf_config)
-    is_gated = drafts_with_mtp(vllm_config) and drafting.load(Path(model.model), config) is not None
-    problems = _unsupported(vllm_config) + (_unsupported_with_gate(vllm_config) if is_gated else [])
+    gate = drafting.load(Path(model.model)) if drafts_with_mtp(vllm_config) else None
+    problems = _unsupported(vllm_config)
     if problems:
         raise ValueError("LongCat-Flash cannot be served like this:\n  " + "\n  ".join(problems))
     directory = Path(model.model)
     if directory.is_dir() and vllm_config.load_config.load_format != "dummy":
         checkpoint.verify(directory, config, requires_mtp=drafts_with_mtp(vllm_config))
-    if is_gated:
-        _make_room_for_gate(vllm_config)
+    if gate is not None:
+        _make_room_for(gate, vllm_config)
 
 
-def _unsupported_with_gate(vllm_config: VllmConfig) -> list[str]:
-    """Options with which the number of drafts is fixed before a gate can judge them, or drafts are not its own."""
-    from longcat_core.drafting import GATE_FILE
+def _make_room_for(gate: DraftGate, vllm_config: VllmConfig) -> None:
+    """Schedule once the drafts are judged, and count those that are held back; or say why all will be verified."""
+    from longcat_vllm.speculation import GATE_SCHEDULER, HeldBackDrafts
 
-    speculation, scheduler = vllm_config.speculative_config, vllm_config.scheduler_config
-    problems = []
-    if vllm_config.use_v2_model_runner:
-        problems.append("a model runner that drafts a fixed number of tokens; set VLLM_USE_V2_MODEL_RUNNER=0")
-    if scheduler.async_scheduling:
-        problems.append("async_scheduling, which draws up a step before its drafts are there; leave it out")
-    if speculation.draft_sample_method != "greedy":
-        problems.append(f"draft_sample_method: {speculation.draft_sample_method!r}, wanted 'greedy'")
-    if scheduler.scheduler_cls is not None:
-        problems.append(f"scheduler_cls: {scheduler.scheduler_cls!r}, wanted none")
-    return [f"{GATE_FILE} cannot be used with {problem}; or remove that file" for problem in problems]
-
-
-def _make_room_for_gate(vllm_config: VllmConfig) -> None:
-    """Schedule once the drafts are judged, and count those that are held back."""
-    from longcat_vllm.speculation import GateScheduler, HeldBackDrafts
-
-    vllm_config.scheduler_config.async_scheduling = False
-    vllm_config.scheduler_config.scheduler_cls = f"{GateScheduler.__module__}.{GateScheduler.__qualname__}"
+    scheduler = vllm_config.scheduler_config
+    obstacles = _in_the_way_of_a_gate(vllm_config)
+    if obstacles:
+        logger.warning("The checkpoint's draft gate is not used, and all drafts are verified: %s", "; ".join(obstacles))
+        return
+    logger.info("The checkpoint's draft gate holds back drafts with a score under %g.", gate.threshold)
+    scheduler.async_scheduling = False
+    scheduler.scheduler_cls = GATE_SCHEDULER
+    vllm_config.speculative_config.disable_padded_drafter_batch = True
     HeldBackDrafts.collect()
+
+
+def _in_the_way_of_a_gate(vllm_config: VllmConfig) -> list[str]:
+    """Options with which the number of drafts is fixed before a gate can judge them, or drafts are not its own."""
+    speculation, scheduler = vllm_config.speculative_config, vllm_config.scheduler_config
+    obstacles = []
+    if vllm_config.use_v2_model_runner:
+        obstacles.append("this model runner drafts a fixed number of tokens; set VLLM_USE_V2_MODEL_RUNNER=0")
+    if scheduler.async_scheduling:
+        obstacles.append("async_scheduling draws up a step before its drafts are there; leave it out")
+    if speculation.draft_sample_method != "greedy":
+        obstacles.append(f"draft_sample_method is {speculation.draft_sample_method!r}, wanted 'greedy'")
+    if speculation.num_speculative_tokens_per_batch_size:
+        obstacles.append("num_speculative_tokens_per_batch_size chooses the number of drafts; leave it out")
+    if scheduler.scheduler_cls is not None:
+        obstacles.append(f"scheduler_cls is {scheduler.scheduler_cls!r}, wanted none")
+    return obstacles
 
 
 def install_draft_gate() -> None:

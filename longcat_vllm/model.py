@@ -37,7 +37,7 @@ from vllm.v1.attention.backend import AttentionBackend
 
 from longcat_core import checkpoint, rotary
 from longcat_core.config import LongcatConfig
-from longcat_vllm.compat import VLLM, mend_cpu_sampling
+from longcat_vllm.compat import VLLM, mend_cpu_runner
 from longcat_vllm.moe import LongcatMoE
 
 VLLM.require_supported()
@@ -294,7 +294,7 @@ class LongcatFlashForCausalLM(LongcatCausalLM, SupportsPP):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config, LongcatConfig.from_hf(vllm_config.model_config.hf_config))
         if current_platform.is_cpu():
-            mend_cpu_sampling()
+            mend_cpu_runner()
         self.model = LongcatModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         config = self.config
         if get_pp_group().is_last_rank:

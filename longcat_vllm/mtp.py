@@ -18,7 +18,7 @@ from longcat_core import checkpoint, drafting, rotary
 from longcat_core.config import LongcatConfig
 from longcat_vllm.compat import install_draft_gate, is_longcat
 from longcat_vllm.model import LongcatAttention, LongcatCausalLM, LongcatFFN, load_published
-from longcat_vllm.speculation import GatedDrafts
+from longcat_vllm.speculation import GATE_SCHEDULER, GatedDrafts
 
 
 class LongcatMTPLayer(nn.Module):
@@ -94,9 +94,10 @@ class LongcatFlashMTP(LongcatCausalLM):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config, LongcatConfig.from_hf(vllm_config.model_config.hf_config))
         self.model = LongcatMTPModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
-        gate = drafting.load(Path(vllm_config.model_config.model), self.config)
         self.gated_drafts: GatedDrafts | None = None
-        if gate is not None:
+        if vllm_config.scheduler_config.scheduler_cls == GATE_SCHEDULER:
+            gate = drafting.load(Path(vllm_config.model_config.model))
+            assert gate is not None, "the scheduler is chosen where there is a gate"
             self.gated_drafts = GatedDrafts(gate.to(vllm_config.device_config.device))
             install_draft_gate()
 

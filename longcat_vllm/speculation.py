@@ -12,14 +12,20 @@ from prometheus_client import REGISTRY
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.multiprocess import MultiProcessCollector
 from torch import Tensor
+from vllm.logger import init_logger
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from longcat_core.drafting import DraftGate, draft_features
 
 if TYPE_CHECKING:
-    from vllm.v1.outputs import DraftTokenIds
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+
+logger = init_logger(f"vllm.{__name__}")
 
 HELD_BACK = "vllm:spec_decode_num_draft_tokens_held_back"
+GATE_SCHEDULER = f"{__name__}.GateScheduler"
 METRICS_DIRECTORY = "LONGCAT_METRICS_DIRECTORY"
 """Variable: where processes of one server share what they count."""
 
@@ -57,19 +63,38 @@ class GatedDrafts:
 
 
 class GateScheduler(Scheduler):
-    """vLLM's scheduler, which counts the drafts that a gate has held back."""
+    """vLLM's scheduler, which counts what a gate has held back, and steps in which that was every draft of a request:
+    vLLM's own count of drafts, and so its accepted length, would leave these out."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         model_name = self.vllm_config.model_config.served_model_name
         self._held_back = HeldBackDrafts(model_name, engine=self.vllm_config.parallel_config.data_parallel_index)
+        self._without_drafts: set[str] = set()
+        """Requests that go into their next step with all of their drafts held back."""
+        self._steps_without_drafts = 0
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         super().update_draft_token_ids(draft_token_ids)
         for request_id, drafts in zip(draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True):
             request = self.requests.get(request_id)
-            if request is not None and not request.is_finished() and not request.is_prefill_chunk:
-                self._held_back.add(self.num_spec_tokens - len(drafts))
+            if request is None or request.is_finished() or request.is_prefill_chunk:
+                continue
+            self._held_back.add(self.num_spec_tokens - len(drafts))
+            if not drafts:
+                self._without_drafts.add(request_id)
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
+        self._steps_without_drafts = len(self._without_drafts & scheduler_output.num_scheduled_tokens.keys())
+        self._without_drafts.clear()
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def make_stats(self, spec_decoding_stats: SpecDecodingStats | None = None, *args: Any, **kwargs: Any) -> Any:
+        for _ in range(self._steps_without_drafts if self.log_stats else 0):
+            spec_decoding_stats = spec_decoding_stats or SpecDecodingStats.new(self.num_spec_tokens)
+            spec_decoding_stats.observe_draft(num_draft_tokens=0, num_accepted_tokens=0)
+        self._steps_without_drafts = 0
+        return super().make_stats(spec_decoding_stats, *args, **kwargs)
 
 
 class HeldBackDrafts:
@@ -79,8 +104,15 @@ class HeldBackDrafts:
     and with the collector that prometheus_client has for servers of several processes.
     """
 
+    _values: MmapedDict | None
+
     def __init__(self, model_name: str, engine: int) -> None:
-        directory = os.environ.get("PROMETHEUS_MULTIPROC_DIR") or os.environ[METRICS_DIRECTORY]
+        directory = os.environ.get("PROMETHEUS_MULTIPROC_DIR") or os.environ.get(METRICS_DIRECTORY, "")
+        if not directory or not Path(directory).is_dir():
+            # As for an engine on another machine than its server.
+            logger.warning("Drafts that the gate holds back are not counted: no directory is shared with the server.")
+            self._values = None
+            return
         self._values = MmapedDict(str(Path(directory) / f"counter_longcat{os.getpid()}.db"))
         self._key = mmap_key(
             HELD_BACK,
@@ -92,6 +124,8 @@ class HeldBackDrafts:
         self.add(0)
 
     def add(self, drafts: int) -> None:
+        if self._values is None:
+            return
         value, _ = self._values.read_value(self._key)
         self._values.write_value(self._key, value + drafts, 0.0)
 

@@ -80,7 +80,7 @@ def test_a_gate_and_its_plot_are_written_into_the_checkpoint(directory: Path, pr
 def test_the_gate_is_trained_on_some_prompts_and_chosen_on_the_others(directory: Path, prompts: Path) -> None:
     result = run(directory, prompts, "--held-out", "0.4", "--max-loss", "0.1", "--seed", "2")
     assert result.exit_code == 0, result.output
-    gate = drafting.load(directory, DEFAULT)
+    gate = drafting.load(directory)
     assert gate is not None
 
     model = LongcatForCausalLM.from_checkpoint(directory)
@@ -121,7 +121,7 @@ def test_the_gate_is_trained_on_some_prompts_and_chosen_on_the_others(directory:
 def test_a_given_threshold_is_taken_and_shown(directory: Path, prompts: Path) -> None:
     result = run(directory, prompts, "--threshold", "0.333")
     assert result.exit_code == 0, result.output
-    gate = drafting.load(directory, DEFAULT)
+    gate = drafting.load(directory)
     assert gate is not None
     assert gate.threshold == 0.333
     (row,) = (line for line in result.stdout.splitlines() if "chosen" in line)
@@ -139,7 +139,7 @@ def test_the_same_seed_gives_the_same_gate_in_place_of_the_one_before(directory:
     gates = []
     for seed in ("0", "1", "0"):
         assert run(directory, prompts, "--seed", seed).exit_code == 0
-        gates.append(drafting.load(directory, DEFAULT))
+        gates.append(drafting.load(directory))
     first, other, again = (dict(gate.state_dict(), threshold=torch.tensor(gate.threshold)) for gate in gates if gate)
     assert not torch.equal(first["hidden.weight"], other["hidden.weight"])
     assert all(torch.equal(first[name], again[name]) for name in first)

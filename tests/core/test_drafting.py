@@ -303,7 +303,7 @@ def rewrite(directory: Path, change: Callable[[dict[str, Tensor], dict[str, str]
 
 def test_a_gate_is_read_as_it_was_written(directory: Path) -> None:
     torch.manual_seed(1)
-    written, read = DraftGate(), drafting.load(directory, DEFAULT)
+    written, read = DraftGate(), drafting.load(directory)
     assert read is not None
     assert read.threshold == 0.35
     assert not read.training
@@ -315,7 +315,7 @@ def test_a_gate_is_fp32_on_the_cpu_whatever_an_engine_has_made_the_default(direc
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
-            gate = drafting.load(directory, DEFAULT)
+            gate = drafting.load(directory)
     finally:
         torch.set_default_dtype(torch.float32)
     assert gate is not None
@@ -324,7 +324,7 @@ def test_a_gate_is_fp32_on_the_cpu_whatever_an_engine_has_made_the_default(direc
 
 
 def test_a_checkpoint_without_a_gate_has_none(tmp_path: Path) -> None:
-    assert drafting.load(write_checkpoint(tmp_path, DEFAULT, published(DEFAULT)), DEFAULT) is None
+    assert drafting.load(write_checkpoint(tmp_path, DEFAULT, published(DEFAULT))) is None
 
 
 def test_a_gate_is_not_taken_for_weights_of_the_model(directory: Path) -> None:
@@ -356,7 +356,7 @@ def test_a_file_that_is_no_gate_is_refused_by_name(name: str, directory: Path) -
     change, complaint = BAD_FILES[name]
     rewrite(directory, change)
     with pytest.raises(GateError, match=complaint) as refusal:
-        drafting.load(directory, DEFAULT)
+        drafting.load(directory)
     assert str(directory / drafting.GATE_FILE) in str(refusal.value)
     assert "longcat train-gate" in str(refusal.value)
 
@@ -366,19 +366,19 @@ def test_a_truncated_gate_is_refused(size: int, directory: Path) -> None:
     path = directory / drafting.GATE_FILE
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(GateError, match="truncated or not safetensors"):
-        drafting.load(directory, DEFAULT)
+        drafting.load(directory)
 
 
 def test_a_gate_of_another_model_is_refused(directory: Path) -> None:
     checkpoint.save(published(DEFAULT, seed=1), directory)
     with pytest.raises(GateError, match="belongs to another model"):
-        drafting.load(directory, DEFAULT)
+        drafting.load(directory)
 
 
 def test_a_gate_without_an_mtp_layer_is_refused(directory: Path) -> None:
     checkpoint.save(published(DEFAULT, with_mtp=False), directory)
     with pytest.raises(CheckpointError, match=r"no MTP layer .* model\.mtp\.norm\.weight \[64\]"):
-        drafting.load(directory, DEFAULT)
+        drafting.load(directory)
 
 
 # -- whose gate it is ----------------------------------------------------------------------------------

@@ -134,7 +134,7 @@ def speculation_flags(draft_tokens: int) -> list[str]:
 def speculation_metrics(steps: Sequence[Step]) -> dict[str, float]:
     """What the server has to count for these verifications."""
     return {
-        "vllm:spec_decode_num_drafts_total": sum(step.verified > 0 for step in steps),
+        "vllm:spec_decode_num_drafts_total": len(steps),
         "vllm:spec_decode_num_draft_tokens_total": sum(step.verified for step in steps),
         "vllm:spec_decode_num_accepted_tokens_total": sum(step.accepted for step in steps),
     }
