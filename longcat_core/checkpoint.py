@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -203,6 +203,26 @@ class Audit:
             raise CheckpointError(
                 f"the checkpoint does not match its config.json ({len(problems)} problems):\n  {listed}"
             )
+
+
+def audited(
+    weights: Iterable[tuple[str, Tensor]], config: LongcatConfig, *, is_partial: bool, requires_mtp: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that are to be loaded, one at a time.
+
+    is_partial: none is missed, as in an update of a running model; requires_mtp: see `Audit.raise_for_all`.
+
+    Raises:
+        CheckpointError: after the last one, listing every tensor that was extra, misshapen, or missing.
+    """
+    audit = Audit(config)
+    for name, tensor in weights:
+        if audit.accepts(name, tuple(tensor.shape), tensor.dtype):
+            yield name, tensor
+    if is_partial:
+        audit.raise_for_unexpected()
+    else:
+        audit.raise_for_all(requires_mtp)
 
 
 def verify(directory: Path, config: LongcatConfig, requires_mtp: bool = False) -> None:

@@ -1,10 +1,10 @@
-"""An engine as both engine packages see it: which versions are served, and what could not be hooked into it."""
+"""An engine as both engine packages see it: versions, what could not be hooked into it, what it cannot be asked for."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from packaging.specifiers import SpecifierSet
@@ -70,3 +70,25 @@ class Engine:
         if self.failures:
             failures = "; ".join(f"{name}: {reason}" for name, reason in self.failures.items())
             raise UnsupportedEngineError(f"longcat-serving could not hook into {self.name} {version}: {failures}")
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Raise ValueError with every problem of a deployment, each naming what to do, if there are any."""
+    if problems:
+        raise ValueError("LongCat-Flash cannot be served like this:\n  " + "\n  ".join(problems))
+
+
+def unsupported_quantization(method: str) -> str:
+    """The problem of a checkpoint or an option that asks for quantisation, to be told with `refuse`."""
+    return (
+        f"quantization: {method!r}, wanted none so far; give a bfloat16 or float32 checkpoint, "
+        "and leave --quantization out"
+    )
+
+
+def tell_of_gate(threshold: float, obstacles: Sequence[str], log: logging.Logger) -> None:
+    """Say in the engine's log whether a checkpoint's draft gate is used, or what is in its way."""
+    if obstacles:
+        log.warning("The checkpoint's draft gate is not used, and all drafts are verified: %s", "; ".join(obstacles))
+    else:
+        log.info("The checkpoint's draft gate holds back drafts with a score under %g.", threshold)

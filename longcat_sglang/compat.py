@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from sglang.srt.speculative.eagle_info import EagleVerifyInput
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-logger = logging.getLogger(__name__)
 ARCHITECTURE = "LongcatFlashForCausalLM"
 SGLANG = Engine(
     name="SGLang",
@@ -149,157 +147,20 @@ def install_config_check() -> None:
 def _check_after_adjustments(server_args: ServerArgs, previous: Callable[[ServerArgs], None]) -> None:
     from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
 
+    from longcat_sglang import deployment
+
     previous(server_args)
     settings = resolving_view(server_args)
     hf_config = model_config_of(server_args).hf_config
     if not is_longcat(hf_config):
         return
-    check_deployment(server_args, settings, hf_config)
+    deployment.check(server_args, settings, hf_config)
     if settings.device == "cpu":
         declare_resolution(server_args, "longcat-serving", attention_backend=CPU_ATTENTION)
-    drafts_some = _algorithm(settings) in MTP_ALGORITHMS and settings.speculative_num_steps is not None
-    if drafts_some and settings.speculative_eagle_topk is None:
+    drafts_some = settings.speculative_num_steps is not None
+    if deployment.drafts_with_mtp(settings) and drafts_some and settings.speculative_eagle_topk is None:
         # SGLang compares it with 1 whether it is there or not (arg_groups/speculative_hook.py).
         declare_resolution(server_args, "longcat-serving", speculative_eagle_topk=1)
-
-
-def check_deployment(server_args: Any, settings: Any, hf_config: Any) -> None:
-    """Raise for what LongCat-Flash cannot be served with: ValueError, or CheckpointError for a local checkpoint.
-
-    server_args: what the user gave; settings: what SGLang made of it so far.
-    """
-    from longcat_core import checkpoint
-
-    require_supported()
-    problems = _unsupported(server_args, settings, hf_config)
-    if problems:
-        raise ValueError("LongCat-Flash cannot be served like this:\n  " + "\n  ".join(problems))
-    directory = Path(settings.model_path)
-    if directory.is_dir() and settings.load_format != "dummy":
-        checkpoint.verify(directory, hf_config.longcat, requires_mtp=_algorithm(settings) in MTP_ALGORITHMS)
-    if _algorithm(settings) in MTP_ALGORITHMS:
-        _say_whether_a_gate_is_used(settings)
-
-
-def _unsupported(server_args: Any, settings: Any, hf_config: Any) -> list[str]:
-    """Options that SGLang would accept for LongCat-Flash and then get wrong, each with what to do."""
-    longcat, problems = hf_config.longcat, []
-    quantization = settings.quantization or (longcat.is_quantized and hf_config.quantization_config.get("quant_method"))
-    if quantization:
-        problems.append(
-            f"quantization: {quantization!r}, wanted none so far; "
-            "give a bfloat16 or float32 checkpoint, and leave --quantization out"
-        )
-    if settings.device == "cpu":
-        wanted = (None, "auto", CPU_ATTENTION)
-        for option in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
-            given = getattr(server_args, option)
-            if given not in wanted:
-                problems.append(f"{option}: {given!r}, wanted our own on a CPU; leave --{option.replace('_', '-')} out")
-        if settings.kv_cache_dtype.startswith("fp"):
-            problems.append(f"kv_cache_dtype: {settings.kv_cache_dtype!r}, wanted 'auto' on a CPU")
-        if server_args.page_size not in (None, 1):
-            problems.append(f"page_size: {server_args.page_size}, wanted 1 on a CPU: SGLang's pages need Triton")
-        if settings.enable_dp_attention:
-            problems.append("data-parallel attention on a CPU is not there yet; leave --enable-dp-attention out")
-        if settings.enable_torch_compile:
-            problems.append("torch.compile on a CPU is not there yet; leave --enable-torch-compile out")
-    elif settings.moe_runner_backend not in SKIP_ZERO_EXPERTS:
-        problems.append(
-            f"moe_runner_backend: {settings.moe_runner_backend!r} is not known to skip zero experts, "
-            f"wanted one of {', '.join(SKIP_ZERO_EXPERTS)}"
-        )
-    if settings.pp_size > 1:
-        problems.append(
-            f"pp_size: {settings.pp_size}, wanted 1; SGLang's layer boundaries have no pipeline for LongCat"
-        )
-    if longcat.num_attention_heads % settings.tp_size:
-        problems.append(f"tp_size: {settings.tp_size}, wanted a divisor of the {longcat.num_attention_heads} heads")
-    if longcat.n_routed_experts % settings.ep_size:
-        problems.append(f"ep_size: {settings.ep_size}, wanted a divisor of the {longcat.n_routed_experts} FFN experts")
-    problems += _unsupported_speculation(server_args, settings)
-    if settings.enable_eplb:
-        problems.append(
-            "expert load balancing (EPLB) is not there yet: SGLang looks each id up in tables of FFN experts, "
-            "where a zero expert's -1 is the last one; leave --enable-eplb out"
-        )
-    return problems
-
-
-def _unsupported_speculation(server_args: Any, settings: Any) -> list[str]:
-    algorithm, problems = _algorithm(settings), []
-    if algorithm not in (None, *MTP_ALGORITHMS, *(() if settings.device == "cpu" else ("NGRAM",))):
-        problems.append(
-            f"speculative_algorithm: {algorithm!r}, wanted NEXTN, which drafts with LongCat's own MTP layer"
-            + (", or NGRAM" if settings.device != "cpu" else "; NGRAM on a CPU needs sgl_kernel")
-        )
-    if algorithm not in MTP_ALGORITHMS:
-        return problems
-    drafter = settings.speculative_draft_model_path
-    if drafter not in (None, server_args.model_path, settings.model_path):
-        problems.append(
-            f"speculative_draft_model_path: {drafter!r}, wanted none: "
-            "the MTP layer is in the model's own checkpoint; leave --speculative-draft-model-path out"
-        )
-    steps, branches = settings.speculative_num_steps, settings.speculative_eagle_topk
-    nodes = settings.speculative_num_draft_tokens
-    if steps is None and (branches, nodes) != (None, None) and not settings.speculative_adaptive:
-        problems.append("speculative_num_steps: None, wanted a number with the other two; give --speculative-num-steps")
-    if (branches or 1) > 1 and nodes is None:
-        problems.append(
-            f"speculative_num_draft_tokens: None, wanted the size of a tree of {branches} branches, its root included; "
-            "give --speculative-num-draft-tokens, or leave --speculative-eagle-topk out"
-        )
-    for option in ("speculative_token_map", "speculative_draft_model_quantization", "enable_multi_layer_eagle"):
-        if getattr(settings, option):
-            flag = option.replace("_", "-")
-            problems.append(f"{option} is not there for LongCat's MTP layer; leave --{flag} out")
-    backend = settings.speculative_draft_attention_backend
-    if settings.device == "cpu" and backend not in (None, CPU_ATTENTION):
-        problems.append(
-            f"speculative_draft_attention_backend: {backend!r}, wanted our own on a CPU; "
-            "leave --speculative-draft-attention-backend out"
-        )
-    return problems
-
-
-def _say_whether_a_gate_is_used(settings: Any) -> None:
-    from longcat_core import drafting
-
-    gate = drafting.load(Path(settings.model_path))
-    if gate is None:
-        return
-    if obstacles := _in_the_way_of_a_gate(settings):
-        logger.warning("The checkpoint's draft gate is not used, and all drafts are verified: %s", "; ".join(obstacles))
-    else:
-        logger.info("The checkpoint's draft gate holds back drafts with a score under %g.", gate.threshold)
-
-
-def _in_the_way_of_a_gate(settings: Any) -> list[str]:
-    """Options with which the number of drafts is fixed before a gate can judge them, or drafts are not its own."""
-    obstacles = []
-    if settings.device != "cpu":
-        obstacles.append(f"device is {settings.device!r}, where graphs verify a fixed number of drafts")
-    if (settings.speculative_eagle_topk or 1) > 1:
-        obstacles.append(f"speculative_eagle_topk is {settings.speculative_eagle_topk}, wanted 1, as it judges chains")
-    obstacles += [
-        f"{option} is set; leave --{option.replace('_', '-')} out"
-        for option in ("speculative_adaptive", "speculative_use_rejection_sampling")
-        if getattr(settings, option)
-    ]
-    return obstacles
-
-
-def _algorithm(settings: Any) -> str | None:
-    """As SGLang will spell it; NEXTN and EAGLE are one thing to it."""
-    return settings.speculative_algorithm and settings.speculative_algorithm.upper()
-
-
-MTP_ALGORITHMS = ("NEXTN", "EAGLE")
-"""SGLang's names for drafting with a layer that takes the target's hidden states."""
-
-SKIP_ZERO_EXPERTS = ("auto", "triton", "deep_gemm")
-"""SGLang's MoE runners that were read to skip ids of -1."""
 
 
 def install_attention_backend() -> None:
@@ -422,11 +283,12 @@ def _gated_where_there_is_a_gate(
     from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
 
     from longcat_core import drafting
+    from longcat_sglang import deployment
 
     worker = original(algorithm, server_args)
     if not algorithm.is_eagle() or not is_longcat(model_config_of(server_args).hf_config):
         return worker
-    if drafting.load(Path(server_args.model_path)) is None or _in_the_way_of_a_gate(resolving_view(server_args)):
+    if drafting.load(Path(server_args.model_path)) is None or deployment.obstacles_to_gate(resolving_view(server_args)):
         return worker
     from longcat_sglang.speculation import GatedWorker
 

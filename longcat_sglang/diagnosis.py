@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from longcat_core.diagnosis import Finding, checkpoint_findings, hook_findings, version_of
-from longcat_sglang import compat
+from longcat_sglang import compat, deployment
 
 
 def diagnose(checkpoint: Path | None = None) -> list[Finding]:
@@ -50,7 +50,7 @@ def _implementations() -> list[Finding]:
     if not is_cpu():
         return [
             Finding("attention", "SGLang's MLA backend of its choice (--attention-backend)"),
-            Finding("MoE", f"zero experts as id -1, skipped by one of {', '.join(compat.SKIP_ZERO_EXPERTS)}"),
+            Finding("MoE", f"zero experts as id -1, skipped by one of {', '.join(deployment.SKIP_ZERO_EXPERTS)}"),
             _drafts(),
         ]
     from longcat_sglang.attention import LatentAttentionBackend

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
@@ -238,7 +239,7 @@ class LongcatModel(nn.Module):
         return residual_batch.norm(hidden_states, forward_batch, self.norm, skip_empty=True)
 
 
-class LongcatCausalLM(nn.Module):
+class LongcatCausalLM(nn.Module, ABC):
     """What the target and its drafter share: logits, and loading of published tensors."""
 
     packed_modules_mapping = {  # noqa: RUF012
@@ -261,19 +262,15 @@ class LongcatCausalLM(nn.Module):
             CheckpointError: listing every tensor that is extra or misshapen, and in the first load every missing one;
                 later loads update a running model and may be partial.
         """
-        audit = checkpoint.Audit(self.config.longcat)
         if is_cpu():  # SGLang does so itself before some updates, and not before one from a disk
             for module in self.modules():
                 if isinstance(module, LongcatMoE):
                     module.experts.quant_method.restore_weights_before_loading(module.experts)
         parameters = dict(self.named_parameters())
-        for name, tensor in weights:
-            if audit.accepts(name, tuple(tensor.shape), tensor.dtype):
-                self._load(parameters, name, tensor)
-        if self._loads_are_partial:
-            audit.raise_for_unexpected()
-        else:
-            audit.raise_for_all(self._requires_mtp)
+        for name, tensor in checkpoint.audited(
+            weights, self.config.longcat, is_partial=self._loads_are_partial, requires_mtp=self._requires_mtp
+        ):
+            self._load(parameters, name, tensor)
         self.post_load_weights()
 
     def post_load_weights(self) -> None:
@@ -283,9 +280,9 @@ class LongcatCausalLM(nn.Module):
                 module.process_weights_after_loading()
         self._loads_are_partial = True
 
+    @abstractmethod
     def _load(self, parameters: dict[str, Any], name: str, tensor: Tensor) -> None:
         """Load one tensor, or leave it to the other of the two models."""
-        raise NotImplementedError
 
 
 def load_published(parameters: dict[str, Any], name: str, tensor: Tensor, config: LongcatConfig) -> None:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packaging.specifiers import SpecifierSet
 
-from longcat_core.config import LongcatConfig
 from longcat_core.engine import Engine
 
 if TYPE_CHECKING:
     import torch
     from vllm.config import ModelConfig, VllmConfig
-
-    from longcat_core.drafting import DraftGate
 
 ARCHITECTURE = "LongcatFlashForCausalLM"
 DRAFT_ARCHITECTURE = "LongCatFlashMTPModel"
@@ -26,10 +21,6 @@ VLLM = Engine(
     supported=SpecifierSet(">=0.32,<0.34"),
     supported_text="0.32 or 0.33",
 )
-
-
-logger = logging.getLogger(f"vllm.{__name__}")
-"""Among vLLM's own, whose handlers it takes."""
 
 
 def install_config_class() -> None:
@@ -63,7 +54,9 @@ def install_config_check() -> None:
     class LongcatFlashForCausalLMConfig(VerifyAndUpdateConfig):
         @staticmethod
         def verify_and_update_config(vllm_config: VllmConfig) -> None:
-            check_deployment(vllm_config)
+            from longcat_vllm import deployment
+
+            deployment.check(vllm_config)
 
     entry = MODELS_CONFIG_MAP.setdefault(ARCHITECTURE, LongcatFlashForCausalLMConfig)
     if entry.__module__ != __name__:
@@ -147,57 +140,6 @@ def expand(
     output.copy_(replaced.repeat_interleave(ends.diff(prepend=ends.new_zeros(1))))
 
 
-def check_deployment(vllm_config: VllmConfig) -> None:
-    """Raise for what LongCat-Flash cannot be served with: ValueError, or CheckpointError for a local checkpoint."""
-    from longcat_core import checkpoint, drafting
-
-    VLLM.require_supported()
-    model = vllm_config.model_config
-    config = LongcatConfig.from_hf(model.hf_config)
-    gate = drafting.load(Path(model.model)) if drafts_with_mtp(vllm_config) else None
-    problems = _unsupported(vllm_config)
-    if problems:
-        raise ValueError("LongCat-Flash cannot be served like this:\n  " + "\n  ".join(problems))
-    directory = Path(model.model)
-    if directory.is_dir() and vllm_config.load_config.load_format != "dummy":
-        checkpoint.verify(directory, config, requires_mtp=drafts_with_mtp(vllm_config))
-    if gate is not None:
-        _make_room_for(gate, vllm_config)
-
-
-def _make_room_for(gate: DraftGate, vllm_config: VllmConfig) -> None:
-    """Schedule once the drafts are judged, and count those that are held back; or say why all will be verified."""
-    from longcat_vllm.speculation import GATE_SCHEDULER, HeldBackDrafts
-
-    scheduler = vllm_config.scheduler_config
-    obstacles = _in_the_way_of_a_gate(vllm_config)
-    if obstacles:
-        logger.warning("The checkpoint's draft gate is not used, and all drafts are verified: %s", "; ".join(obstacles))
-        return
-    logger.info("The checkpoint's draft gate holds back drafts with a score under %g.", gate.threshold)
-    scheduler.async_scheduling = False
-    scheduler.scheduler_cls = GATE_SCHEDULER
-    vllm_config.speculative_config.disable_padded_drafter_batch = True
-    HeldBackDrafts.collect()
-
-
-def _in_the_way_of_a_gate(vllm_config: VllmConfig) -> list[str]:
-    """Options with which the number of drafts is fixed before a gate can judge them, or drafts are not its own."""
-    speculation, scheduler = vllm_config.speculative_config, vllm_config.scheduler_config
-    obstacles = []
-    if vllm_config.use_v2_model_runner:
-        obstacles.append("this model runner drafts a fixed number of tokens; set VLLM_USE_V2_MODEL_RUNNER=0")
-    if scheduler.async_scheduling:
-        obstacles.append("async_scheduling draws up a step before its drafts are there; leave it out")
-    if speculation.draft_sample_method != "greedy":
-        obstacles.append(f"draft_sample_method is {speculation.draft_sample_method!r}, wanted 'greedy'")
-    if speculation.num_speculative_tokens_per_batch_size:
-        obstacles.append("num_speculative_tokens_per_batch_size chooses the number of drafts; leave it out")
-    if scheduler.scheduler_cls is not None:
-        obstacles.append(f"scheduler_cls is {scheduler.scheduler_cls!r}, wanted none")
-    return obstacles
-
-
 def install_draft_gate() -> None:
     """Hand on the drafts that a draft model's gate lets pass.
 
@@ -230,30 +172,3 @@ def is_longcat(model: ModelConfig | None) -> bool:
 def drafts_with_mtp(vllm_config: VllmConfig) -> bool:
     speculation = vllm_config.speculative_config
     return speculation is not None and speculation.method == "mtp"
-
-
-def _unsupported(vllm_config: VllmConfig) -> list[str]:
-    """Options that vLLM would accept for LongCat-Flash and then get wrong, each with what to do."""
-    from vllm.platforms import current_platform
-    from vllm.utils.torch_utils import is_quantized_kv_cache
-
-    model, speculation = vllm_config.model_config, vllm_config.speculative_config
-    problems = []
-    if not model.use_mla:
-        problems.append("it needs MLA, which VLLM_MLA_DISABLE turns off; unset that")
-    if model.quantization is not None:
-        problems.append(
-            f"quantization: {model.quantization!r}, wanted none so far; "
-            "give a bfloat16 or float32 checkpoint, and leave --quantization out"
-        )
-    cache_dtype = vllm_config.cache_config.cache_dtype
-    if current_platform.is_cpu() and is_quantized_kv_cache(cache_dtype):
-        problems.append(f"kv_cache_dtype: {cache_dtype!r}, wanted 'auto' on a CPU; leave --kv-cache-dtype out")
-    if drafts_with_mtp(vllm_config) and speculation.model not in (model.model, model.model_weights):
-        problems.append(
-            f"speculative_config.model: {speculation.model!r}, wanted none: the MTP layer is part of {model.model!r}; "
-            "leave the model out of --speculative-config"
-        )
-    if vllm_config.parallel_config.enable_eplb:
-        problems.append("expert load balancing (EPLB) is not there yet; leave --enable-eplb out")
-    return problems

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from itertools import islice
 from typing import Any, ClassVar
@@ -232,7 +233,7 @@ class LongcatModel(nn.Module):
         return hidden_states
 
 
-class LongcatCausalLM(nn.Module):
+class LongcatCausalLM(nn.Module, ABC):
     """What the target and its drafter share: logits, and loading of published tensors."""
 
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = {
@@ -260,22 +261,18 @@ class LongcatCausalLM(nn.Module):
             CheckpointError: listing every tensor that is extra or misshapen, and in the first load every missing one;
                 later loads update a running model and may be partial.
         """
-        audit = checkpoint.Audit(self.config)
         parameters = dict(self.named_parameters())
         loaded: set[str] = set()
-        for name, tensor in weights:
-            if audit.accepts(name, tuple(tensor.shape), tensor.dtype):
-                loaded |= self._load(parameters, name, tensor)
-        if self._loads_are_partial:
-            audit.raise_for_unexpected()
-        else:
-            audit.raise_for_all(self._requires_mtp)
+        for name, tensor in checkpoint.audited(
+            weights, self.config, is_partial=self._loads_are_partial, requires_mtp=self._requires_mtp
+        ):
+            loaded |= self._load(parameters, name, tensor)
         self._loads_are_partial = True
         return loaded
 
+    @abstractmethod
     def _load(self, parameters: dict[str, Any], name: str, tensor: Tensor) -> set[str]:
         """Load one tensor, or leave it to the other of the two models; the name of the parameter."""
-        raise NotImplementedError
 
 
 def load_published(parameters: dict[str, Any], name: str, tensor: Tensor, config: LongcatConfig) -> set[str]:

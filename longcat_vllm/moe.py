@@ -117,7 +117,7 @@ class ZeroExpertAwareExperts(RoutedExperts):
     def _get_quant_method(
         self, prefix: str, quant_config: QuantizationConfig | None, moe_config: FusedMoEConfig
     ) -> FusedMoEMethodBase:
-        assert quant_config is None, "compat.check_deployment refuses it"
+        assert quant_config is None, "deployment.check refuses it"
         if current_platform.is_cpu():
             from longcat_vllm.cpu_experts import CompactedRowsMethod
 

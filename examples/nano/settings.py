@@ -111,7 +111,7 @@ class Growth(Group):
 
 class Settings(Group):
     seed: int = Field(default=0, ge=0, lt=2**63)
-    steps: int = Field(default=8000, ge=1)
+    steps: int = Field(default=6000, ge=1)
     batch_size: Count = 8
     parts: Count = 2
     """Of a batch, which are computed side by side on a CPU, one thread each. Their number changes the last bits of the

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from longcat_core import checkpoint, drafting
+from longcat_core.config import LongcatConfig
 from tests.cases import CASES, Case, drafting_tensors, write_checkpoint
 from tests.harness import ENGINE, engine
 from tests.speculation import CASE, MOST_DRAFTS, NEW_TOKENS, prompts_of, reference_of, steps_of, the_gate, truth
@@ -92,7 +93,16 @@ def test_speculation_on_two_ranks(draft_tokens: int, directory: Path) -> None:
         assert_drafts_are_the_references(served, draft_tokens)
 
 
-@pytest.mark.parametrize("break_it", broken.DRAFTS, ids=lambda break_it: break_it.__name__)
+def mtp_scales_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    folded = checkpoint.folded
+
+    def unfolded(name: str, tensor: Tensor, config: LongcatConfig) -> Tensor:
+        return tensor if name.startswith("model.layers.0.self_attn.kv") else folded(name, tensor, config)
+
+    monkeypatch.setattr(checkpoint, "folded", unfolded)
+
+
+@pytest.mark.parametrize("break_it", [*broken.DRAFTS, mtp_scales_left_out], ids=lambda break_it: break_it.__name__)
 def test_the_drafts_are_others_when_the_mtp_layer_is_broken(
     break_it: Callable[[pytest.MonkeyPatch], None], directory: Path
 ) -> None:

@@ -75,16 +75,4 @@ def drafts_a_position_late(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LongcatMTPModel, "forward", forward)
 
 
-def mtp_scales_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    from longcat_core import checkpoint
-    from longcat_core.config import LongcatConfig
-
-    folded = checkpoint.folded
-
-    def unfolded(name: str, tensor: Tensor, config: LongcatConfig) -> Tensor:
-        return tensor if name.startswith("model.layers.0.self_attn.kv") else folded(name, tensor, config)
-
-    monkeypatch.setattr(checkpoint, "folded", unfolded)
-
-
-DRAFTS = [target_embedding_in_the_drafts, drafts_without_the_target, drafts_a_position_late, mtp_scales_left_out]
+DRAFTS = [target_embedding_in_the_drafts, drafts_without_the_target, drafts_a_position_late]

@@ -14,7 +14,7 @@ import pytest
 
 from longcat_core.drafting import draft_chains, walk
 from longcat_core.reference import LongcatForCausalLM
-from longcat_sglang import compat
+from longcat_sglang import deployment
 from tests.cases import Case, drafting_tensors
 from tests.engines.test_speculation import (
     assert_drafts_are_the_references,
@@ -250,7 +250,7 @@ def test_where_a_gate_cannot_be_used_all_drafts_are_verified(gated: Path) -> Non
 
 def test_what_is_in_the_way_of_a_gate_is_named() -> None:
     options = {"speculative_adaptive": False, "speculative_use_rejection_sampling": True, "speculative_eagle_topk": 2}
-    assert compat._in_the_way_of_a_gate(SimpleNamespace(device="cuda", **options)) == [
+    assert deployment.obstacles_to_gate(SimpleNamespace(device="cuda", **options)) == [
         "device is 'cuda', where graphs verify a fixed number of drafts",
         "speculative_eagle_topk is 2, wanted 1, as it judges chains",
         "speculative_use_rejection_sampling is set; leave --speculative-use-rejection-sampling out",

@@ -6,8 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from longcat_core.config import LongcatConfig
-
 
 def shortcut_added_early(monkeypatch: pytest.MonkeyPatch) -> None:
     """The MoE's output joins the stream before the second attention, as in a plain MoE layer."""
@@ -57,15 +55,4 @@ def drafts_a_position_late(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LongcatMTPModel, "forward", forward)
 
 
-def mtp_scales_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    from longcat_core import checkpoint
-
-    folded = checkpoint.folded
-
-    def unfolded(name: str, tensor: Tensor, config: LongcatConfig) -> Tensor:
-        return tensor if name.startswith("model.layers.0.self_attn.kv") else folded(name, tensor, config)
-
-    monkeypatch.setattr(checkpoint, "folded", unfolded)
-
-
-DRAFTS = [target_embedding_in_the_drafts, drafts_without_the_target, drafts_a_position_late, mtp_scales_left_out]
+DRAFTS = [target_embedding_in_the_drafts, drafts_without_the_target, drafts_a_position_late]

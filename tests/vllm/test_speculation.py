@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from longcat_vllm import compat
+from longcat_vllm import compat, deployment
 from tests.cases import CASES, Case, drafting_tensors, write_checkpoint
 from tests.engines.test_speculation import assert_drafts_are_the_references, assert_drafts_pass_the_gate
 from tests.speculation import CASE, NEW_TOKENS, prompts_of, steps_of
@@ -112,7 +112,7 @@ def test_where_a_gate_cannot_be_used_all_drafts_are_verified(gated: Path) -> Non
     stock = "vllm.v1.core.sched.scheduler.Scheduler"
     with serving(gated, draft_tokens=3, scheduler_cls=stock) as served:
         config = served.llm.llm_engine.vllm_config
-        assert compat._in_the_way_of_a_gate(config) == [f"scheduler_cls is {stock!r}, wanted none"]
+        assert deployment.obstacles_to_gate(config) == [f"scheduler_cls is {stock!r}, wanted none"]
         assert_drafts_are_the_references(served, 3)
 
 

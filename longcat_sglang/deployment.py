@@ -1,0 +1,137 @@
+"""What LongCat-Flash can be served with in SGLang: options are checked before any process of the engine starts."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from longcat_core import checkpoint, drafting
+from longcat_core.engine import refuse, tell_of_gate, unsupported_quantization
+from longcat_sglang.compat import CPU_ATTENTION, require_supported
+
+logger = logging.getLogger(__name__)
+
+MTP_ALGORITHMS = ("NEXTN", "EAGLE")
+"""SGLang's names for drafting with a layer that takes the target's hidden states."""
+
+SKIP_ZERO_EXPERTS = ("auto", "triton", "deep_gemm")
+"""SGLang's MoE runners that were read to skip ids of -1."""
+
+
+def check(server_args: Any, settings: Any, hf_config: Any) -> None:
+    """Raise for what LongCat-Flash cannot be served with: ValueError, or CheckpointError for a local checkpoint.
+
+    server_args: what the user gave; settings: what SGLang made of it so far.
+    """
+    require_supported()
+    refuse(_unsupported(server_args, settings, hf_config))
+    directory = Path(settings.model_path)
+    if directory.is_dir() and settings.load_format != "dummy":
+        checkpoint.verify(directory, hf_config.longcat, requires_mtp=drafts_with_mtp(settings))
+    gate = drafting.load(directory) if drafts_with_mtp(settings) else None
+    if gate is not None:
+        tell_of_gate(gate.threshold, obstacles_to_gate(settings), logger)
+
+
+def _unsupported(server_args: Any, settings: Any, hf_config: Any) -> list[str]:
+    """Options that SGLang would accept for LongCat-Flash and then get wrong, each with what to do."""
+    longcat, problems = hf_config.longcat, []
+    quantization = settings.quantization or (longcat.is_quantized and hf_config.quantization_config.get("quant_method"))
+    if quantization:
+        problems.append(unsupported_quantization(quantization))
+    if settings.device == "cpu":
+        wanted = (None, "auto", CPU_ATTENTION)
+        for option in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
+            given = getattr(server_args, option)
+            if given not in wanted:
+                problems.append(f"{option}: {given!r}, wanted our own on a CPU; leave --{option.replace('_', '-')} out")
+        if settings.kv_cache_dtype.startswith("fp"):
+            problems.append(f"kv_cache_dtype: {settings.kv_cache_dtype!r}, wanted 'auto' on a CPU")
+        if server_args.page_size not in (None, 1):
+            problems.append(f"page_size: {server_args.page_size}, wanted 1 on a CPU: SGLang's pages need Triton")
+        if settings.enable_dp_attention:
+            problems.append("data-parallel attention on a CPU is not there yet; leave --enable-dp-attention out")
+        if settings.enable_torch_compile:
+            problems.append("torch.compile on a CPU is not there yet; leave --enable-torch-compile out")
+    elif settings.moe_runner_backend not in SKIP_ZERO_EXPERTS:
+        problems.append(
+            f"moe_runner_backend: {settings.moe_runner_backend!r} is not known to skip zero experts, "
+            f"wanted one of {', '.join(SKIP_ZERO_EXPERTS)}"
+        )
+    if settings.pp_size > 1:
+        problems.append(
+            f"pp_size: {settings.pp_size}, wanted 1; SGLang's layer boundaries have no pipeline for LongCat"
+        )
+    if longcat.num_attention_heads % settings.tp_size:
+        problems.append(f"tp_size: {settings.tp_size}, wanted a divisor of the {longcat.num_attention_heads} heads")
+    if longcat.n_routed_experts % settings.ep_size:
+        problems.append(f"ep_size: {settings.ep_size}, wanted a divisor of the {longcat.n_routed_experts} FFN experts")
+    problems += _unsupported_speculation(server_args, settings)
+    if settings.enable_eplb:
+        problems.append(
+            "expert load balancing (EPLB) is not there yet: SGLang looks each id up in tables of FFN experts, "
+            "where a zero expert's -1 is the last one; leave --enable-eplb out"
+        )
+    return problems
+
+
+def _unsupported_speculation(server_args: Any, settings: Any) -> list[str]:
+    algorithm, problems = _algorithm(settings), []
+    if algorithm not in (None, *MTP_ALGORITHMS, *(() if settings.device == "cpu" else ("NGRAM",))):
+        problems.append(
+            f"speculative_algorithm: {algorithm!r}, wanted NEXTN, which drafts with LongCat's own MTP layer"
+            + (", or NGRAM" if settings.device != "cpu" else "; NGRAM on a CPU needs sgl_kernel")
+        )
+    if not drafts_with_mtp(settings):
+        return problems
+    drafter = settings.speculative_draft_model_path
+    if drafter not in (None, server_args.model_path, settings.model_path):
+        problems.append(
+            f"speculative_draft_model_path: {drafter!r}, wanted none: "
+            "the MTP layer is in the model's own checkpoint; leave --speculative-draft-model-path out"
+        )
+    steps, branches = settings.speculative_num_steps, settings.speculative_eagle_topk
+    nodes = settings.speculative_num_draft_tokens
+    if steps is None and (branches, nodes) != (None, None) and not settings.speculative_adaptive:
+        problems.append("speculative_num_steps: None, wanted a number with the other two; give --speculative-num-steps")
+    if (branches or 1) > 1 and nodes is None:
+        problems.append(
+            f"speculative_num_draft_tokens: None, wanted the size of a tree of {branches} branches, its root included; "
+            "give --speculative-num-draft-tokens, or leave --speculative-eagle-topk out"
+        )
+    for option in ("speculative_token_map", "speculative_draft_model_quantization", "enable_multi_layer_eagle"):
+        if getattr(settings, option):
+            flag = option.replace("_", "-")
+            problems.append(f"{option} is not there for LongCat's MTP layer; leave --{flag} out")
+    backend = settings.speculative_draft_attention_backend
+    if settings.device == "cpu" and backend not in (None, CPU_ATTENTION):
+        problems.append(
+            f"speculative_draft_attention_backend: {backend!r}, wanted our own on a CPU; "
+            "leave --speculative-draft-attention-backend out"
+        )
+    return problems
+
+
+def obstacles_to_gate(settings: Any) -> list[str]:
+    """Options with which the number of drafts is fixed before a gate can judge them, or drafts are not its own."""
+    obstacles = []
+    if settings.device != "cpu":
+        obstacles.append(f"device is {settings.device!r}, where graphs verify a fixed number of drafts")
+    if (settings.speculative_eagle_topk or 1) > 1:
+        obstacles.append(f"speculative_eagle_topk is {settings.speculative_eagle_topk}, wanted 1, as it judges chains")
+    obstacles += [
+        f"{option} is set; leave --{option.replace('_', '-')} out"
+        for option in ("speculative_adaptive", "speculative_use_rejection_sampling")
+        if getattr(settings, option)
+    ]
+    return obstacles
+
+
+def drafts_with_mtp(settings: Any) -> bool:
+    return _algorithm(settings) in MTP_ALGORITHMS
+
+
+def _algorithm(settings: Any) -> str | None:
+    """As SGLang will spell it; NEXTN and EAGLE are one thing to it."""
+    return settings.speculative_algorithm and settings.speculative_algorithm.upper()
