@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from longcat_cli import loading
+from longcat_cli.loading import LoadingError
 from longcat_core.config import ConfigError, LongcatConfig
 
 if TYPE_CHECKING:
@@ -58,7 +60,7 @@ def command(
     try:
         _check(steps, new_tokens, {"--max-loss": max_loss, "--threshold": threshold, "--held-out": held_out})
         _train_gate(checkpoint, prompts, steps, new_tokens, max_loss, threshold, seed, held_out, errors)
-    except (ConfigError, CheckpointError, TrainingError, OSError) as error:
+    except (ConfigError, CheckpointError, LoadingError, TrainingError, OSError) as error:
         errors.print(f"longcat train-gate: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
 
@@ -93,7 +95,7 @@ def _train_gate(
     model_id = drafting.fingerprint(directory, config)
     prompts = read_prompts(prompts_file, directory, config, new_tokens)
     _check_folder(directory / drafting.GATE_FILE.parent)
-    _check_memory(directory, config)
+    loading.require_memory(directory, config)
     with console.status("loading the checkpoint"):
         model = LongcatForCausalLM.from_checkpoint(directory)
 
@@ -129,23 +131,11 @@ def read_prompts(file: Path, directory: Path, config: LongcatConfig, new_tokens:
 
     Raises:
         OSError: if the file cannot be read.
-        TrainingError: if it is not text, has fewer than 2 prompts or one that the model cannot take, or the
-            checkpoint has no tokenizer.
+        LoadingError: if it is not text, or the checkpoint's tokenizer is missing or another's.
+        TrainingError: if it has fewer than 2 prompts, or one that is too long.
     """
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise TrainingError(f"{file}: not UTF-8 ({error}); save it as UTF-8") from None
-    from tokenizers import Tokenizer
-
-    source = directory / "tokenizer.json"
-    if not source.exists():
-        raise TrainingError(f"{source}: no such file; copy the tokenizer that belongs to the checkpoint there")
-    try:
-        tokenizer = Tokenizer.from_file(str(source))
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise TrainingError(f"{source}: not a tokenizer ({error}); download it again") from None
-
+    lines = loading.read_text(file).split("\n")
+    tokenizer = loading.read_tokenizer(directory)
     prompts, longest = [], config.max_position_embeddings - new_tokens
     if longest < 1:
         raise TrainingError(
@@ -160,11 +150,7 @@ def read_prompts(file: Path, directory: Path, config: LongcatConfig, new_tokens:
                 f"{file}, line {number}: {len(prompt)} tokens, wanted 1 to {longest}, which with {new_tokens} new ones "
                 f"is the context of {config.max_position_embeddings}; shorten the line, or lower --new-tokens"
             )
-        if max(prompt) >= config.vocab_size:
-            raise TrainingError(
-                f"{source}: token {max(prompt)} in {file}, line {number}, wanted below the vocabulary of "
-                f"{config.vocab_size}; take the tokenizer that belongs to the checkpoint"
-            )
+        loading.require_in_vocabulary(prompt, directory, config, f"{file}, line {number}")
         prompts.append(prompt)
     if len(prompts) < 2:
         raise TrainingError(f"{file}: {len(prompts)} prompts, wanted at least 2: some to train on, some to measure on")
@@ -236,16 +222,6 @@ def _check_folder(folder: Path) -> None:
     foreign = sorted({path.name for path in folder.iterdir()} - {GATE_FILE.name, PLOT}) if folder.exists() else []
     if foreign:
         raise TrainingError(f"{folder} holds {', '.join(foreign)}, which training did not write; move it elsewhere")
-
-
-def _check_memory(directory: Path, config: LongcatConfig) -> None:
-    """The reference holds the model in fp32, beside the checkpoint's tensors while it loads them."""
-    weights, memory = 4 * config.total_parameters, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if weights > memory:
-        raise TrainingError(
-            f"{directory}: {weights / 1e9:,.0f} GB in float32, and this machine has {memory / 1e9:,.0f} GB of memory; "
-            "train the gate on a machine that can hold the model"
-        )
 
 
 def _write(gate: DraftGate, directory: Path, model_id: str, trade_offs: Sequence[TradeOff], chosen: TradeOff) -> None:

@@ -25,15 +25,6 @@ PROMPTS = ["def f(x):", "The quick brown fox", "import os", "  return self", "é¾
 OPTIONS = ["--steps", "3", "--new-tokens", "24"]
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint whose drafts are accepted in part, with a tokenizer."""
-    directory = tmp_path_factory.mktemp("source") / "model"
-    write_checkpoint(directory, DEFAULT, drafting_tensors(DEFAULT))
-    example_tokenizer.write(directory, DEFAULT.vocab_size, DEFAULT.max_position_embeddings)
-    return directory
-
-
 @pytest.fixture
 def directory(source: Path, tmp_path: Path) -> Path:
     """A copy to change."""

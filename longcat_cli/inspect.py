@@ -1,0 +1,106 @@
+"""`longcat inspect`: what a model's router and drafter do with a text, coloured over its tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.color import Color
+from rich.console import Console, Group
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from longcat_cli import loading
+from longcat_cli.loading import LoadingError
+from longcat_core.config import ConfigError
+
+if TYPE_CHECKING:
+    from longcat_cli.inspection_report import Report, Shade
+
+
+def command(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Directory of a checkpoint.")],
+    text: Annotated[Path, typer.Option(help="The text, a UTF-8 file, as the model is to see it.")],
+    html: Annotated[Path | None, typer.Option(help="Write a page with every layer to this file.")] = None,
+    layer: Annotated[
+        int | None, typer.Option(min=0, help="Colour by this layer, the first is 0; by the mean, if not given.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to read at most, from the beginning.")] = 2048,
+) -> None:
+    """Show how many FFN experts each token of a text takes, and which drafts would be accepted.
+
+    The model runs in plain PyTorch. A zero expert costs nothing, so the tokens with many FFN experts are those that the
+    model spends its parameters on.
+    """
+    errors = Console(stderr=True, highlight=False)
+    with errors.status("importing torch"):
+        from longcat_core.checkpoint import CheckpointError
+    try:
+        report = _report(checkpoint, text, tokens, layer, errors)
+        if html is not None:
+            html.write_text(report.page(), encoding="utf-8")
+    except (ConfigError, CheckpointError, LoadingError, OSError) as error:
+        errors.print(f"longcat inspect: {error}", style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    console = Console(highlight=False)
+    console.print(Group(_coloured(report, layer), Text(), _legend(report, layer), Text(), _summary(report)))
+    if html is not None:
+        typer.echo(f"{html}: all layers, expert load, and the drafts")
+
+
+def _report(directory: Path, file: Path, tokens: int, layer: int | None, console: Console) -> Report:
+    from longcat_cli.inspection_report import Report, pieces
+    from longcat_core import checkpoint
+    from longcat_core.inspection import inspect
+    from longcat_core.reference import LongcatForCausalLM
+
+    config = checkpoint.read_config(directory)
+    if layer is not None and layer >= config.num_layers:
+        raise LoadingError(f"--layer: {layer}, wanted 0 to {config.num_layers - 1}; the model has {config.num_layers}")
+    encoding = loading.read_tokenizer(directory).encode(content := loading.read_text(file))
+    if not encoding.ids:
+        raise LoadingError(f"{file}: no tokens, wanted a text")
+    loading.require_in_vocabulary(encoding.ids, directory, config, str(file))
+    count = min(tokens, len(encoding.ids), config.max_position_embeddings)
+    loading.require_memory(directory, config)
+    with console.status("loading the checkpoint"):
+        model = LongcatForCausalLM.from_checkpoint(directory)
+    with console.status(f"reading {count:,} tokens"):
+        found = inspect(model, encoding.ids[:count])
+    return Report(
+        checkpoint=directory.resolve().name,
+        text=file.name,
+        config=config,
+        inspection=found,
+        pieces=pieces(content, encoding.offsets[:count]),
+        total_tokens=len(encoding.ids),
+    )
+
+
+def _coloured(report: Report, layer: int | None) -> Text:
+    """The text itself; the end of a line is shown, for it is a token like others."""
+    coloured = Text()
+    for piece, shade in zip(report.pieces, report.shades(layer), strict=True):
+        coloured.append(piece.replace("\n", "⏎\n"), _style(shade))
+    return coloured
+
+
+def _style(shade: Shade) -> Style:
+    return Style(color=Color.parse(shade.text), bgcolor=Color.parse(shade.background))
+
+
+def _legend(report: Report, layer: int | None) -> Text:
+    where = "mean of the layers" if layer is None else f"layer {layer}"
+    legend = Text(f"FFN experts a token, {where}: ", style="dim")
+    for value, shade in report.scale(layer):
+        legend.append(f" {value:.2g} ", _style(shade))
+    return legend
+
+
+def _summary(report: Report) -> Table:
+    table = Table(show_header=False, show_edge=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in report.facts():
+        table.add_row(Text(name, style="bold"), value)
+    return table

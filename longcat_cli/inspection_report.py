@@ -1,0 +1,168 @@
+"""What `longcat inspect` shows of an inspection: colours, figures, and the page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jinja2
+import torch
+from torch import Tensor
+
+from longcat_core.config import LongcatConfig
+from longcat_core.inspection import Inspection
+
+_FEW, _MANY = (0xE9, 0xF1, 0xF2), (0x0B, 0x4F, 0x63)
+"""The ends of the scale; a dark ground has white letters."""
+_STEPS = 5
+_BINS = 32
+
+
+class Shade(NamedTuple):
+    """Colours as `#rrggbb`."""
+
+    background: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Report:
+    checkpoint: str
+    text: str
+    """Names, for people."""
+    config: LongcatConfig
+    inspection: Inspection
+    pieces: list[str]
+    """The text, token by token."""
+    total_tokens: int
+    """Of the whole text, of which the first were read."""
+
+    # -- colours -----------------------------------------------------------------------------------------
+
+    def values(self, layer: int | None) -> Tensor:
+        """fp64 [T]: FFN experts of each token in one layer, or the mean over all."""
+        counts = self.inspection.ffn_experts.double()
+        return counts.mean(dim=0) if layer is None else counts[layer]
+
+    def shades(self, layer: int | None) -> list[Shade]:
+        low, high = self._ends(layer)
+        return [_shade((value - low) / (high - low)) for value in self.values(layer).tolist()]
+
+    def scale(self, layer: int | None) -> list[tuple[float, Shade]]:
+        """Some values from the lightest shade to the darkest."""
+        low, high = self._ends(layer)
+        shares = [step / (_STEPS - 1) for step in range(_STEPS)]
+        return [(low + share * (high - low), _shade(share)) for share in shares]
+
+    def _ends(self, layer: int | None) -> tuple[float, float]:
+        """Of the scale: what all but 2 % of the tokens at either end are within, so that one token does not flatten
+        the colours of all others."""
+        low, high = torch.quantile(self.values(layer), torch.tensor([0.02, 0.98], dtype=torch.float64)).tolist()
+        return (low, high) if high > low else (low, low + 1)
+
+    # -- figures -----------------------------------------------------------------------------------------
+
+    def facts(self) -> list[tuple[str, str]]:
+        config, found = self.config, self.inspection
+        read = f"{len(found.tokens):,}"
+        if self.total_tokens > len(found.tokens):
+            read += f", the first of {self.total_tokens:,}"
+        by_layer = found.ffn_experts.double().mean(dim=1)
+        activated = found.activated_parameters(config)
+        low, high = torch.quantile(activated, torch.tensor([0.05, 0.95], dtype=torch.float64)).tolist()
+        load = found.load.double()
+        busiest = (load.amax(dim=1) / load.mean(dim=1).clamp(min=1e-9)).tolist()
+        acceptance = found.draft_acceptance()
+        return [
+            ("tokens", read),
+            ("FFN experts a token", f"mean {by_layer.mean():.2f} of {config.moe_topk} slots; zero experts the others"),
+            ("by layer", ", ".join(f"{n}: {mean:.2f}" for n, mean in enumerate(by_layer.tolist()))),
+            ("activated parameters", f"mean {si(float(activated.mean()))}, p5 {si(low)}, p95 {si(high)}"),
+            (
+                "busiest FFN expert",
+                "  ".join(f"{n}: {load:.1f}" for n, load in enumerate(busiest)) + "  times the mean",
+            ),
+            ("drafts accepted", "no draft layer (MTP)" if acceptance is None else f"{acceptance:.1%}"),
+        ]
+
+    # -- the page ----------------------------------------------------------------------------------------
+
+    def page(self) -> str:
+        """HTML that needs no other file and no network."""
+        environment = jinja2.Environment(
+            loader=jinja2.PackageLoader("longcat_cli", "."), autoescape=True, undefined=jinja2.StrictUndefined
+        )
+        views = {"mean": None} | {f"layer {n}": n for n in range(self.config.num_layers)}
+        return environment.get_template("inspection.html.jinja").render(
+            report=self,
+            tokens=self._tokens(),
+            views={name: {"shades": self.shades(layer), "scale": self.scale(layer)} for name, layer in views.items()},
+            layers=self._layers(),
+            histogram=self._histogram(),
+        )
+
+    def _tokens(self) -> list[dict[str, Any]]:
+        found = self.inspection
+        activated = found.activated_parameters(self.config).tolist()
+        experts = found.ffn_experts.T.tolist()
+        tokens = []
+        for place, piece in enumerate(self.pieces):
+            drafted = found.drafts is not None and place >= 2
+            accepted = bool(found.drafts[place]) if found.drafts is not None else False
+            by_layer = ", ".join(f"layer {n}: {count}" for n, count in enumerate(experts[place]))
+            title = f"{piece!r}: FFN experts {by_layer}; {si(activated[place])} parameters"
+            if drafted:
+                title += f"; draft {'accepted' if accepted else 'rejected'}"
+            draft = ("accepted" if accepted else "rejected") if drafted else "none"
+            tokens.append({"piece": piece.replace("\n", "⏎\n"), "title": title, "draft": draft})
+        return tokens
+
+    def _layers(self) -> list[dict[str, Any]]:
+        """By layer: the mean of FFN experts, and each one's load over the mean load."""
+        means = self.inspection.ffn_experts.double().mean(dim=1).tolist()
+        loads = self.inspection.load.double()
+        loads /= loads.mean(dim=1, keepdim=True).clamp(min=1e-9)
+        return [{"ffn_experts": mean, "load": load.tolist()} for mean, load in zip(means, loads, strict=True)]
+
+    def _histogram(self) -> dict[str, Any]:
+        activated = self.inspection.activated_parameters(self.config)
+        ends = [self.config.activated_parameters(count) for count in (0, self.config.moe_topk)]
+        # A bar for each number of FFN experts, where they are so few.
+        bins = min(_BINS, self.config.num_layers * self.config.moe_topk + 1)
+        slack = (ends[1] - ends[0]) / (bins - 1) / 2
+        ends = [ends[0] - slack, ends[1] + slack]
+        counts = torch.histc(activated, bins, *ends)
+        marks = torch.quantile(activated, torch.tensor([0.05, 0.95], dtype=torch.float64)).tolist()
+        places = {"p5": marks[0], "mean": float(activated.mean()), "p95": marks[1]}
+        return {
+            "bars": (counts / counts.max()).tolist(),
+            "ends": [si(ends[0] + slack), si(ends[1] - slack)],
+            "marks": {name: ((at - ends[0]) / (ends[1] - ends[0]), si(at)) for name, at in places.items()},
+        }
+
+
+def pieces(text: str, offsets: Sequence[tuple[int, int]]) -> list[str]:
+    """The part of the text that each token stands for; together they are the text as far as it was read.
+
+    A character of several tokens is given to the first of them; what no token stands for goes before the next one.
+    """
+    parts, end = [], 0
+    for _, stop in offsets:
+        parts.append(text[end : max(end, stop)])
+        end = max(end, stop)
+    return parts
+
+
+def si(number: float) -> str:
+    """`31.3 B`, `4.02 M`."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.3g}"
+
+
+def _shade(share: float) -> Shade:
+    share = min(max(share, 0.0), 1.0)
+    channels = [round(few + share * (many - few)) for few, many in zip(_FEW, _MANY, strict=True)]
+    return Shade("#" + "".join(f"{each:02x}" for each in channels), "#ffffff" if share > 0.55 else "#10202a")

@@ -1,0 +1,83 @@
+"""What the router and the drafter of a model do with one text, token by token, in the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from longcat_core.config import LongcatConfig
+from longcat_core.reference import LongcatForCausalLM, Router
+from longcat_core.routing import Routing, expert_rows
+
+
+class Inspection(NamedTuple):
+    """Of a text of T tokens, each of which the model has read after those before it."""
+
+    tokens: Tensor
+    """int64 [T]."""
+    ffn_experts: Tensor
+    """int64 [layers, T]: slots of each token that FFN experts took; zero experts took the others."""
+    load: Tensor
+    """int64 [layers, FFN experts]: tokens of each."""
+    drafts: Tensor | None
+    """bool [T]: whether the MTP layer's draft for a token's place is what the model itself would say there, so that an
+    engine would accept it. The first two places have no draft, and are False. None without an MTP layer."""
+
+    def activated_parameters(self, config: LongcatConfig) -> Tensor:
+        """fp64 [T], see `LongcatConfig.activated_parameters`."""
+        mean = self.ffn_experts.double().mean(dim=0).tolist()
+        return torch.tensor([config.activated_parameters(each) for each in mean], dtype=torch.float64)
+
+    def draft_acceptance(self) -> float | None:
+        """The share of places with a draft where it is accepted; None where there are none."""
+        if self.drafts is None or len(self.drafts) < 3:
+            return None
+        return float(self.drafts[2:].double().mean())
+
+
+@torch.no_grad()
+def inspect(model: LongcatForCausalLM, tokens: list[int]) -> Inspection:
+    """Read a text as one sequence.
+
+    Raises:
+        ValueError: if there are no tokens, or more than the model's context.
+    """
+    config, device = model.config, model.lm_head.weight.device
+    if not 0 < len(tokens) <= config.max_position_embeddings:
+        raise ValueError(f"{len(tokens)} tokens, wanted 1 to the model's context of {config.max_position_embeddings}")
+    ids = torch.tensor([tokens], device=device)
+    with routings(model) as noted:
+        logits, hidden, _ = model(ids)
+    drafts = None
+    if model.model.mtp is not None:
+        drafts = torch.zeros(len(tokens), dtype=torch.bool)
+        if len(tokens) > 2:
+            drafted = model.draft(hidden[:, :-2], ids[:, 1:-1])[0].argmax(dim=-1)
+            drafts[2:] = (drafted == logits[:, 1:-1].argmax(dim=-1))[0].cpu()
+    return Inspection(
+        tokens=ids[0].cpu(),
+        ffn_experts=torch.stack([(each.ids >= 0).sum(dim=-1) for each in noted]).cpu(),
+        load=torch.stack([expert_rows(each.ids, config.n_routed_experts) for each in noted]).cpu(),
+        drafts=drafts,
+    )
+
+
+@contextmanager
+def routings(model: LongcatForCausalLM) -> Iterator[list[Routing]]:
+    """Within the `with` block, what every router of the model returns, in the order they run."""
+    noted: list[Routing] = []
+
+    def note(router: nn.Module, inputs: object, routing: Routing) -> None:
+        noted.append(routing)
+
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    hooks = [router.register_forward_hook(note) for router in routers]
+    try:
+        yield noted
+    finally:
+        for hook in hooks:
+            hook.remove()
