@@ -112,6 +112,8 @@ class Report:
             accepted = bool(found.drafts[place]) if found.drafts is not None else False
             by_layer = ", ".join(f"layer {n}: {count}" for n, count in enumerate(experts[place]))
             title = f"{piece!r}: FFN experts {by_layer}; {si(activated[place])} parameters"
+            if place > 0:
+                title += f"; {found.nats[place]:.2f} nats"
             if drafted:
                 title += f"; draft {'accepted' if accepted else 'rejected'}"
             draft = ("accepted" if accepted else "rejected") if drafted else "none"

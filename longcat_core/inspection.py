@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longcat_core.config import LongcatConfig
@@ -23,6 +25,8 @@ class Inspection(NamedTuple):
     """int64 [layers, T]: slots of each token that FFN experts took; zero experts took the others."""
     load: Tensor
     """int64 [layers, FFN experts]: tokens of each."""
+    nats: Tensor
+    """fp32 [T]: how much of a surprise each token was, -log of its probability; NaN for the first."""
     drafts: Tensor | None
     """bool [T]: whether the MTP layer's draft for a token's place is what the model itself would say there, so that an
     engine would accept it. The first two places have no draft, and are False. None without an MTP layer."""
@@ -58,10 +62,13 @@ def inspect(model: LongcatForCausalLM, tokens: list[int]) -> Inspection:
         if len(tokens) > 2:
             drafted = model.draft(hidden[:, :-2], ids[:, 1:-1])[0].argmax(dim=-1)
             drafts[2:] = (drafted == logits[:, 1:-1].argmax(dim=-1))[0].cpu()
+    nats = torch.full((len(tokens),), math.nan)
+    nats[1:] = F.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="none").cpu()
     return Inspection(
         tokens=ids[0].cpu(),
         ffn_experts=torch.stack([(each.ids >= 0).sum(dim=-1) for each in noted]).cpu(),
         load=torch.stack([expert_rows(each.ids, config.n_routed_experts) for each in noted]).cpu(),
+        nats=nats,
         drafts=drafts,
     )
 

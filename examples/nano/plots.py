@@ -18,13 +18,15 @@ BLUE, RED, GREY = "#1f6f8b", "#c8553d", "#888888"
 
 
 def draw(record: dict[str, Any], directory: Path) -> list[Path]:
-    """Write `loss.png`, `experts.png`, `balance.png`, `bits_per_byte.png`, and `drafts.png` where there were drafts."""
+    """Write `loss.png`, `experts.png`, `balance.png`, `bits_per_byte.png`, `classes.png`, and `drafts.png` where there
+    were drafts."""
     settings, curves = Settings.model_validate(record["settings"]), Curves(**record["curves"])
     paths = [
         _loss(settings, curves, directory / "loss.png"),
         _experts(settings, curves, directory / "experts.png"),
         _balance(settings, curves, directory / "balance.png"),
         _bits(record["results"], directory / "bits_per_byte.png"),
+        _classes(record["results"]["classes"], settings, directory / "classes.png"),
     ]
     if any(loss is not None for loss in curves.draft_loss):
         paths.append(_drafts(settings, curves, directory / "drafts.png"))
@@ -123,6 +125,17 @@ def _bits(results: dict[str, Any], path: Path) -> Path:
     }
     bars = axes.bar(list(names.values()), [results[key] for key in names], color=[GREY, GREY, BLUE], width=0.6)
     axes.bar_label(bars, fmt="%.2f", fontsize=9)
+    return save(drawn, path)
+
+
+def _classes(classes: dict[str, Any], settings: Settings, path: Path) -> Path:
+    drawn, axes = figure("What the router spends on a token, by its class", "FFN experts a token and layer", "")
+    names = sorted(classes, key=lambda name: -classes[name]["predicted"]["mean"])
+    for key, colour, label in (("predicted", BLUE, "where one is to come"), ("read", RED, "where one is read")):
+        means, errors = ([classes[name][key][what] for name in names] for what in ("mean", "error"))
+        axes.errorbar(means, names, xerr=errors, fmt="o", ms=6, color=colour, capsize=2, label=label)
+    if settings.zero_experts.controlled:
+        axes.axvline(settings.zero_experts.target, color=GREY, lw=0.8, ls="--", label="target of the mean")
     return save(drawn, path)
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import tokenizers
 import torch
+from tokenizers import Tokenizer
 
-from examples.nano import measure
+from examples.nano import classes, measure
 from examples.nano.corpus import Corpus
 from examples.nano.settings import Settings
 from examples.nano.trainer import Curves
@@ -22,7 +23,9 @@ FILE = "record.json"
 _NEW_TOKENS = 128
 
 
-def results(model: LongcatForCausalLM, corpus: Corpus, stream: torch.Tensor, settings: Settings) -> dict[str, Any]:
+def results(
+    model: LongcatForCausalLM, tokenizer: Tokenizer, corpus: Corpus, stream: torch.Tensor, settings: Settings
+) -> dict[str, Any]:
     """What the model, on the CPU, is worth on the held-out part of the corpus, whose tokens are `stream`."""
     texts = corpus.held_out.values()
     num_bytes = sum(len(text.encode()) for text in texts)
@@ -42,6 +45,10 @@ def results(model: LongcatForCausalLM, corpus: Corpus, stream: torch.Tensor, set
         "ffn_experts_per_token_by_layer": found.ffn_experts,
         "ffn_experts_off_target": abs(mean / target - 1),
         "drafts": drafts,
+        "classes": {
+            name: each._asdict() | {"read": each.read._asdict(), "predicted": each.predicted._asdict()}
+            for name, each in classes.spent(model, tokenizer, texts, settings.sequence_length).items()
+        },
     }
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from safetensors import SafetensorError
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from examples.nano import measure, plots, publish, record
@@ -138,7 +139,8 @@ def run(
                 shutil.copyfile(work / name, unfinished / name)
             # What is measured is what is shipped: the bf16 weights.
             shipped = LongcatForCausalLM.from_checkpoint(unfinished)
-            results = record.results(shipped, corpus, streams.held_out, settings)
+            tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
+            results = record.results(shipped, tokenizer, corpus, streams.held_out, settings)
             machine = record.machine(device, threads)
             made = record.record(
                 settings, corpus, len(streams.train), shipped, machine, seconds, trainer.curves, results
@@ -151,7 +153,7 @@ def run(
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     shutil.rmtree(work)
-    Console().print(_table(made))
+    Console().print(_table(made), "", _classes(made))
     typer.echo(f"{out}: {made['parameters'] / 1e6:.1f} M parameters; try `vllm serve {out}`")
 
 
@@ -239,6 +241,18 @@ def _table(made: dict[str, Any]) -> Table:
     if results["drafts"] is not None:
         table.add_row("first drafts accepted", f"{results['drafts']['first']:.1%}")
         table.add_row("tokens a step", f"{results['drafts']['accepted_length']:.2f}")
+    return table
+
+
+def _classes(made: dict[str, Any]) -> Table:
+    table = Table(title="FFN experts a token, by class of Python's", title_justify="left", show_edge=False)
+    for heading in ("", "tokens", "where one is read", "where one is to come", "nats", "drafts accepted"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, each in made["results"]["classes"].items():
+        read, predicted = (f"{each[key]['mean']:.2f} ± {each[key]['error']:.2f}" for key in ("read", "predicted"))
+        table.add_row(
+            name, f"{each['tokens']:,}", read, predicted, f"{each['nats']:.2f}", f"{each['drafts_accepted']:.0%}"
+        )
     return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,16 @@ def test_a_model_without_an_mtp_layer_has_no_drafts(tmp_path: Path) -> None:
     found = inspect(LongcatForCausalLM.from_checkpoint(tmp_path), tokens(5))
     assert found.drafts is None
     assert found.draft_acceptance() is None
+
+
+@torch.no_grad()
+def test_a_surprise_is_what_the_model_gave_the_token_before_it_came(model: LongcatForCausalLM) -> None:
+    text = tokens(12)
+    found = inspect(model, text)
+    assert found.nats[0].isnan()
+    for place in (1, 7, 11):
+        chances = model(torch.tensor([text[:place]]))[0][0, -1].softmax(dim=-1)
+        assert float(found.nats[place]) == pytest.approx(-math.log(float(chances[text[place]])), rel=1e-4)
 
 
 def test_nothing_is_left_on_the_model(model: LongcatForCausalLM) -> None:
