@@ -83,6 +83,13 @@ def _unsupported(vllm_config: VllmConfig) -> list[str]:
             f"speculative_config.model: {speculation.model!r}, wanted none: the MTP layer is part of {model.model!r}; "
             "leave the model out of --speculative-config"
         )
-    if vllm_config.parallel_config.enable_eplb:
+    parallel = vllm_config.parallel_config
+    if drafts_with_mtp(vllm_config) and parallel.pipeline_parallel_size > 1 and not vllm_config.use_v2_model_runner:
+        # Every rank but the last ends, for want of a drafter (`_check_and_update_cudagraph_mode` in 0.32).
+        problems.append(
+            f"pipeline_parallel_size: {parallel.pipeline_parallel_size}, wanted 1 with drafts, which this model runner "
+            "makes on one stage only; leave --pipeline-parallel-size or --speculative-config out"
+        )
+    if parallel.enable_eplb:
         problems.append("expert load balancing (EPLB) is not there yet; leave --enable-eplb out")
     return problems

@@ -30,18 +30,22 @@ class Server:
     http: httpx.Client
     log: Path
 
-    def metric(self, name: str) -> float:
+    def metric(self, name: str, default: float | None = None) -> float:
         """The sum of a metric over its labels; `name{label="value"}` sums only where the label is so.
 
+        default: for what the server has not counted yet, which some have no line for.
+
         Raises:
-            KeyError: if the server has no such metric.
+            KeyError: if the server has no such metric, and there is no default.
         """
         base, _, label = name.rstrip("}").partition("{")
         lines = self.http.get("/metrics").raise_for_status().text.splitlines()
         ours = [line for line in lines if line.startswith((f"{base}{{", f"{base} ")) and label in line]
         values = [float(line.rpartition(" ")[2]) for line in ours]
         if not values:
-            raise KeyError(name)
+            if default is None:
+                raise KeyError(name)
+            return default
         return sum(values)
 
     def end(self) -> int:

@@ -17,7 +17,7 @@ def chats(texts: Mapping[str, str], share: float) -> list[str]:
 
     texts: by path, of which those that do not parse as Python are passed over.
     """
-    rounds = [chat(*each) for text in texts.values() for each in _explained(text)]
+    rounds = [chat(*each) for text in texts.values() for each in explained(text)]
     return [each for each in rounds if hashlib.sha256(each.encode()).digest()[0] < 256 * share]
 
 
@@ -25,7 +25,7 @@ def chat(question: str, answer: str) -> str:
     return f"[Round 0] USER:{question} ASSISTANT:{answer}"
 
 
-def _explained(text: str) -> Iterator[tuple[str, str]]:
+def explained(text: str) -> Iterator[tuple[str, str]]:
     """Every function with a docstring: the first line of it, and the function's source, not indented."""
     try:
         tree = ast.parse(text)

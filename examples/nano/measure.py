@@ -99,13 +99,18 @@ def acceptance(model: LongcatForCausalLM, stream: Tensor, depth: int, new_tokens
     Raises:
         ValueError: if no file is long enough for a prompt.
     """
-    prompts = _prompts(stream)
-    chains = [drafting.draft_chains(model, p, model.generate(p, new_tokens), depth) for p in prompts]
+    chains = greedy_chains(model, stream, depth, new_tokens)
     accepted = torch.cat([each.accepted for each in chains])
     steps = [step for each in chains for step in drafting.walk(each.accepted, depth)]
     by_depth = [float((accepted >= d).double().mean()) for d in range(1, depth + 1)]
     length = 1 + sum(step.accepted for step in steps) / len(steps)
     return Acceptance(by_depth[0], by_depth, length, len(accepted))
+
+
+def greedy_chains(model: LongcatForCausalLM, stream: Tensor, depth: int, new_tokens: int) -> list[drafting.Chains]:
+    """Every chain of drafts along the greedy continuations of the first tokens of held-out files; see `acceptance`."""
+    prompts = _prompts(stream)
+    return [drafting.draft_chains(model, p, model.generate(p, new_tokens), depth) for p in prompts]
 
 
 def _prompts(stream: Tensor) -> list[list[int]]:

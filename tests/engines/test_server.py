@@ -208,7 +208,7 @@ def test_64_requests_at_once_on_a_cache_for_a_few_have_the_oracles_tokens(
 ) -> None:
     prompts = [CASE.prompts(1, 12 + n % 17, seed=n)[0] for n in range(64)]
     new_tokens = 48  # answers grow to several times their prompts, so that the cache overflows whoever comes first
-    before = server.metric(engine.METRICS.preemptions)
+    before = server.metric(engine.METRICS.preemptions, default=0)
     together = Barrier(64)
 
     def answer(prompt: list[int]) -> list[int]:

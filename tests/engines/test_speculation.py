@@ -126,15 +126,22 @@ def test_with_a_gate_the_drafts_that_pass_it_are_verified(draft_tokens: int, gat
         assert_drafts_pass_the_gate(served, draft_tokens)
 
 
-@pytest.mark.parametrize(
-    "how",
-    [{"chunk": 16}, {"max_running": 1}, {"tensor_parallel": 2}],
-    ids=lambda how: next(iter(how)),
-)
-def test_the_gate_judges_alike_however_requests_are_scheduled(how: dict[str, int], gated: Path) -> None:
-    with engine.serving(gated, draft_tokens=3, **how) as served:
-        assert_drafts_pass_the_gate(served, 3)
-        assert_drafts_pass_the_gate(served, 3)  # from the prefix cache
+HOW = {"chunks": {"chunk": 16}, "alone": {"max_running": 1}, "two ranks": {"tensor_parallel": 2}}
+
+
+@pytest.mark.parametrize("draft_tokens", DRAFTS)
+@pytest.mark.parametrize("how", HOW)
+def test_the_gate_judges_alike_however_requests_are_scheduled(how: str, draft_tokens: int, gated: Path) -> None:
+    with engine.serving(gated, draft_tokens=draft_tokens, **HOW[how]) as served:
+        assert_drafts_pass_the_gate(served, draft_tokens)
+        assert_drafts_pass_the_gate(served, draft_tokens)  # from the prefix cache
+
+
+@pytest.mark.parametrize("has_gate", [False, True], ids=["no gate", "gate"])
+def test_speculation_with_experts_on_two_ranks(has_gate: bool, directory: Path, gated: Path) -> None:
+    where = gated if has_gate else directory
+    with engine.serving(where, draft_tokens=3, tensor_parallel=2, expert_parallel=True) as served:
+        (assert_drafts_pass_the_gate if has_gate else assert_drafts_are_the_references)(served, 3)
 
 
 def test_the_gate_under_preemption(gated: Path) -> None:
@@ -190,7 +197,7 @@ def test_sampled_tokens_have_the_targets_distribution(has_gate: bool, directory:
     """The first token comes from the prompt, the second out of the verification of a draft."""
     prompt = prompts_of(CASE)[2]
     with engine.serving(gated if has_gate else directory, draft_tokens=3) as served:
-        drawn = torch.tensor(served.sampled(prompt, 2, TEMPERATURE, seeds=range(SAMPLES)))
+        drawn = torch.tensor(served.sampled(prompt, 2, [TEMPERATURE] * SAMPLES))
     model = reference_of(CASE)
 
     def probabilities(prompts: Tensor) -> Tensor:
@@ -204,6 +211,16 @@ def test_sampled_tokens_have_the_targets_distribution(has_gate: bool, directory:
     assert_drawn_from(first, drawn[:, 0])
     assert_drawn_from(second, drawn[:, 1])
     assert (second - first).abs().sum() > 0.5, "the two are different distributions"
+
+
+@pytest.mark.parametrize("has_gate", [False, True], ids=["no gate", "gate"])
+def test_requests_that_sample_leave_those_beside_them_greedy(has_gate: bool, directory: Path, gated: Path) -> None:
+    prompt = prompts_of(CASE)[2]
+    wanted = truth(CASE, prompt, NEW_TOKENS, 3).tokens
+    with engine.serving(gated if has_gate else directory, draft_tokens=3) as served:
+        greedy, hot, again = served.sampled(prompt, NEW_TOKENS, [0, 2.0, 0])
+    assert greedy == again == wanted
+    assert hot != wanted
 
 
 def assert_drawn_from(probabilities: Tensor, drawn: Tensor) -> None:

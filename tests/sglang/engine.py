@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -58,9 +58,16 @@ class Engine:
         return [output["output_ids"] for output in self.outputs(prompts, new_tokens)]
 
     def outputs(
-        self, prompts: Sequence[list[int]], new_tokens: int, temperature: float = 0, **options: Any
+        self,
+        prompts: Sequence[list[int]],
+        new_tokens: int,
+        temperatures: Sequence[float] | None = None,
+        **options: Any,
     ) -> list[dict[str, Any]]:
-        parameters = {"temperature": temperature, "max_new_tokens": new_tokens, "ignore_eos": True}
+        parameters = [
+            {"temperature": temperature, "max_new_tokens": new_tokens, "ignore_eos": True}
+            for temperature in temperatures or [0] * len(prompts)
+        ]
         outputs = list(
             self.sglang.generate(input_ids=[list(p) for p in prompts], sampling_params=parameters, **options)
         )
@@ -92,9 +99,9 @@ class Engine:
             for taken in steps.values()
         ]
 
-    def sampled(self, prompt: list[int], new_tokens: int, temperature: float, seeds: Iterable[int]) -> list[list[int]]:
-        """One continuation for each seed, of which SGLang makes no use: it draws them one after the other."""
-        outputs = self.outputs([prompt for _ in seeds], new_tokens, temperature)
+    def sampled(self, prompt: list[int], new_tokens: int, temperatures: Sequence[float]) -> list[list[int]]:
+        """One continuation for each temperature, all at once; SGLang draws them one after the other from its seed."""
+        outputs = self.outputs([prompt for _ in temperatures], new_tokens, temperatures)
         return [output["output_ids"] for output in outputs]
 
     def largest_chunk(self) -> int:

@@ -127,13 +127,6 @@ def answers(served: Engine, *requests: dict[str, Any]) -> list[list[int]]:
     return [output["output_ids"] for output in outputs]
 
 
-def test_requests_that_sample_leave_those_beside_them_greedy(sampling: Engine) -> None:
-    wanted = truth(CASE, prompts_of(CASE)[2], NEW_TOKENS, 3).tokens
-    greedy, hot, again = answers(sampling, {"temperature": 0}, {"temperature": 5.0}, {"temperature": 0})
-    assert greedy == again == wanted
-    assert hot != wanted
-
-
 @pytest.mark.parametrize("filtered", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}], ids=lambda f: next(iter(f)))
 def test_sampling_out_of_the_best_token_alone_is_greedy(filtered: dict[str, float], sampling: Engine) -> None:
     (tokens,) = answers(sampling, {"temperature": 5.0, **filtered})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,13 +75,13 @@ class Engine:
             for taken in steps.values()
         ]
 
-    def sampled(self, prompt: list[int], new_tokens: int, temperature: float, seeds: Iterable[int]) -> list[list[int]]:
-        """One continuation for each seed."""
+    def sampled(self, prompt: list[int], new_tokens: int, temperatures: Sequence[float]) -> list[list[int]]:
+        """One continuation for each temperature, all at once, each with a seed of its own."""
         from vllm import SamplingParams
 
         parameters = [
             SamplingParams(temperature=temperature, seed=seed, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
-            for seed in seeds
+            for seed, temperature in enumerate(temperatures)
         ]
         prompts = [{"prompt_token_ids": prompt}] * len(parameters)
         return [list(output.outputs[0].token_ids) for output in self.llm.generate(prompts, parameters, use_tqdm=False)]

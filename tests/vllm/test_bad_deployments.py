@@ -40,6 +40,13 @@ def test_a_draft_model_of_another_checkpoint_is_refused(good: Path) -> None:
     assert "wanted none: the MTP layer is part of" in message
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="another model runner may draft on the last of many stages")
+def test_drafts_on_two_pipeline_stages_are_refused(good: Path) -> None:
+    speculation = {"method": "mtp", "num_speculative_tokens": 1}
+    message = refusal(good, speculative_config=speculation, pipeline_parallel_size=2)
+    assert "pipeline_parallel_size: 2, wanted 1 with drafts" in message
+
+
 def test_extra_and_misshapen_tensors_of_a_loader_are_all_listed(checkpoint_of: Callable[[Case], Path]) -> None:
     brought = {EXPERT: torch.zeros(33, 64), NORM: TENSORS[NORM], "model.norm.bias": torch.zeros(64)}
     with serving(checkpoint_of(CASE)) as served, pytest.raises(CheckpointError) as refused:

@@ -1,0 +1,77 @@
+"""`python -m examples.nano.gate CHECKPOINT`: the gate of a trained Nano, and what it saves on held-out files."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from tokenizers import Tokenizer
+
+from examples.nano import measure, publish, record
+from examples.nano.chats import chat, explained
+from examples.nano.corpus import encode, standard_library
+from examples.nano.settings import Settings
+from longcat_cli import train_gate
+from longcat_core import drafting
+from longcat_core.reference import LongcatForCausalLM
+
+_PROMPTS = 160
+_DEPTH = 3
+
+
+def command(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint that examples.nano.train has written.")],
+    library: Annotated[Path | None, typer.Option(help="Python sources, as for the training.")] = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to continue each prompt by.")] = 128,
+) -> None:
+    """Train the gate with `longcat train-gate` on what the model was trained on, measure it on what it was not, and
+    note that in the training record."""
+    settings = Settings.read(checkpoint / record.FILE)
+    corpus = standard_library(settings.held_out, library)
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "prompts.txt"
+        file.write_text("\n".join(prompts(corpus.train)) + "\n", encoding="utf-8")
+        # Less than may be lost, for other text than the gate was chosen on.
+        train_gate.command(checkpoint, file, new_tokens=new_tokens, max_loss=0.015)
+
+    model, gate = LongcatForCausalLM.from_checkpoint(checkpoint), drafting.load(checkpoint)
+    assert gate is not None, "it was just trained"
+    stream = encode(Tokenizer.from_file(str(checkpoint / "tokenizer.json")), list(corpus.held_out.values()))
+    chains = measure.greedy_chains(model, stream, _DEPTH, new_tokens)
+    trade_offs = drafting.trade_off(gate, chains, [gate.threshold])
+    ungated, gated = trade_offs[0], trade_offs[-1]
+    made = json.loads((checkpoint / record.FILE).read_text())
+    made["results"]["gate"] = {
+        "threshold": gate.threshold,
+        "depth": _DEPTH,
+        "accepted_length": gated.accepted_length,
+        "accepted_length_without": ungated.accepted_length,
+        "verified": gated.verified,
+        "verified_without": ungated.verified,
+    }
+    publish.write_json(checkpoint / record.FILE, made)
+    typer.echo(
+        f"on held-out files, {_DEPTH} drafts: {1 - gated.verified / ungated.verified:.1%} held back, "
+        f"{1 - gated.accepted_length / ungated.accepted_length:.1%} of the accepted length given up"
+    )
+
+
+def prompts(texts: dict[str, str]) -> Iterator[str]:
+    """Lines that open something, and questions as the chat template has them, by turns, from files all over."""
+    openings = [
+        line
+        for text in texts.values()
+        for line in text.split("\n")
+        if line.startswith(("def ", "class ", "    def ", "        if ", "        for "))
+    ]
+    questions = [chat(question, "") for text in texts.values() for question, _ in explained(text)]
+    for kind in (openings, questions):
+        yield from kind[:: max(1, len(kind) // (_PROMPTS // 2))][: _PROMPTS // 2]
+
+
+if __name__ == "__main__":
+    typer.run(command)
