@@ -83,8 +83,13 @@ def _coloured(report: Report, layer: int | None) -> Text:
     """The text itself; the end of a line is shown, for it is a token like others."""
     coloured = Text()
     for piece, shade in zip(report.pieces, report.shades(layer), strict=True):
-        coloured.append(piece.replace("\n", "⏎\n"), _style(shade))
+        coloured.append(_printable(piece).replace("\n", "⏎\n"), _style(shade))
     return coloured
+
+
+def _printable(piece: str) -> str:
+    """Without characters that a terminal would obey."""
+    return "".join(each if each.isprintable() or each in "\n\t" else "\N{REPLACEMENT CHARACTER}" for each in piece)
 
 
 def _style(shade: Shade) -> Style:
@@ -95,7 +100,7 @@ def _legend(report: Report, layer: int | None) -> Text:
     where = "mean of the layers" if layer is None else f"layer {layer}"
     legend = Text(f"FFN experts a token, {where}: ", style="dim")
     for value, shade in report.scale(layer):
-        legend.append(f" {value:.2g} ", _style(shade))
+        legend.append(f" {value} ", _style(shade))
     return legend
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from longcat_core.config import LongcatConfig
 from longcat_core.inspection import Inspection
 
 _FEW, _MANY = (0xE9, 0xF1, 0xF2), (0x0B, 0x4F, 0x63)
-"""The ends of the scale; a dark ground has white letters."""
+"""The ends of the scale."""
 _STEPS = 5
 _BINS = 32
 
@@ -49,11 +50,12 @@ class Report:
         low, high = self._ends(layer)
         return [_shade((value - low) / (high - low)) for value in self.values(layer).tolist()]
 
-    def scale(self, layer: int | None) -> list[tuple[float, Shade]]:
-        """Some values from the lightest shade to the darkest."""
+    def scale(self, layer: int | None) -> list[tuple[str, Shade]]:
+        """Some values from the lightest shade to the darkest, with decimals enough to tell them apart."""
         low, high = self._ends(layer)
+        decimals = max(0, math.ceil(-math.log10((high - low) / (_STEPS - 1))))
         shares = [step / (_STEPS - 1) for step in range(_STEPS)]
-        return [(low + share * (high - low), _shade(share)) for share in shares]
+        return [(f"{low + share * (high - low):.{decimals}f}", _shade(share)) for share in shares]
 
     def _ends(self, layer: int | None) -> tuple[float, float]:
         """Of the scale: what all but 2 % of the tokens at either end are within, so that one token does not flatten
@@ -73,7 +75,6 @@ class Report:
         low, high = torch.quantile(activated, torch.tensor([0.05, 0.95], dtype=torch.float64)).tolist()
         load = found.load.double()
         busiest = (load.amax(dim=1) / load.mean(dim=1).clamp(min=1e-9)).tolist()
-        acceptance = found.draft_acceptance()
         return [
             ("tokens", read),
             ("FFN experts a token", f"mean {by_layer.mean():.2f} of {config.moe_topk} slots; zero experts the others"),
@@ -83,8 +84,14 @@ class Report:
                 "busiest FFN expert",
                 "  ".join(f"{n}: {load:.1f}" for n, load in enumerate(busiest)) + "  times the mean",
             ),
-            ("drafts accepted", "no draft layer (MTP)" if acceptance is None else f"{acceptance:.1%}"),
+            ("drafts accepted", self._drafts_accepted()),
         ]
+
+    def _drafts_accepted(self) -> str:
+        if self.inspection.drafts is None:
+            return "no draft layer (MTP)"
+        acceptance = self.inspection.draft_acceptance()
+        return "no place with a draft" if acceptance is None else f"{acceptance:.1%}"
 
     # -- the page ----------------------------------------------------------------------------------------
 
@@ -111,13 +118,13 @@ class Report:
             drafted = found.drafts is not None and place >= 2
             accepted = bool(found.drafts[place]) if found.drafts is not None else False
             by_layer = ", ".join(f"layer {n}: {count}" for n, count in enumerate(experts[place]))
-            title = f"{piece!r}: FFN experts {by_layer}; {si(activated[place])} parameters"
+            numbers = f"{piece!r}: FFN experts {by_layer}; {si(activated[place])} parameters"
             if place > 0:
-                title += f"; {found.nats[place]:.2f} nats"
+                numbers += f"; {found.nats[place]:.2f} nats"
             if drafted:
-                title += f"; draft {'accepted' if accepted else 'rejected'}"
+                numbers += f"; draft {'accepted' if accepted else 'rejected'}"
             draft = ("accepted" if accepted else "rejected") if drafted else "none"
-            tokens.append({"piece": piece.replace("\n", "⏎\n"), "title": title, "draft": draft})
+            tokens.append({"piece": piece.replace("\n", "⏎\n"), "numbers": numbers, "draft": draft})
         return tokens
 
     def _layers(self) -> list[dict[str, Any]]:
@@ -130,17 +137,18 @@ class Report:
     def _histogram(self) -> dict[str, Any]:
         activated = self.inspection.activated_parameters(self.config)
         ends = [self.config.activated_parameters(count) for count in (0, self.config.moe_topk)]
-        # A bar for each number of FFN experts, where they are so few.
-        bins = min(_BINS, self.config.num_layers * self.config.moe_topk + 1)
-        slack = (ends[1] - ends[0]) / (bins - 1) / 2
-        ends = [ends[0] - slack, ends[1] + slack]
-        counts = torch.histc(activated, bins, *ends)
+        # By the number of FFN experts in all layers, as many of those numbers to every bar.
+        most = self.config.num_layers * self.config.moe_topk
+        each = math.ceil((most + 1) / _BINS)
+        counts = torch.bincount(self.inspection.ffn_experts.sum(dim=0) // each, minlength=most // each + 1)
+        slack = (ends[1] - ends[0]) / most
+        first, last = ends[0] - slack / 2, ends[0] + (len(counts) * each - 0.5) * slack
         marks = torch.quantile(activated, torch.tensor([0.05, 0.95], dtype=torch.float64)).tolist()
         places = {"p5": marks[0], "mean": float(activated.mean()), "p95": marks[1]}
         return {
             "bars": (counts / counts.max()).tolist(),
-            "ends": [si(ends[0] + slack), si(ends[1] - slack)],
-            "marks": {name: ((at - ends[0]) / (ends[1] - ends[0]), si(at)) for name, at in places.items()},
+            "ends": [si(end) for end in ends],
+            "marks": {name: ((at - first) / (last - first), si(at)) for name, at in places.items()},
         }
 
 
@@ -167,4 +175,7 @@ def si(number: float) -> str:
 def _shade(share: float) -> Shade:
     share = min(max(share, 0.0), 1.0)
     channels = [round(few + share * (many - few)) for few, many in zip(_FEW, _MANY, strict=True)]
-    return Shade("#" + "".join(f"{each:02x}" for each in channels), "#ffffff" if share > 0.55 else "#10202a")
+    # Whichever letters have the more contrast: the grounds meet both alike at a luminance of 0.18 (WCAG 2).
+    linear = [(each / 255 / 12.92) if each <= 10 else ((each / 255 + 0.055) / 1.055) ** 2.4 for each in channels]
+    luminance = sum(weight * each for weight, each in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+    return Shade("#" + "".join(f"{each:02x}" for each in channels), "#ffffff" if luminance < 0.18 else "#000000")

@@ -56,10 +56,11 @@ def require_in_vocabulary(tokens: list[int], directory: Path, config: LongcatCon
 
 
 def require_memory(directory: Path, config: LongcatConfig) -> None:
-    """Raise LoadingError if the reference, which holds a model in fp32, has no room for this one."""
-    weights, memory = 4 * config.total_parameters, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Raise LoadingError if the reference, which holds a model in fp32, and while it loads the checkpoint's tensors
+    as well, has no room for this one."""
+    weights, memory = (4 + 2) * config.total_parameters, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if weights > memory:
         raise LoadingError(
-            f"{directory}: {weights / 1e9:,.0f} GB in float32, and this machine has {memory / 1e9:,.0f} GB of memory; "
-            "take a machine that can hold the model"
+            f"{directory}: {weights / 1e9:,.0f} GB to load it in float32, and this machine has {memory / 1e9:,.0f} GB "
+            "of memory; take a machine that can hold the model"
         )

@@ -166,9 +166,12 @@ def end_tokens(directory: Path) -> set[int]:
     for name in ("generation_config.json", "config.json"):
         path = directory / name
         try:
-            found = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+            content = json.loads(path.read_text()) if path.exists() else {}
         except json.JSONDecodeError as error:
             raise TrainingError(f"{path}: not JSON ({error}); download it again") from None
+        if not isinstance(content, dict):
+            raise TrainingError(f"{path}: {type(content).__name__}, wanted a JSON object; download it again")
+        found = content.get("eos_token_id")
         if found is not None:
             return set(found) if isinstance(found, list) else {found}
     return set()

@@ -100,7 +100,7 @@ class BiasController(nn.Module):
     (section 2.1.1): what FFN experts win, zero experts lose. `offset` is the output of a PID controller for the mean
     of FFN experts a token. `balance_i` goes up by what expert i lacks to the mean load of the FFN experts, as a share
     of it, and down by what it has too much; its own mean is kept at 0, so that the two do not work against each other.
-    Together they are the report's `mu (K_e / (K N) - T_i / (K T))`, the mean of which over i is the controller's error.
+    Together they are the report's `mu (K_e / (K N) - T_i / (K T))`, whose sum over i is the controller's error.
     """
 
     integral: Tensor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import io
 import textwrap
 from collections.abc import Iterator, Mapping
 
@@ -31,7 +32,7 @@ def explained(text: str) -> Iterator[tuple[str, str]]:
         tree = ast.parse(text)
     except (SyntaxError, ValueError):
         return
-    lines = text.splitlines(keepends=True)
+    lines = list(io.StringIO(text))  # which end where Python's do
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (explained := ast.get_docstring(node)):
             question = explained.strip().split("\n")[0].strip()

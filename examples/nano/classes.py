@@ -35,8 +35,8 @@ class Spent(NamedTuple):
     """On the tokens before them, from which the model makes out these."""
     nats: float
     """How much of a surprise such a token is, in the mean."""
-    drafts_accepted: float
-    """Share of the places of such tokens at which an engine would accept the draft."""
+    drafts_accepted: float | None
+    """Share of the places of such tokens at which an engine would accept the draft; None without an MTP layer."""
 
 
 def spent(
@@ -106,7 +106,13 @@ def _kind(token: tokenize.TokenInfo) -> str | None:
 
 def _spent(values: list[tuple[float, float, float, float]]) -> Spent:
     read, predicted, nats, drafts = torch.tensor(values, dtype=torch.float64).unbind(dim=1)
-    return Spent(len(values), _mean(read), _mean(predicted), float(nats.mean()), float(drafts.mean()))
+    return Spent(
+        tokens=len(values),
+        read=_mean(read),
+        predicted=_mean(predicted),
+        nats=float(nats.mean()),
+        drafts_accepted=None if drafts.isnan().any() else float(drafts.mean()),
+    )
 
 
 def _mean(values: torch.Tensor) -> Mean:

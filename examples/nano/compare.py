@@ -16,8 +16,8 @@ from matplotlib.axes import Axes
 from examples.nano import plots, publish
 from examples.nano.corpus import Streams, standard_library, streams
 from examples.nano.record import machine
-from examples.nano.settings import PRESETS, Settings
-from examples.nano.train import console, train
+from examples.nano.settings import PRESETS, Settings, SettingsError
+from examples.nano.train import console, preset_of, train
 from examples.nano.trainer import Curves, Trainer, deterministic
 
 
@@ -56,7 +56,11 @@ def command(
     """Train twice on the same compute, with one of the report's mechanisms and without it, and draw both."""
     threads = threads or os.cpu_count() or 1
     deterministic()
-    runs = pair(PRESETS[preset].changed({"steps": steps}), mechanism)
+    try:
+        runs = pair(preset_of(preset).changed({"steps": steps}), mechanism)
+    except SettingsError as error:
+        console.print(f"examples.nano.compare: {error}", style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(1) from None
     with tempfile.TemporaryDirectory() as directory, console.status("reading the corpus"):
         corpus = standard_library(runs["with"].held_out, library)
         found = streams(corpus, Path(directory), runs["with"])

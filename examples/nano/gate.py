@@ -14,13 +14,12 @@ from tokenizers import Tokenizer
 from examples.nano import measure, publish, record
 from examples.nano.chats import chat, explained
 from examples.nano.corpus import encode, standard_library
-from examples.nano.settings import Settings
+from examples.nano.settings import Settings, SettingsError
 from longcat_cli import train_gate
 from longcat_core import drafting
 from longcat_core.reference import LongcatForCausalLM
 
 _PROMPTS = 160
-_DEPTH = 3
 
 
 def command(
@@ -30,24 +29,29 @@ def command(
 ) -> None:
     """Train the gate with `longcat train-gate` on what the model was trained on, measure it on what it was not, and
     note that in the training record."""
-    settings = Settings.read(checkpoint / record.FILE)
+    try:
+        settings = Settings.read(checkpoint / record.FILE)
+    except (SettingsError, OSError) as error:
+        typer.echo(f"examples.nano.gate: {error}; give a directory that examples.nano.train has written", err=True)
+        raise typer.Exit(1) from None
+    depth = settings.draft_layer.depth
     corpus = standard_library(settings.held_out, library)
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "prompts.txt"
         file.write_text("\n".join(prompts(corpus.train)) + "\n", encoding="utf-8")
         # Less than may be lost, for other text than the gate was chosen on.
-        train_gate.command(checkpoint, file, new_tokens=new_tokens, max_loss=0.015)
+        train_gate.command(checkpoint, file, steps=depth, new_tokens=new_tokens, max_loss=0.015)
 
     model, gate = LongcatForCausalLM.from_checkpoint(checkpoint), drafting.load(checkpoint)
     assert gate is not None, "it was just trained"
     stream = encode(Tokenizer.from_file(str(checkpoint / "tokenizer.json")), list(corpus.held_out.values()))
-    chains = measure.greedy_chains(model, stream, _DEPTH, new_tokens)
+    chains = measure.greedy_chains(model, stream, depth, new_tokens)
     trade_offs = drafting.trade_off(gate, chains, [gate.threshold])
     ungated, gated = trade_offs[0], trade_offs[-1]
     made = json.loads((checkpoint / record.FILE).read_text())
     made["results"]["gate"] = {
         "threshold": gate.threshold,
-        "depth": _DEPTH,
+        "depth": depth,
         "accepted_length": gated.accepted_length,
         "accepted_length_without": ungated.accepted_length,
         "verified": gated.verified,
@@ -55,7 +59,7 @@ def command(
     }
     publish.write_json(checkpoint / record.FILE, made)
     typer.echo(
-        f"on held-out files, {_DEPTH} drafts: {1 - gated.verified / ungated.verified:.1%} held back, "
+        f"on held-out files, {depth} drafts: {1 - gated.verified / ungated.verified:.1%} held back, "
         f"{1 - gated.accepted_length / ungated.accepted_length:.1%} of the accepted length given up"
     )
 

@@ -109,8 +109,14 @@ def acceptance(model: LongcatForCausalLM, stream: Tensor, depth: int, new_tokens
 
 def greedy_chains(model: LongcatForCausalLM, stream: Tensor, depth: int, new_tokens: int) -> list[drafting.Chains]:
     """Every chain of drafts along the greedy continuations of the first tokens of held-out files; see `acceptance`."""
-    prompts = _prompts(stream)
-    return [drafting.draft_chains(model, p, model.generate(p, new_tokens), depth) for p in prompts]
+    chains = []
+    for prompt in _prompts(stream):
+        answer = model.generate(prompt, new_tokens)
+        # An engine stops there.
+        answer = answer[: answer.index(END) + 1] if END in answer else answer
+        if len(answer) > depth:
+            chains.append(drafting.draft_chains(model, prompt, answer, depth))
+    return chains
 
 
 def _prompts(stream: Tensor) -> list[list[int]]:

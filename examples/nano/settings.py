@@ -114,8 +114,8 @@ class Settings(Group):
     steps: int = Field(default=6000, ge=1)
     batch_size: Count = 8
     parts: Count = 2
-    """Of a batch, which are computed side by side on a CPU, one thread each. Their number changes the last bits of the
-    result; how many threads there are does not."""
+    """Of a batch, which are computed side by side on a CPU, one thread each. Their number changes the result, as the
+    balance loss is taken over each part; how many threads there are does not."""
     sequence_length: int = Field(default=256, ge=8)
     learning_rate: float = Field(default=2e-3, gt=0)
     warmup_steps: int = Field(default=50, ge=0)
@@ -143,17 +143,21 @@ class Settings(Group):
     def _fits_together(self) -> Settings:
         model, target = self.model, self.zero_experts.target
         least = max(0, model.moe_topk - model.zero_expert_num)
-        if self.zero_experts.controlled and not least < target < model.moe_topk:
+        if not model.zero_expert_num and self.zero_experts.controlled:
+            raise ValueError("model.zero_expert_num: 0; without zero experts, wanted zero_experts.controlled false")
+        if model.zero_expert_num and not least < target < model.moe_topk:
             raise ValueError(
                 f"zero_experts.target: {target:g} FFN experts a token, wanted between {least} and {model.moe_topk}"
             )
-        if self.device_balance.enabled and model.n_routed_experts % self.device_balance.devices:
+        if model.n_routed_experts % self.device_balance.devices:
             raise ValueError(
                 f"device_balance.devices: {self.device_balance.devices}, wanted a divisor of the "
                 f"{model.n_routed_experts} FFN experts"
             )
         if self.growth.enabled and model.num_layers % 2:
             raise ValueError(f"model.num_layers: {model.num_layers}, wanted an even number, for growth doubles it")
+        if self.growth.enabled and self.grows_at >= self.steps:
+            raise ValueError(f"growth.at: {self.growth.at:g} of {self.steps} steps, wanted some after it")
         if self.batch_size % self.parts:
             raise ValueError(f"parts: {self.parts}, wanted a divisor of the batch of {self.batch_size}")
         if self.sequence_length > model.max_position_embeddings:

@@ -21,9 +21,8 @@ from examples.nano import measure, plots, publish, record
 from examples.nano.corpus import standard_library
 from examples.nano.corpus import streams as encoded
 from examples.nano.settings import PRESETS, Settings, SettingsError
-from examples.nano.trainer import Curves, Measured, ResumeError, Trainer, deterministic
+from examples.nano.trainer import Curves, Measured, Trainer, deterministic
 from longcat_cli import example_tokenizer
-from longcat_core.config import ConfigError
 from longcat_core.reference import LongcatForCausalLM
 
 STATE = "state.safetensors"
@@ -37,7 +36,9 @@ console = Console(stderr=True, highlight=False)
 
 def command(
     out: Annotated[Path, typer.Option(help="Where the checkpoint goes: a new or an empty directory.")],
-    preset: Annotated[str, typer.Option(help=f"Settings to begin with: {', '.join(PRESETS)}.")] = "cpu",
+    preset: Annotated[
+        str | None, typer.Option(help=f"Settings to begin with: {', '.join(PRESETS)}; cpu, if not given.")
+    ] = None,
     settings: Annotated[
         Path | None, typer.Option(help="Settings to begin with, as JSON; a training record has them too.")
     ] = None,
@@ -72,19 +73,23 @@ def command(
     overrides = {"steps": steps, "seed": seed} | switches
     threads = threads or os.cpu_count() or 1
     try:
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        chosen = _device(device)
         work = out.absolute().with_name(f".{out.name}.training")
         if resume:
-            given = [name for name, value in (overrides | {"minutes": minutes, "settings": settings}).items() if value]
-            if given:
+            options = {"preset": preset, "settings": settings, "minutes": minutes, "steps": steps, "seed": seed}
+            options |= {"pid": pid, "bias-balance": bias_balance, "device-balance": device_balance}
+            options |= {"mtp": mtp, "growth": growth}
+            if given := [f"--{name}" for name, value in options.items() if value is not None]:
                 raise SettingsError(f"--resume goes on with the run's own settings; leave out {', '.join(given)}")
             run(out.absolute(), work, None, None, chosen, threads, library)
         else:
             if minutes is not None and steps is not None:
                 raise SettingsError(f"--minutes {minutes:g} and --steps {steps}: wanted one of them")
-            begin = Settings.read(settings) if settings is not None else _preset(preset)
+            if minutes is not None and not minutes > 1:
+                raise SettingsError(f"--minutes: {minutes:g}, wanted more than 1, which measuring takes")
+            begin = Settings.read(settings) if settings is not None else preset_of(preset or "cpu")
             run(out.absolute(), work, begin.changed(overrides), minutes, chosen, threads, library)
-    except (ConfigError, SettingsError, ResumeError, SafetensorError, OSError) as error:
+    except (ValueError, SafetensorError, OSError) as error:
         console.print(f"examples.nano.train: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
 
@@ -216,10 +221,23 @@ def steps_for(minutes: float, settings: Settings, stream: Tensor, device: torch.
     return max(1, int((60 * minutes - _MEASURING_SECONDS) / seconds))
 
 
-def _preset(name: str) -> Settings:
+def preset_of(name: str) -> Settings:
+    """The settings of that name.
+
+    Raises:
+        SettingsError: if there are none.
+    """
     if name not in PRESETS:
         raise SettingsError(f"--preset: {name}, wanted {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def _device(name: str | None) -> torch.device:
+    if name not in (None, "cpu", "cuda"):
+        raise SettingsError(f"--device: {name!r}, wanted cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("--device: 'cuda', and this torch sees no GPU; leave it out")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _found(measured: Measured, curves: Curves) -> str:
@@ -251,9 +269,13 @@ def _classes(made: dict[str, Any]) -> Table:
     for name, each in made["results"]["classes"].items():
         read, predicted = (f"{each[key]['mean']:.2f} ± {each[key]['error']:.2f}" for key in ("read", "predicted"))
         table.add_row(
-            name, f"{each['tokens']:,}", read, predicted, f"{each['nats']:.2f}", f"{each['drafts_accepted']:.0%}"
+            name, f"{each['tokens']:,}", read, predicted, f"{each['nats']:.2f}", _percent(each["drafts_accepted"])
         )
     return table
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"
 
 
 if __name__ == "__main__":

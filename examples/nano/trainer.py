@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -53,7 +54,7 @@ class Curves:
     """The busiest device's FFN experts over the mean, by layer."""
     tokens_per_second: list[float]
     glanced: list[int]
-    """The steps before which held-out text was glanced at."""
+    """The steps after which held-out text was glanced at."""
     held_out_loss: list[float]
     agreement: list[float | None]
     """See `measure.Agreement.drafts`."""
@@ -111,6 +112,7 @@ class Trainer:
         self.batches = Batches(stream, settings.batch_size, settings.sequence_length, settings.seed)
         # Within a part one thread does everything: more would wait for each other at every small operation.
         self._pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+        self._text = hashlib.sha256(stream.numpy().tobytes()).hexdigest()
         self.step = 0
         self.seconds = 0.0
         """Of training so far, whoever ran it; kept here, so that a run that goes on counts them."""
@@ -275,6 +277,7 @@ class Trainer:
             "step": str(self.step),
             "seconds": str(self.seconds),
             "curves": json.dumps(asdict(self.curves)),
+            "text": self._text,
         }
         unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
         try:
@@ -299,12 +302,17 @@ class Trainer:
 
         Raises:
             OSError: if the file cannot be read.
-            ResumeError: if it is not such a state.
+            ResumeError: if it is not such a state, or of a run on another text.
         """
         metadata = _metadata(path)
         with safe_open(path, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         trainer = cls(Settings.model_validate_json(metadata["settings"]), stream, device, threads)
+        if trainer._text != metadata["text"]:
+            raise ResumeError(
+                f"{path}: its run was trained on another text, {metadata['text'][:12]}, than there is now, "
+                f"{trainer._text[:12]}; give the same --library and Python"
+            )
         trainer.step, trainer.seconds = int(metadata["step"]), float(metadata["seconds"])
         trainer.curves = Curves(**json.loads(metadata["curves"]))
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "controller": {}}
@@ -324,9 +332,10 @@ class Trainer:
 
 
 def initialize(module: nn.Module) -> None:
-    """Normal weights of 0.02, but less for what is added to the residual stream; norms are 1, biases of routers 0.
+    """Normal weights: 0.02 for embeddings and the head, 0.5 over the root of its inputs for any other matrix, and half
+    of that for what is added to the residual stream; norms are 1, biases of routers 0.
 
-    At these sizes 0.02 for every matrix makes the first steps slow; a matrix's inputs are counted in.
+    At these sizes 0.02 for every matrix makes the first steps slow.
     """
     for name, parameter in module.named_parameters():
         if parameter.dim() == 1:
@@ -373,6 +382,6 @@ def _metadata(path: Path) -> dict[str, str]:
             metadata: dict[str, str] = opened.metadata() or {}
     except SafetensorError as error:
         raise ResumeError(f"{path}: truncated or not safetensors ({error}); remove it, and begin again") from None
-    if not {"settings", "step", "seconds", "curves"} <= metadata.keys():
+    if not {"settings", "step", "seconds", "curves", "text"} <= metadata.keys():
         raise ResumeError(f"{path}: not the state of a training run; remove it, and begin again")
     return metadata

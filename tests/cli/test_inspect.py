@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from playwright.sync_api import Page, sync_playwright
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer
 from typer.testing import CliRunner, Result
 
 from longcat_cli import app, example_tokenizer, loading
-from longcat_cli.inspection_report import Report, pieces, si
+from longcat_cli.inspection_report import Report, _shade, pieces, si
 from longcat_core.checkpoint import read_config
 from longcat_core.inspection import Inspection, inspect
 from longcat_core.reference import LongcatForCausalLM
@@ -66,6 +67,17 @@ def test_the_text_is_shown_whole_with_its_figures(source: Path, text: Path, foun
     assert f"{found.draft_acceptance():.1%}" in shown
 
 
+def test_a_text_of_a_token_or_two_has_no_place_with_a_draft(source: Path, text: Path) -> None:
+    assert "no place with a draft" in run(source, text, "--tokens", "2").stdout
+
+
+def test_a_terminal_obeys_nothing_in_the_text(source: Path, text: Path) -> None:
+    text.write_text("a\x1b]0;evil\x07b\x1b[2Jc", encoding="utf-8")
+    shown = run(source, text).stdout
+    assert shown.startswith("a�]0;evil�b�[2Jc")
+    assert "\x1b" not in shown
+
+
 def test_only_the_beginning_is_read_where_that_is_asked_for(source: Path, text: Path, found: Inspection) -> None:
     result = run(source, text, "--tokens", "9")
     assert re.search(rf"tokens +9, the first of {len(found.tokens)}\b", result.stdout)
@@ -104,6 +116,28 @@ def test_more_ffn_experts_are_a_darker_shade(found: Inspection, source: Path) ->
         ordered = [by_value[value].pop() for value in sorted(by_value)]
         assert ordered == sorted(ordered)
         assert ordered[0] < ordered[-1]
+
+
+def test_letters_stand_out_from_their_ground(found: Inspection, source: Path) -> None:
+    """At 4.5 to 1 or more, as WCAG 2 has it for text."""
+
+    def luminance(colour: str) -> float:
+        channels = [int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    for shade in [_shade(step / 100) for step in range(101)]:
+        ground, letters = sorted((luminance(shade.background), luminance(shade.text)))
+        assert (letters + 0.05) / (ground + 0.05) >= 4.5
+
+
+def test_the_scale_tells_its_values_apart(found: Inspection, source: Path) -> None:
+    narrow = found._replace(ffn_experts=torch.tensor([[792, 812], [793, 811]]))
+    for inspection in (found, narrow):
+        for layer in (None, 0, 1):
+            values = [value for value, _ in report(inspection, source).scale(layer)]
+            assert len(set(values)) == len(values)
+            assert [float(value) for value in values] == sorted(map(float, values))
 
 
 @given(st.text(alphabet=st.characters(codec="utf-8"), max_size=60))
@@ -190,6 +224,13 @@ def test_a_tokens_numbers_are_in_its_title(browser_page: Page, found: Inspection
     counts = found.ffn_experts[:, 3].tolist()
     assert f"FFN experts layer 0: {counts[0]}, layer 1: {counts[1]}; " in title
     assert title.endswith(("draft accepted", "draft rejected"))
+    browser_page.locator("#text span").nth(3).hover()
+    assert browser_page.locator("#numbers").text_content() == title
+    browser_page.locator("#text span").nth(0).focus()
+    for key, place in (("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1)):
+        browser_page.keyboard.press(key)
+        shown = browser_page.locator("#text span").nth(place).get_attribute("title")
+        assert browser_page.locator("#numbers").text_content() == shown
 
 
 def test_the_charts_are_drawn_within_the_page(browser_page: Page, found: Inspection) -> None:
@@ -231,7 +272,7 @@ def test_a_model_that_memory_cannot_hold_is_refused(
 ) -> None:
     monkeypatch.setattr(loading.os, "sysconf", lambda name: 1)
     assert read_config(source).total_parameters > 1
-    assert_refused(run(source, text), "GB in float32, and this machine has 0 GB of memory")
+    assert_refused(run(source, text), "GB to load it in float32, and this machine has 0 GB of memory")
 
 
 def test_the_pages_data_cannot_end_its_script(source: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from longcat_core.reference import LongcatForCausalLM
 
 TINY = PRESETS["tiny"]
 GROWING = TINY.changed({"growth.enabled": True, "growth.at": 0.3})
-"""20 steps with everything: growth before step 6, the draft layer before step 12."""
+"""20 steps with everything: growth before step 6, the draft layer before step 14."""
 CPU = torch.device("cpu")
 
 
@@ -75,7 +75,7 @@ def test_how_many_threads_there_are_changes_no_bit() -> None:
     assert different(trained(GROWING, 20), two_threads) == []
 
 
-@pytest.mark.parametrize("cut", [3, 6, 12])
+@pytest.mark.parametrize("cut", [3, 6, 14, 17])
 def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(cut: int, tmp_path: Path) -> None:
     whole = trained(GROWING, 20)
     trained(GROWING, cut).save(tmp_path / "state.safetensors")
@@ -84,6 +84,12 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(cut: int, tmp_path
     for _ in range(20 - cut):
         resumed.train_step()
     assert different(whole, resumed) == []
+
+
+def test_a_run_goes_on_with_its_own_text_alone(tmp_path: Path) -> None:
+    trained(TINY, 2).save(tmp_path / "state.safetensors")
+    with pytest.raises(ResumeError, match=r"another text .* the same --library and Python"):
+        Trainer.resumed(tmp_path / "state.safetensors", stream().flip(0), CPU)
 
 
 def test_a_state_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -100,12 +106,14 @@ def test_training_learns() -> None:
 
 
 def test_the_draft_layer_comes_late_and_every_parameter_then_learns() -> None:
-    trainer = trained(TINY, 12)
+    assert TINY.drafts_from == GROWING.drafts_from == 14
+    trainer = trained(TINY, 14)
     assert trainer.model.model.mtp is None
-    before = trained(TINY, 12)
+    before = trained(TINY, 14)
     before._add_draft_layer()
     trainer.train_step()
     weights = before.model.state_dict()
+    assert "model.mtp.layers.0.eh_proj.weight" in weights
     assert [n for n, p in trainer.model.named_parameters() if torch.equal(weights[n], p)] == []
 
 
@@ -121,6 +129,10 @@ def test_a_switch_that_is_off_leaves_its_mechanism_out() -> None:
     ("changes", "complaint"),
     [
         ({"zero_experts.target": 6.0}, "6 FFN experts a token, wanted between 2 and 6"),
+        ({"zero_experts.target": 6.0, "zero_experts.controlled": False}, "6 FFN experts a token, wanted between 2 and"),
+        ({"model.zero_expert_num": 0}, "without zero experts, wanted zero_experts.controlled false"),
+        ({"growth.enabled": True, "growth.at": 1.0}, "1 of 20 steps, wanted some after it"),
+        ({"device_balance.devices": 3, "device_balance.enabled": False}, "3, wanted a divisor of the 8 FFN experts"),
         ({"device_balance.devices": 3}, "3, wanted a divisor of the 8 FFN experts"),
         ({"growth.enabled": True, "model.num_layers": 3}, "3, wanted an even number"),
         ({"parts": 3}, "3, wanted a divisor of the batch of 2"),
@@ -205,7 +217,10 @@ def test_what_cannot_be_done_is_said(made: Path, library: Path, tmp_path: Path) 
         (("--out", tmp_path / "new", "--resume"), "so no run to go on with"),
         (("--out", tmp_path / "new", "--preset", "huge"), "--preset: huge, wanted cpu, gpu, tiny"),
         (("--out", tmp_path / "new", "--minutes", "1", "--steps", "5"), "wanted one of them"),
-        (("--out", tmp_path / "new", "--resume", "--seed", "3"), "leave out seed"),
+        (("--out", tmp_path / "new", "--minutes", "1"), "--minutes: 1, wanted more than 1"),
+        (("--out", tmp_path / "new", "--device", "cudaa"), "--device: 'cudaa', wanted cpu or cuda"),
+        (("--out", tmp_path / "new", "--resume", "--seed", "0"), "leave out --seed"),
+        (("--out", tmp_path / "new", "--resume", "--no-pid", "--preset", "gpu"), "leave out --preset, --pid"),
     ]:
         code, output = run(*arguments, "--library", library)
         assert code == 1
