@@ -78,6 +78,11 @@ def expert_parameter(name: str) -> tuple[str, str]:
     return f"{module}.{stacked}_{suffix}", shard
 
 
+def mtp_parameter(name: str) -> str | None:
+    """The parameter that a published tensor goes to where the MTP layer is a model of its own; None for the model's."""
+    return f"model.{name.removeprefix(MTP_PREFIX)}" if name.startswith(MTP_PREFIX) else None
+
+
 def expected_tensors(config: LongcatConfig, with_mtp: bool) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a published checkpoint, without FP8 scales."""
     hidden, vocabulary = config.hidden_size, config.vocab_size
@@ -234,7 +239,7 @@ def verify(directory: Path, config: LongcatConfig, requires_mtp: bool = False) -
     """
     audit = Audit(config)
     for shard in shards(directory):
-        with _OpenShard(shard) as tensors:
+        with OpenShard(shard) as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 piece = tensors.get_slice(name)
                 audit.accepts(name, tuple(piece.get_shape()), _DTYPES.get(piece.get_dtype()))
@@ -251,7 +256,7 @@ def load(directory: Path, config: LongcatConfig) -> dict[str, Tensor]:
     expected = expected_tensors(config, with_mtp=True)
     tensors: dict[str, Tensor] = {}
     for shard in shards(directory):
-        with _OpenShard(shard) as opened:
+        with OpenShard(shard) as opened:
             for name in opened.keys():  # noqa: SIM118
                 if name.endswith(SCALE_SUFFIX):
                     raise CheckpointError(f"{shard}: {name} scales FP8 weights; wanted float32 or bfloat16 weights")
@@ -291,7 +296,7 @@ def shards(directory: Path) -> list[Path]:
     return found
 
 
-class _OpenShard:
+class OpenShard:
     """`safe_open`, whose errors name the file."""
 
     def __init__(self, shard: Path) -> None:

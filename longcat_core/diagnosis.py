@@ -52,5 +52,10 @@ def checkpoint_findings(directory: Path) -> list[Finding]:
     except ValueError as error:
         return [*found, Finding("draft gate", str(directory / drafting.GATE_FILE), str(error))]
     if gate is not None:
-        found.append(Finding("draft gate", f"verifies drafts with a score of {gate.threshold:g} or more"))
+        found.append(
+            Finding(
+                "draft gate",
+                f"verifies drafts with a score of {gate.threshold:g} or more, where a server logs no obstacle",
+            )
+        )
     return found

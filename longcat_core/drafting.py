@@ -277,11 +277,8 @@ def fingerprint(directory: Path, config: LongcatConfig) -> str:
     wanted = [n for n, s in shapes.items() if len(s) == 1 and n.startswith((checkpoint.MTP_PREFIX, "model.norm."))]
     norms: dict[str, Tensor] = {}
     for shard in checkpoint.shards(directory):
-        try:
-            with safe_open(shard, framework="pt", device="cpu") as opened:
-                norms |= {name: opened.get_tensor(name) for name in set(wanted) & set(opened.keys())}
-        except SafetensorError as error:
-            raise CheckpointError(f"{shard}: truncated or not safetensors ({error}); download it again") from None
+        with checkpoint.OpenShard(shard) as opened:
+            norms |= {name: opened.get_tensor(name) for name in set(wanted) & set(opened.keys())}
     problems = [f"{n} {list(shapes[n])}" for n in wanted if n not in norms or tuple(norms[n].shape) != shapes[n]]
     if problems:
         raise CheckpointError(

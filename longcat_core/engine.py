@@ -86,6 +86,11 @@ def unsupported_quantization(method: str) -> str:
     )
 
 
+def unsupported_cpu_cache(dtype: str) -> str:
+    """The problem of a cache that a CPU's attention cannot read, to be told with `refuse`."""
+    return f"kv_cache_dtype: {dtype!r}, wanted 'auto' on a CPU; leave --kv-cache-dtype out"
+
+
 def tell_of_gate(threshold: float, obstacles: Sequence[str], log: logging.Logger) -> None:
     """Say in the engine's log whether a checkpoint's draft gate is used, or what is in its way."""
     if obstacles:

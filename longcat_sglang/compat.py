@@ -233,6 +233,26 @@ def select_drafts_without_a_compiler() -> None:
     spec_utils._select_top_k_tokens_later = getattr(compiled, "_torchdynamo_orig_callable", compiled)
 
 
+def reserve_slots_for_drafts() -> None:
+    """Called when a LongCat model is built: as many columns for a request's slots as a step with drafts reserves.
+
+    Without it: on a CPU a request that comes near the end of the context ends the server, if there are many drafts, as
+    `get_req_to_token_extra_context_len` counts what is reserved only for pages of more than one token
+    (mem_cache/allocation_sizing.py). On CUDA the slots go into the next request's row.
+    Remove when: it counts it for pages of one token too.
+    """
+    from sglang.srt.mem_cache import allocation_sizing, kv_cache_configurator
+
+    stock = kv_cache_configurator.get_req_to_token_extra_context_len
+    if stock.__module__ == __name__:
+        return
+
+    def with_what_is_reserved() -> int:
+        return max(stock(), allocation_sizing.get_alloc_reserve_per_decode())
+
+    kv_cache_configurator.get_req_to_token_extra_context_len = with_what_is_reserved
+
+
 def install_sampled_verification() -> None:
     """Verify the drafts of requests that sample by sampling, on a CPU.
 
@@ -288,7 +308,8 @@ def _gated_where_there_is_a_gate(
     worker = original(algorithm, server_args)
     if not algorithm.is_eagle() or not is_longcat(model_config_of(server_args).hf_config):
         return worker
-    if drafting.load(Path(server_args.model_path)) is None or deployment.obstacles_to_gate(resolving_view(server_args)):
+    has_gate = (Path(server_args.model_path) / drafting.GATE_FILE).exists()  # which `deployment.check` has read
+    if not has_gate or deployment.obstacles_to_gate(resolving_view(server_args)):
         return worker
     from longcat_sglang.speculation import GatedWorker
 

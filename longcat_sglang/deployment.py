@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from longcat_core import checkpoint, drafting
-from longcat_core.engine import refuse, tell_of_gate, unsupported_quantization
+from longcat_core.engine import refuse, tell_of_gate, unsupported_cpu_cache, unsupported_quantization
 from longcat_sglang.compat import CPU_ATTENTION, require_supported
 
 logger = logging.getLogger(__name__)
@@ -47,9 +47,12 @@ def _unsupported(server_args: Any, settings: Any, hf_config: Any) -> list[str]:
             if given not in wanted:
                 problems.append(f"{option}: {given!r}, wanted our own on a CPU; leave --{option.replace('_', '-')} out")
         if settings.kv_cache_dtype.startswith("fp"):
-            problems.append(f"kv_cache_dtype: {settings.kv_cache_dtype!r}, wanted 'auto' on a CPU")
+            problems.append(unsupported_cpu_cache(settings.kv_cache_dtype))
         if server_args.page_size not in (None, 1):
-            problems.append(f"page_size: {server_args.page_size}, wanted 1 on a CPU: SGLang's pages need Triton")
+            problems.append(
+                f"page_size: {server_args.page_size}, wanted 1 on a CPU, as SGLang's pages need Triton; "
+                "leave --page-size out"
+            )
         if settings.enable_dp_attention:
             problems.append("data-parallel attention on a CPU is not there yet; leave --enable-dp-attention out")
         if settings.enable_torch_compile:
@@ -100,6 +103,7 @@ def _unsupported_speculation(server_args: Any, settings: Any) -> list[str]:
             f"speculative_num_draft_tokens: None, wanted the size of a tree of {branches} branches, its root included; "
             "give --speculative-num-draft-tokens, or leave --speculative-eagle-topk out"
         )
+    problems += _impossible_tree(steps, branches, nodes)
     for option in ("speculative_token_map", "speculative_draft_model_quantization", "enable_multi_layer_eagle"):
         if getattr(settings, option):
             flag = option.replace("_", "-")
@@ -109,6 +113,25 @@ def _unsupported_speculation(server_args: Any, settings: Any) -> list[str]:
         problems.append(
             f"speculative_draft_attention_backend: {backend!r}, wanted our own on a CPU; "
             "leave --speculative-draft-attention-backend out"
+        )
+    return problems
+
+
+def _impossible_tree(steps: int | None, branches: int | None, nodes: int | None) -> list[str]:
+    """Sizes that SGLang takes, and its worker fails over at the first request."""
+    given = {"speculative_num_steps": steps, "speculative_eagle_topk": branches}
+    problems = [
+        f"{name}: {value}, wanted 1 or more; give --{name.replace('_', '-')} such a number"
+        for name, value in given.items()
+        if value is not None and value < 1
+    ]
+    if problems or steps is None or nodes is None or branches in (None, 1):
+        return problems
+    most = 1 + branches + (steps - 1) * branches**2
+    if not steps < nodes <= most:
+        problems.append(
+            f"speculative_num_draft_tokens: {nodes}, wanted {steps + 1} to {most}, which a tree of {steps} steps and "
+            f"{branches} branches can have, its root included; give --speculative-num-draft-tokens such a number"
         )
     return problems
 

@@ -51,7 +51,6 @@ def _implementations() -> list[Finding]:
         return [
             Finding("attention", "SGLang's MLA backend of its choice (--attention-backend)"),
             Finding("MoE", f"zero experts as id -1, skipped by one of {', '.join(deployment.SKIP_ZERO_EXPERTS)}"),
-            _drafts(),
         ]
     from longcat_sglang.attention import LatentAttentionBackend
     from longcat_sglang.cpu_experts import select_cpu_kernel
@@ -64,12 +63,4 @@ def _implementations() -> list[Finding]:
     return [
         Finding("attention", f"{backend}: any sizes, chunked prefill, radix cache"),
         Finding("MoE", f"rows of FFN experts only; {', '.join(kernels)}"),
-        _drafts(),
     ]
-
-
-def _drafts() -> Finding:
-    from longcat_sglang.mtp import LongcatFlashMTP
-
-    drafter = f"{LongcatFlashMTP.__module__}.{LongcatFlashMTP.__qualname__}"
-    return Finding("drafts", f"{drafter} with --speculative-algorithm NEXTN")

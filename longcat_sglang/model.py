@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from longcat_core import checkpoint, rotary
 from longcat_core.config import LongcatConfig
-from longcat_sglang.compat import require_supported
+from longcat_sglang.compat import require_supported, reserve_slots_for_drafts
 from longcat_sglang.config import LongcatFlashConfig
 from longcat_sglang.moe import LongcatMoE
 from longcat_sglang.platform import bind_rank_to_its_cores
@@ -305,6 +305,7 @@ class LongcatFlashForCausalLM(LongcatCausalLM):
     ) -> None:
         if is_cpu():
             bind_rank_to_its_cores()
+        reserve_slots_for_drafts()
         super().__init__(config, quant_config)
         self.model = LongcatModel(config, quant_config, add_prefix("model", prefix))
         longcat = config.longcat
@@ -340,7 +341,7 @@ class LongcatFlashForCausalLM(LongcatCausalLM):
             target, shard = checkpoint.expert_parameter(name)
             parameter = parameters[target]
             parameter.weight_loader(parameter, tensor, target, shard_id=shard, expert_id=expert)
-        elif not name.startswith(checkpoint.MTP_PREFIX):
+        elif not checkpoint.mtp_parameter(name):
             load_published(parameters, name, tensor, self.config.longcat)
 
     @classmethod

@@ -131,6 +131,6 @@ class LongcatFlashMTP(LongcatCausalLM):
         return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch)
 
     def _load(self, parameters: dict[str, Any], name: str, tensor: Tensor) -> None:
-        if name.startswith(checkpoint.MTP_PREFIX):
-            ours = f"model.{name.removeprefix(checkpoint.MTP_PREFIX)}"
+        ours = checkpoint.mtp_parameter(name)
+        if ours is not None:
             load_published(parameters, ours, tensor, self.config.longcat)

@@ -12,9 +12,9 @@ def register() -> None:
     from longcat_vllm import compat
 
     compat.VLLM.hook("model class", _register_model)
-    compat.VLLM.hook("draft model class", _register_draft_model)
     compat.VLLM.hook("configuration class", compat.install_config_class)
     compat.VLLM.hook("checkpoint check", compat.install_config_check)
+    compat.VLLM.hook("draft model class", _register_draft_model)
 
 
 def register_platform() -> str | None:
@@ -35,6 +35,8 @@ def _register_model() -> None:
 def _register_draft_model() -> None:
     from vllm import ModelRegistry
 
-    from longcat_vllm.compat import DRAFT_ARCHITECTURE
+    from longcat_vllm.compat import DRAFT_ARCHITECTURE, VLLM
 
+    if not VLLM.is_supported() or VLLM.failures:
+        return  # Flash-Lite's drafter has the same architecture, and is vLLM's own where ours cannot be imported
     ModelRegistry.register_model(DRAFT_ARCHITECTURE, "longcat_vllm.mtp:LongcatFlashMTP")

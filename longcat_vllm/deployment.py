@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from longcat_core import checkpoint, drafting
 from longcat_core.config import LongcatConfig
-from longcat_core.engine import refuse, tell_of_gate, unsupported_quantization
+from longcat_core.engine import refuse, tell_of_gate, unsupported_cpu_cache, unsupported_quantization
 from longcat_vllm.compat import VLLM, drafts_with_mtp
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
 
 logger = logging.getLogger(f"vllm.{__name__}")
 """Among vLLM's own, whose handlers it takes."""
@@ -56,11 +56,11 @@ def obstacles_to_gate(vllm_config: VllmConfig) -> list[str]:
     if scheduler.async_scheduling:
         obstacles.append("async_scheduling draws up a step before its drafts are there; leave it out")
     if speculation.draft_sample_method != "greedy":
-        obstacles.append(f"draft_sample_method is {speculation.draft_sample_method!r}, wanted 'greedy'")
+        obstacles.append(f"draft_sample_method is {speculation.draft_sample_method!r}, wanted 'greedy'; leave it out")
     if speculation.num_speculative_tokens_per_batch_size:
         obstacles.append("num_speculative_tokens_per_batch_size chooses the number of drafts; leave it out")
     if scheduler.scheduler_cls is not None:
-        obstacles.append(f"scheduler_cls is {scheduler.scheduler_cls!r}, wanted none")
+        obstacles.append(f"scheduler_cls is {scheduler.scheduler_cls!r}, wanted none; leave it out")
     return obstacles
 
 
@@ -77,12 +77,9 @@ def _unsupported(vllm_config: VllmConfig) -> list[str]:
         problems.append(unsupported_quantization(model.quantization))
     cache_dtype = vllm_config.cache_config.cache_dtype
     if current_platform.is_cpu() and is_quantized_kv_cache(cache_dtype):
-        problems.append(f"kv_cache_dtype: {cache_dtype!r}, wanted 'auto' on a CPU; leave --kv-cache-dtype out")
-    if drafts_with_mtp(vllm_config) and speculation.model not in (model.model, model.model_weights):
-        problems.append(
-            f"speculative_config.model: {speculation.model!r}, wanted none: the MTP layer is part of {model.model!r}; "
-            "leave the model out of --speculative-config"
-        )
+        problems.append(unsupported_cpu_cache(cache_dtype))
+    if drafts_with_mtp(vllm_config):
+        problems += _unsupported_speculation(speculation, model)
     parallel = vllm_config.parallel_config
     if drafts_with_mtp(vllm_config) and parallel.pipeline_parallel_size > 1 and not vllm_config.use_v2_model_runner:
         # Every rank but the last ends, for want of a drafter (`_check_and_update_cudagraph_mode` in 0.32).
@@ -92,4 +89,21 @@ def _unsupported(vllm_config: VllmConfig) -> list[str]:
         )
     if parallel.enable_eplb:
         problems.append("expert load balancing (EPLB) is not there yet; leave --enable-eplb out")
+    return problems
+
+
+def _unsupported_speculation(speculation: SpeculativeConfig, model: ModelConfig) -> list[str]:
+    """Entries of --speculative-config that the MTP layer would be built without, or not at all."""
+    problems = []
+    if speculation.model not in (model.model, model.model_weights):
+        problems.append(
+            f"speculative_config.model: {speculation.model!r}, wanted none: the MTP layer is part of {model.model!r}; "
+            "leave the model out of --speculative-config"
+        )
+    for option in ("quantization", "kv_cache_dtype", "use_local_argmax_reduction"):
+        if value := getattr(speculation, option):
+            problems.append(
+                f"speculative_config.{option}: {value!r}, wanted none, as the MTP layer is served as the model is; "
+                f"leave {option} out of --speculative-config"
+            )
     return problems

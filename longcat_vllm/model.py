@@ -331,7 +331,7 @@ class LongcatFlashForCausalLM(LongcatCausalLM, SupportsPP):
                 parameter, tensor, target, shard_id=shard, expert_id=expert, return_success=True
             )
             return {target} if is_local else set()
-        if name.startswith(checkpoint.MTP_PREFIX) or is_pp_missing_parameter(
+        if checkpoint.mtp_parameter(name) or is_pp_missing_parameter(
             checkpoint.packed_parameter(name, FUSED_QKV_A)[0], self
         ):
             return set()

@@ -124,6 +124,5 @@ class LongcatFlashMTP(LongcatCausalLM):
         return logits
 
     def _load(self, parameters: dict[str, Any], name: str, tensor: Tensor) -> set[str]:
-        if not name.startswith(checkpoint.MTP_PREFIX):
-            return set()
-        return load_published(parameters, f"model.{name.removeprefix(checkpoint.MTP_PREFIX)}", tensor, self.config)
+        ours = checkpoint.mtp_parameter(name)
+        return set() if ours is None else load_published(parameters, ours, tensor, self.config)

@@ -85,8 +85,11 @@ class GateScheduler(Scheduler):
                 self._without_drafts.add(request_id)
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
-        self._steps_without_drafts = len(self._without_drafts & scheduler_output.num_scheduled_tokens.keys())
-        self._without_drafts.clear()
+        stepped = self._without_drafts & scheduler_output.num_scheduled_tokens.keys()
+        self._steps_without_drafts = len(stepped)
+        # Those that had to wait are yet to step; those that were preempted come back as prompts.
+        self._without_drafts -= stepped | scheduler_output.finished_req_ids
+        self._without_drafts -= scheduler_output.preempted_req_ids or set()
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def make_stats(self, spec_decoding_stats: SpecDecodingStats | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -109,7 +112,7 @@ class HeldBackDrafts:
     def __init__(self, model_name: str, engine: int) -> None:
         directory = os.environ.get("PROMETHEUS_MULTIPROC_DIR") or os.environ.get(METRICS_DIRECTORY, "")
         if not directory or not Path(directory).is_dir():
-            # As for an engine on another machine than its server.
+            # As for an engine's process that its server has not started.
             logger.warning("Drafts that the gate holds back are not counted: no directory is shared with the server.")
             self._values = None
             return

@@ -19,7 +19,6 @@ class Routed(NamedTuple):
 
     rows: Tensor
     """int64 [FFN experts]: tokens of each."""
-    tokens: int
     loss: Tensor | None
     """The balance loss, with its gradient, or None where it was not asked for."""
 
@@ -30,9 +29,9 @@ class Watch:
     What a thread runs is noted for that thread alone.
     """
 
-    def __init__(self, model: LongcatForCausalLM, settings: Settings | None = None) -> None:
+    def __init__(self, model: LongcatForCausalLM, settings: Settings) -> None:
         """With settings whose balance loss is enabled, that loss is computed as well."""
-        self._balance = settings if settings is not None and settings.device_balance.enabled else None
+        self._balance = settings if settings.device_balance.enabled else None
         self._routers, self._seen = routers(model), threading.local()
 
     def __enter__(self) -> Watch:
@@ -57,7 +56,7 @@ class Watch:
                 target=self._balance.zero_experts.target,
             )
         rows = expert_rows(routing.ids, router.config.n_routed_experts)
-        self._routed().append(Routed(rows, routing.ids.shape[0], loss))
+        self._routed().append(Routed(rows, loss))
 
     def take(self) -> list[Routed]:
         """What was noted in this thread since the last call, in the order of the layers."""
@@ -128,7 +127,7 @@ class BiasController(nn.Module):
         settings, model = self._settings, self._settings.model
         rows, width = rows.double().cpu(), model.n_routed_experts + model.zero_expert_num
         offset = torch.zeros_like(self.integral)
-        if settings.zero_experts.controlled and model.zero_expert_num:
+        if settings.zero_experts.controlled:
             gains = settings.zero_experts
             error = (gains.target - rows.sum(dim=1) / tokens) / model.moe_topk
             # A bias of 1 is more than any score: further the sum need not go. The rate is in the sum, so that when it

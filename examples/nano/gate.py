@@ -25,7 +25,7 @@ _PROMPTS = 160
 def command(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint that examples.nano.train has written.")],
     library: Annotated[Path | None, typer.Option(help="Python sources, as for the training.")] = None,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to continue each prompt by.")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to continue each prompt by.")] = record.NEW_TOKENS,
 ) -> None:
     """Train the gate with `longcat train-gate` on what the model was trained on, measure it on what it was not, and
     note that in the training record."""
@@ -39,8 +39,7 @@ def command(
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "prompts.txt"
         file.write_text("\n".join(prompts(corpus.train)) + "\n", encoding="utf-8")
-        # Less than may be lost, for other text than the gate was chosen on.
-        train_gate.command(checkpoint, file, steps=depth, new_tokens=new_tokens, max_loss=0.015)
+        train_gate.command(checkpoint, file, steps=depth, new_tokens=new_tokens)
 
     model, gate = LongcatForCausalLM.from_checkpoint(checkpoint), drafting.load(checkpoint)
     assert gate is not None, "it was just trained"

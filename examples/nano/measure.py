@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from examples.nano.balance import Watch
 from examples.nano.corpus import END, Corpus
 from longcat_core import drafting
+from longcat_core.inspection import routings
 from longcat_core.reference import LongcatForCausalLM
 
-_PROMPT_TOKENS, _PROMPTS = 64, 16
+_PROMPT_TOKENS, _PROMPTS = 64, 64
 _BATCH = 16
 
 
@@ -80,21 +80,23 @@ def held_out(model: LongcatForCausalLM, stream: Tensor, num_bytes: int, sequence
     for batch in starts.split(_BATCH):
         places = batch.unsqueeze(1) + torch.arange(sequence_length + 1)
         ids = filled[places.clamp(max=len(filled) - 1)].to(device)
-        with Watch(model) as watch:
+        with routings(model) as noted:
             logits = model(ids[:, :-1])[0].float()
         loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").cpu()
         predicted = places[:, 1:]
         repeated = (places[:, :1] > 0) & (predicted <= places[:, :1] + sequence_length - half)
         nats += float(loss.view_as(predicted).double()[(predicted < len(stream)) & ~repeated].sum())
-        rows += torch.tensor([float(each.rows.sum()) for each in watch.take()], dtype=torch.float64)
-        tokens += predicted.numel()
+        read = (places[:, :-1] < len(stream)).flatten()
+        rows += torch.stack([(each.ids >= 0).cpu()[read].sum() for each in noted])
+        tokens += int(read.sum())
     return HeldOut(nats / math.log(2) / num_bytes, (rows / tokens).tolist())
 
 
 def acceptance(model: LongcatForCausalLM, stream: Tensor, depth: int, new_tokens: int) -> Acceptance:
-    """Greedy continuations of the first tokens of held-out files, and every chain of drafts along them.
+    """Greedy continuations of pieces of held-out files, and every chain of drafts along them.
 
-    model: on the CPU, with its MTP layer; stream: int32 [tokens], files with `END` before each.
+    model: on the CPU, with its MTP layer; stream: int32 [tokens], files with `END` before each; new_tokens: the longer,
+    the more a small model repeats itself, which is easily drafted.
 
     Raises:
         ValueError: if no file is long enough for a prompt.
@@ -108,7 +110,7 @@ def acceptance(model: LongcatForCausalLM, stream: Tensor, depth: int, new_tokens
 
 
 def greedy_chains(model: LongcatForCausalLM, stream: Tensor, depth: int, new_tokens: int) -> list[drafting.Chains]:
-    """Every chain of drafts along the greedy continuations of the first tokens of held-out files; see `acceptance`."""
+    """Every chain of drafts along the greedy continuations of pieces of held-out files; see `acceptance`."""
     chains = []
     for prompt in _prompts(stream):
         answer = model.generate(prompt, new_tokens)
@@ -120,13 +122,12 @@ def greedy_chains(model: LongcatForCausalLM, stream: Tensor, depth: int, new_tok
 
 
 def _prompts(stream: Tensor) -> list[list[int]]:
-    """Whole prompts from the beginnings of files, as many as are looked at."""
-    starts = (stream == END).nonzero().squeeze(1) + 1
-    lengths = torch.diff(starts, append=torch.tensor([len(stream)])) - 1
-    long = starts[lengths >= _PROMPT_TOKENS][:_PROMPTS].tolist()
-    if not long:
+    """Pieces of single files, evenly from all over the stream, as many as are looked at."""
+    pieces = stream[: len(stream) // _PROMPT_TOKENS * _PROMPT_TOKENS].view(-1, _PROMPT_TOKENS)
+    whole = pieces[(pieces != END).all(dim=1)]
+    if not len(whole):
         raise ValueError(f"no held-out file has the {_PROMPT_TOKENS} tokens of a prompt; hold out more files")
-    return [stream[start : start + _PROMPT_TOKENS].tolist() for start in long]
+    return whole[torch.linspace(0, len(whole) - 1, min(_PROMPTS, len(whole))).long()].tolist()
 
 
 # -- what it is compared with ----------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from examples.nano.trainer import Curves
 from longcat_core.reference import LongcatForCausalLM
 
 FILE = "record.json"
-_NEW_TOKENS = 128
+NEW_TOKENS = 48
 
 
 def results(
@@ -32,7 +32,7 @@ def results(
     found = measure.held_out(model, stream, num_bytes, settings.sequence_length)
     drafts = None
     if model.model.mtp is not None:
-        drafts = measure.acceptance(model, stream, settings.draft_layer.depth, _NEW_TOKENS)._asdict()
+        drafts = measure.acceptance(model, stream, settings.draft_layer.depth, NEW_TOKENS)._asdict()
     mean = sum(found.ffn_experts) / len(found.ffn_experts)
     target = settings.zero_experts.target
     return {

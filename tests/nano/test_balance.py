@@ -109,6 +109,5 @@ def test_a_watch_sees_every_layer_while_it_lasts_and_no_loss_without_gradients()
             model(ids)
     model(ids)
     seen = watch.take()
-    assert [each.tokens for each in seen] == [10] * 4
     assert [each.loss is None for each in seen] == [False, False, True, True]
     assert watch.take() == []

@@ -13,6 +13,7 @@ from examples.nano import measure
 from examples.nano.corpus import END, Corpus
 from examples.nano.settings import PRESETS
 from examples.nano.trainer import initialize
+from longcat_core.inspection import inspect
 from longcat_core.reference import LongcatForCausalLM
 
 
@@ -36,7 +37,13 @@ def test_every_token_counts_once_with_at_least_half_a_window_before_it(model: Lo
         logits = model(stream[start:place].long().unsqueeze(0))[0][0, -1]
         nats += float(F.cross_entropy(logits, stream[place].long()))
     assert found.bits_per_byte == pytest.approx(nats / math.log(2) / 100, rel=1e-4)
-    assert all(0 <= mean <= 6 for mean in found.ffn_experts)
+
+
+def test_ffn_experts_are_counted_over_the_tokens_that_are_read(model: LongcatForCausalLM) -> None:
+    stream = torch.randint(8, 320, (20,), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+    found = measure.held_out(model, stream, num_bytes=100, sequence_length=32)
+    wanted = inspect(model, stream.tolist()).ffn_experts.double().mean(dim=1)
+    assert found.ffn_experts == pytest.approx(wanted.tolist())
 
 
 def test_a_glance_gives_the_loss_and_what_the_drafts_agree_in(model: LongcatForCausalLM) -> None:
@@ -51,13 +58,16 @@ def test_a_glance_gives_the_loss_and_what_the_drafts_agree_in(model: LongcatForC
     assert found.drafts == pytest.approx(sum(agreed) / 63)
 
 
-def test_acceptance_is_of_prompts_from_the_beginnings_of_files(model: LongcatForCausalLM) -> None:
-    files = [torch.full((length,), 8 + n, dtype=torch.int32) for n, length in enumerate((10, 64, 80))]
+def test_acceptance_is_of_prompts_from_within_files(model: LongcatForCausalLM) -> None:
+    lengths = (10, 200, 70, 300)
+    files = [torch.full((length,), 8 + n, dtype=torch.int32) for n, length in enumerate(lengths)]
     end = torch.tensor([END], dtype=torch.int32)
     stream = torch.cat([end, *(part for each in files for part in (each, end))])
-    assert measure._prompts(stream) == [[9] * 64, [10] * 64]
+    prompts = measure._prompts(stream)
+    assert {len(prompt) for prompt in prompts} == {64}
+    assert {tuple(set(prompt)) for prompt in prompts} == {(9,), (11,)}, "the third file has no whole piece"
     found = measure.acceptance(model, stream, depth=3, new_tokens=8)
-    assert found.chains == 2 * 5
+    assert 0 < found.chains <= 5 * len(prompts)
     assert 0 <= found.by_depth[2] <= found.by_depth[1] <= found.by_depth[0] == found.first <= 1
     assert 1 <= found.accepted_length <= 4
     with pytest.raises(ValueError, match="hold out more files"):

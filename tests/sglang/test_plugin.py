@@ -103,6 +103,9 @@ def test_a_hook_that_fails_is_named(checkpoint_of: Callable[[Case], Path], monke
         configure(checkpoint_of(CASE))
 
 
+TREE = {"speculative_algorithm": "NEXTN", "speculative_num_steps": 3, "speculative_eagle_topk": 3}
+
+
 @pytest.mark.parametrize(
     ("option", "wanted"),
     [
@@ -140,6 +143,9 @@ def test_a_hook_that_fails_is_named(checkpoint_of: Callable[[Case], Path], monke
             "speculative_draft_attention_backend: 'triton', wanted our own on a CPU",
         ),
         ({"speculative_algorithm": "NEXTN", "speculative_num_draft_tokens": 2}, "give --speculative-num-steps"),
+        ({"speculative_algorithm": "NEXTN", "speculative_num_steps": 0}, "speculative_num_steps: 0, wanted 1 or more"),
+        ({**TREE, "speculative_num_draft_tokens": 3}, "speculative_num_draft_tokens: 3, wanted 4 to 22"),
+        ({**TREE, "speculative_num_draft_tokens": 23}, "speculative_num_draft_tokens: 23, wanted 4 to 22"),
         (
             {"speculative_algorithm": "NEXTN", "speculative_num_steps": 2, "speculative_eagle_topk": 2},
             "give --speculative-num-draft-tokens, or leave --speculative-eagle-topk out",

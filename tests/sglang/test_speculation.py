@@ -14,7 +14,7 @@ import pytest
 
 from longcat_core.drafting import draft_chains, walk
 from longcat_core.reference import LongcatForCausalLM
-from longcat_sglang import deployment
+from longcat_sglang import compat, deployment
 from tests.cases import Case, drafting_tensors
 from tests.engines.test_speculation import (
     assert_drafts_are_the_references,
@@ -156,11 +156,19 @@ def test_sglangs_mtp_layer_still_takes_the_targets_latent() -> None:
     assert "qkv_latent_func" not in inspect.getsource(LongcatFlashDenseDecoderLayer)
 
 
-def test_sglang_still_drafts_with_backends_of_its_own_only() -> None:
+def test_sglang_still_drafts_with_backends_of_its_own_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """If this fails, `compat.install_draft_attention` may have become unnecessary."""
-    from sglang.srt.speculative import draft_utils
+    from sglang.srt.speculative.draft_utils import DraftBackendFactory
 
-    assert "torch_native" not in inspect.getsource(draft_utils)
+    known: dict[str, Any] = {}
+    factory = object.__new__(DraftBackendFactory)
+    factory.draft_model_runner = SimpleNamespace(model_config=SimpleNamespace(hf_config=None))
+    factory.speculative_num_steps, factory.qsa_profile = 2, None
+    monkeypatch.setattr("sglang.srt.speculative.draft_utils._assert_draft_needs_no_conv_sidecar", lambda runner: None)
+    monkeypatch.setattr(factory, "_create_backend", lambda name, backends, *rest, **named: known.update(backends))
+    factory.create_decode_backend()
+    assert known
+    assert compat.CPU_ATTENTION not in known
 
 
 def test_sglang_still_verifies_greedily_on_a_cpu() -> None:
@@ -182,6 +190,26 @@ def test_sglang_still_cannot_take_a_number_of_steps_alone(tmp_path: Path) -> Non
     """If this fails, `compat` need not choose a chain where there is only a number of steps."""
     with pytest.raises(TypeError, match="'>' not supported"):
         configure(save_llama(tmp_path), speculative_algorithm="EAGLE", speculative_num_steps=2)
+
+
+@pytest.mark.parametrize(("steps", "branches", "nodes"), [(9, 1, 10), (5, 4, 8)])
+def test_answers_with_drafts_reach_the_end_of_the_context(
+    steps: int, branches: int, nodes: int, directory: Path
+) -> None:
+    """SGLang has the slots for it: a step with so many drafts reserves more of them than one without."""
+    prompt, context = prompts_of(CASE)[2], 96
+    most = context - len(prompt) - max(steps * branches, nodes)  # SGLang refuses to be asked for more
+    tree = {
+        "speculative_algorithm": "EAGLE",
+        "speculative_num_steps": steps,
+        "speculative_eagle_topk": branches,
+        "speculative_num_draft_tokens": nodes,
+    }
+    with serving(directory, context_length=context, **tree) as served:
+        for _ in range(2):
+            (ours,) = served.greedy([prompt], most)
+            assert len(ours) >= most - 2
+            assert ours == truth(CASE, prompt, len(ours), 1).tokens
 
 
 @pytest.mark.parametrize(("steps", "branches", "nodes"), [(1, 3, 3), (2, 2, 5), (3, 3, 8)])

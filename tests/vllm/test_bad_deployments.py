@@ -41,6 +41,14 @@ def test_a_draft_model_of_another_checkpoint_is_refused(good: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="another model runner may draft on the last of many stages")
+@pytest.mark.parametrize(
+    ("option", "value"), [("kv_cache_dtype", "fp8"), ("use_local_argmax_reduction", True), ("quantization", "fp8")]
+)
+def test_options_of_a_draft_model_of_its_own_are_refused(option: str, value: object, good: Path) -> None:
+    speculation = {"method": "mtp", "num_speculative_tokens": 1, option: value}
+    assert f"speculative_config.{option}: {value!r}, wanted none" in refusal(good, speculative_config=speculation)
+
+
 def test_drafts_on_two_pipeline_stages_are_refused(good: Path) -> None:
     speculation = {"method": "mtp", "num_speculative_tokens": 1}
     message = refusal(good, speculative_config=speculation, pipeline_parallel_size=2)

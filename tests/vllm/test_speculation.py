@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from longcat_vllm import compat, deployment
 from tests.cases import CASES, Case, drafting_tensors, write_checkpoint
 from tests.engines.test_speculation import assert_drafts_are_the_references, assert_drafts_pass_the_gate
-from tests.speculation import CASE, NEW_TOKENS, prompts_of, steps_of
+from tests.speculation import CASE, NEW_TOKENS, prompts_of, steps_of, truth
 from tests.vllm.engine import serving, speculation_metrics
 
 
@@ -63,10 +64,20 @@ def test_a_seed_draws_the_same_tokens_when_its_prompt_comes_in_chunks(checkpoint
     assert drawn[0] == drawn[1]
 
 
-def test_generators_of_a_cpu_still_have_no_offset() -> None:
+def test_vllm_still_ends_over_a_seed_whose_prompt_comes_in_chunks(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """If this fails, `compat._keep_generators_out_of_discarded_chunks` may have become unnecessary."""
-    with pytest.raises(RuntimeError, match="does not use offset"):
-        torch.Generator().set_offset(0)
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    monkeypatch.setattr(compat, "_keep_generators_out_of_discarded_chunks", lambda: None)
+    monkeypatch.setattr(CPUModelRunner, "sample_tokens", GPUModelRunner.sample_tokens)
+    with (
+        serving(directory, chunk=16, prefix_caching=False) as served,
+        pytest.raises(RuntimeError, match="does not use offset"),
+    ):
+        served.sampled(CASE.prompts(1, 40)[0], 2, [0.8])
 
 
 def test_vllm_still_loses_the_temperatures_of_drafts() -> None:
@@ -112,13 +123,53 @@ def test_where_a_gate_cannot_be_used_all_drafts_are_verified(gated: Path) -> Non
     stock = "vllm.v1.core.sched.scheduler.Scheduler"
     with serving(gated, draft_tokens=3, scheduler_cls=stock) as served:
         config = served.llm.llm_engine.vllm_config
-        assert deployment.obstacles_to_gate(config) == [f"scheduler_cls is {stock!r}, wanted none"]
+        assert deployment.obstacles_to_gate(config) == [f"scheduler_cls is {stock!r}, wanted none; leave it out"]
         assert_drafts_are_the_references(served, 3)
 
 
-def test_vllm_still_makes_one_tensor_of_lengths_and_of_their_bound() -> None:
+def test_vllm_still_makes_one_tensor_of_lengths_and_of_their_bound(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """If this fails, `compat._give_drafts_lengths_of_their_own` may have become unnecessary."""
-    from vllm.utils.torch_utils import async_tensor_h2d
+    from vllm.v1.spec_decode.eagle import EagleProposer
+    from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
-    lengths = torch.tensor([3, 4], dtype=torch.int32)
-    assert async_tensor_h2d(lengths, device="cpu").data_ptr() == lengths.data_ptr()
+    monkeypatch.setattr(compat, "_give_drafts_lengths_of_their_own", lambda: None)
+    monkeypatch.setattr(EagleProposer, "prepare_inputs", SpecDecodeBaseProposer.prepare_inputs)
+    with (
+        serving(directory, draft_tokens=4) as served,
+        pytest.raises(AssertionError, match="accepted drafts"),
+    ):
+        assert_drafts_are_the_references(served, 4)
+
+
+@pytest.mark.parametrize("draft_tokens", [1, 4])
+def test_answers_with_drafts_reach_the_end_of_the_context(draft_tokens: int, directory: Path) -> None:
+    prompt = prompts_of(CASE)[2]
+    new_tokens = 96 - len(prompt)
+    with serving(directory, draft_tokens=draft_tokens, max_model_len=96) as served:
+        (ours,) = served.greedy([prompt], new_tokens)
+    assert ours == truth(CASE, prompt, new_tokens, 1).tokens
+
+
+def test_another_longcats_drafter_stays_vllms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flash-Lite's, which has the same architecture: where ours is loaded, and where it could not be."""
+    from vllm import ModelRegistry
+    from vllm.model_executor.models import longcat_flash_mtp
+
+    from longcat_vllm import _register_draft_model
+    from longcat_vllm.mtp import LongcatFlashMTP
+
+    monkeypatch.setattr(longcat_flash_mtp, "LongCatFlashMTP", lambda **given: given)
+    other = SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=SimpleNamespace(architectures=["LongcatFlashNgramForCausalLM"]))
+    )
+    assert LongcatFlashMTP(vllm_config=other, prefix="draft") == {"vllm_config": other, "prefix": "draft"}
+    registered: list[str] = []
+    monkeypatch.setattr(ModelRegistry, "register_model", lambda name, where: registered.append(name))
+    monkeypatch.setattr(compat.VLLM, "failures", {"checkpoint check": "KeyError"})
+    _register_draft_model()
+    monkeypatch.setattr(compat.VLLM, "failures", {})
+    monkeypatch.setattr(type(compat.VLLM), "is_supported", lambda self: False)
+    _register_draft_model()
+    assert registered == []
