@@ -1,16 +1,17 @@
-"""Makes a small random LongCat-Flash, serves it with the stock command of an engine, and chats with it."""
+"""Serves LongCat-Nano, drafts and all, with the stock command of an engine, and has it write Python."""
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -19,15 +20,23 @@ from openai import APIConnectionError, DefaultHttpxClient, OpenAI, OpenAIError
 from rich.console import Console
 from rich.text import Text
 
-ROOT = Path(__file__).resolve().parents[1]
-CHECKPOINT = ROOT / ".cache" / f"example-checkpoint-{version('longcat-serving')}"
-SERVER_LOG = ROOT / ".cache" / "example-server.log"
+from longcat_nano import CHECKPOINT
+
+SERVER_LOG = Path(__file__).resolve().parents[1] / ".cache" / "example-server.log"
 COMMANDS = Path(sys.executable).parent
-"""Where `longcat` and `vllm` are: beside the Python that runs this."""
+"""Where `vllm` is: beside the Python that runs this."""
 ENGINE = "vLLM" if find_spec("vllm") else "SGLang"
-MODEL = "longcat-example"
-QUESTION = "What does a zero expert cost?"
+MODEL = "longcat-nano"
+BEGINNINGS = (
+    "import os\nimport sys\n\n\ndef main(",
+    "class Node:\n    def __init__(self, name, value):\n",
+    "    for key, value in ",
+)
+"""What a program may begin with; the model goes on."""
+QUESTION = "Return True if the path is a directory."
+"""Of the kind that it was trained on: the first line of a function's docstring."""
 NEW_TOKENS = 64
+DRAFT_TOKENS = 3
 START_TIMEOUT_S = 600
 STOP_TIMEOUT_S = 30
 LOG_TAIL = 120
@@ -40,12 +49,10 @@ def main() -> int:
     """Returns the exit status: 0 only if the model answered."""
     _on_signals(_exit_on_signal)
     try:
-        if not CHECKPOINT.exists():
-            subprocess.run([COMMANDS / "longcat", "make-checkpoint", CHECKPOINT], check=True)
         with served(CHECKPOINT) as client:
-            answer = chat(client)
-        console.print(count_ffn_experts(CHECKPOINT, answer), soft_wrap=True)
-    except (OSError, RuntimeError, OpenAIError, subprocess.CalledProcessError) as error:
+            written = [*(complete(client, beginning) for beginning in BEGINNINGS), chat(client)]
+        console.print(what_it_took(CHECKPOINT, written), soft_wrap=True)
+    except (OSError, RuntimeError, OpenAIError) as error:
         console.print(Text(f"The demo failed: {error}", style="red"))
         return 1
     return 0
@@ -60,7 +67,7 @@ def served(checkpoint: Path) -> Iterator[OpenAI]:
     """
     port = _free_port()
     command = [*stock_command(checkpoint), "--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port)]
-    console.print("$ " + " ".join(command), style="dim", markup=False, soft_wrap=True)
+    console.print("$ " + shlex.join(command), style="dim", markup=False, soft_wrap=True)
     SERVER_LOG.parent.mkdir(exist_ok=True)
     with SERVER_LOG.open("wb") as log:
         # A session of its own: an interrupt from the keyboard reaches only this script, which then ends the server.
@@ -84,18 +91,23 @@ def stock_command(checkpoint: Path) -> list[str]:
     """What a user of the engine types, with a bound on the memory that it would take."""
     if ENGINE == "SGLang":
         sizes = ["--context-length", "2048", "--max-total-tokens", "16384", "--mem-fraction-static", "0.5"]
-        return [sys.executable, "-m", "sglang.launch_server", "--model-path", str(checkpoint), *sizes]
+        drafts = ["--speculative-algorithm", "NEXTN", "--speculative-num-steps", str(DRAFT_TOKENS)]
+        return [sys.executable, "-m", "sglang.launch_server", "--model-path", str(checkpoint), *sizes, *drafts]
     # Eager: ready in half a minute, no C++ compiler needed. Left to itself, vLLM takes 92 % of memory for its cache.
     sizes = ["--max-model-len", "2048", "--enforce-eager", "--kv-cache-memory-bytes", str(256 * 2**20)]
-    return [str(COMMANDS / "vllm"), "serve", str(checkpoint), *sizes]
+    drafts = ["--speculative-config", json.dumps({"method": "mtp", "num_speculative_tokens": DRAFT_TOKENS})]
+    return [str(COMMANDS / "vllm"), "serve", str(checkpoint), *sizes, *drafts]
+
+
+def complete(client: OpenAI, beginning: str) -> str:
+    """Print a program and what the model continues it with, as it comes, and return both."""
+    console.print(Text(beginning, style="dim"), end="")
+    stream = client.completions.create(model=MODEL, prompt=beginning, max_tokens=NEW_TOKENS, temperature=0, stream=True)
+    return beginning + _shown(choice.text for chunk in stream for choice in chunk.choices)
 
 
 def chat(client: OpenAI) -> str:
-    """Print the answer to `QUESTION` as it comes, and return it.
-
-    Raises:
-        RuntimeError: if there was none.
-    """
+    """Print the answer to `QUESTION` as it comes, and return both as the chat template has them."""
     console.print(Text.assemble(("You      ", "bold"), QUESTION))
     console.print(Text("LongCat  ", style="bold"), end="")
     stream = client.chat.completions.create(
@@ -105,41 +117,43 @@ def chat(client: OpenAI) -> str:
         temperature=0,
         stream=True,
     )
+    answer = _shown(choice.delta.content or "" for chunk in stream for choice in chunk.choices)
+    return f"[Round 0] USER:{QUESTION} ASSISTANT:{answer}"
+
+
+def _shown(parts: Iterable[str]) -> str:
+    """Print the parts of an answer as they come, and return it whole.
+
+    Raises:
+        RuntimeError: if there was nothing.
+    """
     answer = ""
-    for chunk in stream:
-        for choice in chunk.choices:
-            answer += choice.delta.content or ""
-            console.out(_printable(choice.delta.content or ""), end="", highlight=False)
-    console.print("\n(Random weights: the words mean nothing, but each is the model's likeliest.)", style="dim")
+    for part in parts:
+        answer += part
+        console.out(_printable(part), end="", style="cyan", highlight=False)
+    console.print("\n")
     if not answer:
         raise RuntimeError("the answer was empty")
     return answer
 
 
-def count_ffn_experts(checkpoint: Path, answer: str) -> str:
-    """A sentence on how many FFN experts a token of this chat took, counted in the reference model."""
-    with console.status("counting experts in the reference model"):
+def what_it_took(checkpoint: Path, written: list[str]) -> str:
+    """A sentence on the FFN experts and the drafts of what was written, counted in the reference model."""
+    with console.status("counting experts and drafts in the reference model"):
         import torch
         from tokenizers import Tokenizer
 
+        from longcat_core.inspection import inspect
         from longcat_core.reference import LongcatForCausalLM
-        from longcat_core.routing import Routing
 
         model = LongcatForCausalLM.from_checkpoint(checkpoint)
-        taken: list[torch.Tensor] = []
-
-        def note(module: torch.nn.Module, inputs: object, routing: Routing) -> None:
-            taken.append((routing.ids >= 0).sum(dim=-1))
-
-        for layer in model.model.layers:
-            layer.mlp.router.register_forward_hook(note)
-        ids = Tokenizer.from_file(str(checkpoint / "tokenizer.json")).encode(QUESTION + answer).ids
-        with torch.no_grad():
-            model(torch.tensor([ids]))
-    average = torch.stack(taken).float().mean()
+        tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+        found = [inspect(model, tokenizer.encode(text).ids) for text in written]
+        experts = torch.cat([each.ffn_experts for each in found], dim=1).double().mean()
+        accepted = torch.cat([each.drafts[2:] for each in found if each.drafts is not None]).double().mean()
     return (
-        f"{average:.1f} of {model.config.moe_topk} slots were FFN experts, the rest cost nothing "
-        f"(mean of {len(ids)} tokens in {len(taken)} layers)."
+        f"{experts:.2f} of {model.config.moe_topk} slots were FFN experts, the rest cost nothing; "
+        f"{accepted:.0%} of the first drafts were what the model said next. `longcat inspect` shows which."
     )
 
 
@@ -192,7 +206,7 @@ def _log_lines() -> list[str]:
 
 
 def _printable(text: str) -> str:
-    """Without control characters, which a random model says as readily as any others."""
+    """Without control characters, which a model may say as well."""
     return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from longcat_core.drafting import Chains, DraftGate, TradeOff
     from longcat_core.reference import LongcatForCausalLM
 
-THRESHOLDS = (0.01, 0.02, 0.03, 0.05, 0.075, *(step / 20 for step in range(2, 20)))
-"""Those that are tried. Close at the low end, where most of what is saved without loss is."""
+THRESHOLDS = tuple(percent / 100 for percent in range(1, 100))
+"""Those that are tried."""
+_SHOWN = 5
+"""In the table: the chosen one, and every so many percent."""
 MIN_DRAFTS = 200
 """Fewer do not settle the 241 weights of a gate, whatever the prompts."""
 PLOT = "trade_off.png"
@@ -261,7 +263,8 @@ def _table(trade_offs: Sequence[TradeOff], chosen: TradeOff, answers: int) -> Ta
     ):
         table.add_column(heading, justify="right")
     table.add_column()
-    for each in sorted(trade_offs):
+    shown = [each for each in sorted(trade_offs) if each is chosen or round(100 * each.threshold) % _SHOWN == 0]
+    for each in shown:
         notes = (["no gate"] if each is ungated else []) + (["chosen"] if each is chosen else [])
         table.add_row(
             f"{each.threshold:g}",

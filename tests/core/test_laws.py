@@ -13,6 +13,7 @@ FORBIDDEN = {
     "longcat_vllm": {"sglang", "longcat_sglang", "longcat_cli"},
     "longcat_sglang": {"vllm", "longcat_vllm", "longcat_cli"},
     "longcat_cli": set[str](),
+    "longcat_nano": {"vllm", "sglang", "transformers", "longcat_core", "longcat_vllm", "longcat_sglang", "longcat_cli"},
 }
 """What each package must not import, at the top of a file or inside a function."""
 

@@ -128,7 +128,7 @@ def test_where_a_gate_cannot_be_used_all_drafts_are_verified(gated: Path) -> Non
 
 
 def test_vllm_still_makes_one_tensor_of_lengths_and_of_their_bound(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
+    drafting_checkpoint_of: Callable[[Case], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If this fails, `compat._give_drafts_lengths_of_their_own` may have become unnecessary."""
     from vllm.v1.spec_decode.eagle import EagleProposer
@@ -136,11 +136,12 @@ def test_vllm_still_makes_one_tensor_of_lengths_and_of_their_bound(
 
     monkeypatch.setattr(compat, "_give_drafts_lengths_of_their_own", lambda: None)
     monkeypatch.setattr(EagleProposer, "prepare_inputs", SpecDecodeBaseProposer.prepare_inputs)
+    case = CASES["latent_512_rope_64"]  # of which a draft changes for it
     with (
-        serving(directory, draft_tokens=4) as served,
+        serving(drafting_checkpoint_of(case), draft_tokens=3) as served,
         pytest.raises(AssertionError, match="accepted drafts"),
     ):
-        assert_drafts_are_the_references(served, 4)
+        assert_drafts_are_the_references(served, 3, case)
 
 
 @pytest.mark.parametrize("draft_tokens", [1, 4])

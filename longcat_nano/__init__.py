@@ -1,0 +1,8 @@
+"""LongCat-Nano: the shipped checkpoint, a small LongCat-Flash that has learned something; `examples/nano` trains it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+CHECKPOINT = Path(__file__).with_name("checkpoint")
+"""Laid out as LongCat-Flash-Chat is published, with its gate for drafts and the record of its training beside it."""
