@@ -82,7 +82,7 @@ class Report:
             ("activated parameters", f"mean {si(float(activated.mean()))}, p5 {si(low)}, p95 {si(high)}"),
             (
                 "busiest FFN expert",
-                "  ".join(f"{n}: {load:.1f}" for n, load in enumerate(busiest)) + "  times the mean",
+                ", ".join(f"{n}: {times:.1f}" for n, times in enumerate(busiest)) + " times the mean",
             ),
             ("drafts accepted", self._drafts_accepted()),
         ]
