@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import os
@@ -187,8 +188,10 @@ def serving(
         if broken is not None:
             broken(patch)
         # An engine looks for garbage ten times, each time among all that was ever imported: 0.2 s that are no test.
-        # What there is now is left out; vLLM would let it in again.
+        # What there is now is left out; vLLM would let it in again. At exit it is garbage like any other.
         gc.freeze()
+        atexit.unregister(gc.unfreeze)
+        atexit.register(gc.unfreeze)
         patch.setattr(gc, "freeze", lambda: None)
         patch.setattr(gc, "unfreeze", lambda: None)
         llm = None
