@@ -253,7 +253,7 @@ def test_the_target_runs_on_no_draft_of_a_lone_request_that_is_held_back(gated: 
 
 
 def no_gate_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longcat_core.drafting.load", lambda directory: None)
+    monkeypatch.setattr("longcat_core.drafting.GATE_FILE", Path("nowhere"))
 
 
 def test_sglangs_own_worker_verifies_all_drafts(gated: Path) -> None:
