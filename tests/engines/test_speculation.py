@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -112,12 +113,23 @@ def test_the_drafts_are_others_when_the_mtp_layer_is_broken(
         assert_tokens(served)
 
 
-def assert_drafts_pass_the_gate(served: engine.Engine, draft_tokens: int) -> None:
-    prompts = prompts_of(CASE)
+def assert_drafts_pass_the_gate(served: engine.Engine, draft_tokens: int, case: Case = CASE) -> None:
+    prompts = prompts_of(case)
     for prompt, ours in zip(prompts, served.speculated(prompts, NEW_TOKENS), strict=True):
-        wanted = truth(CASE, prompt, NEW_TOKENS, draft_tokens, the_gate())
+        wanted = truth(case, prompt, NEW_TOKENS, draft_tokens, the_gate())
         assert ours.tokens == wanted.tokens, f"{len(prompt)=}, {draft_tokens=}"
         assert ours.accepted == wanted.accepted, f"accepted drafts, {len(prompt)=}, {draft_tokens=}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_with_a_gate_the_drafts_that_pass_it_are_verified_for_every_model(
+    name: str, drafting_checkpoint_of: Callable[[Case], Path], tmp_path: Path
+) -> None:
+    case = CASES[name]
+    directory = Path(shutil.copytree(drafting_checkpoint_of(case), tmp_path / "gated"))
+    drafting.save(the_gate(), directory, drafting.fingerprint(directory, case.config))
+    with engine.serving(directory, draft_tokens=MOST_DRAFTS) as served:
+        assert_drafts_pass_the_gate(served, MOST_DRAFTS, case)
 
 
 @pytest.mark.parametrize("draft_tokens", DRAFTS)
@@ -144,9 +156,10 @@ def test_speculation_with_experts_on_two_ranks(has_gate: bool, directory: Path, 
         (assert_drafts_pass_the_gate if has_gate else assert_drafts_are_the_references)(served, 3)
 
 
-def test_the_gate_under_preemption(gated: Path) -> None:
+@pytest.mark.parametrize("draft_tokens", DRAFTS)
+def test_the_gate_under_preemption(draft_tokens: int, gated: Path) -> None:
     small = {"cache_tokens": 144, "block_size": 8 if ENGINE == "vllm" else None}
-    with engine.serving(gated, draft_tokens=3, **small) as served:
+    with engine.serving(gated, draft_tokens=draft_tokens, **small) as served:
         assert_tokens(served)
         assert served.preemptions > 0
 
