@@ -211,8 +211,8 @@ def serving(
 
 
 def leave_it_to_the_pipe(number: int, frame: object) -> None:
-    """SIGQUIT while an engine starts. SGLang's own handler kills the tests, also over a process of the engine before;
-    if one of this engine died, its end of a pipe closes, which is an error where the engine waits for it."""
+    """SIGQUIT while an engine starts. SGLang's own handler kills the tests. If a process of the engine died, its end of
+    a pipe closes, which is an error where the engine waits for it."""
 
 
 @contextmanager
