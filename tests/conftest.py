@@ -41,8 +41,21 @@ def drafting_checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable
 
 
 @pytest.fixture(scope="session")
-def gated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with a gate beside it."""
-    directory = write_checkpoint(tmp_path_factory.mktemp("gated"), CASE.config, drafting_tensors(CASE.config))
-    drafting.save(the_gate(), directory, drafting.fingerprint(directory, CASE.config))
-    return directory
+def gated_checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Path]:
+    """Write a case's checkpoint whose drafts are partly accepted, with a gate beside it, once a session."""
+    written: dict[Case, Path] = {}
+
+    def directory_of(case: Case) -> Path:
+        if case not in written:
+            tensors = drafting_tensors(case.config)
+            written[case] = write_checkpoint(tmp_path_factory.mktemp("gated"), case.config, tensors)
+            drafting.save(the_gate(case), written[case], drafting.fingerprint(written[case], case.config))
+        return written[case]
+
+    return directory_of
+
+
+@pytest.fixture
+def gated(gated_checkpoint_of: Callable[[Case], Path]) -> Path:
+    """The checkpoint of most tests of drafts, with its gate."""
+    return gated_checkpoint_of(CASE)

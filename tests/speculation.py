@@ -66,17 +66,18 @@ def prompts_of(case: Case) -> list[list[int]]:
 
 
 @cache
-def the_gate() -> DraftGate:
-    """A gate for `CASE` that goes by every feature, holds back a part of the first drafts and more of later ones, and
+def the_gate(case: Case = CASE) -> DraftGate:
+    """A gate that goes by every feature, holds back a part of the case's first drafts and more of later ones, and
     decides none of these by a hair."""
     gate = DraftGate().requires_grad_(False)
     for parameter in gate.parameters():
         parameter.zero_()
     gate.hidden.weight[:3] = torch.eye(3)
     gate.output.weight[0, :3] = torch.tensor([6.0, -0.5, -0.1])  # of the path's probability, entropy, depth
-    chains = [chains_of(CASE, tuple(prompt), NEW_TOKENS)[1] for prompt in prompts_of(CASE)]
-    scores = torch.cat([gate(each.features[:, 0]) for each in chains]).unique()
-    middle = scores[len(scores) // 10 : len(scores) // 3]
+    chains = [chains_of(case, tuple(prompt), NEW_TOKENS)[1] for prompt in prompts_of(case)]
+    scores = torch.cat([gate(each.features) for each in chains])
+    first = scores[:, 0].quantile(torch.tensor([0.1, 0.33]))
+    middle = scores[(scores >= first[0]) & (scores <= first[1])].unique()
     widest = int(middle.diff().argmax())
     gate.threshold = float(middle[widest : widest + 2].mean())
     return gate

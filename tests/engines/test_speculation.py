@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -116,19 +115,17 @@ def test_the_drafts_are_others_when_the_mtp_layer_is_broken(
 def assert_drafts_pass_the_gate(served: engine.Engine, draft_tokens: int, case: Case = CASE) -> None:
     prompts = prompts_of(case)
     for prompt, ours in zip(prompts, served.speculated(prompts, NEW_TOKENS), strict=True):
-        wanted = truth(case, prompt, NEW_TOKENS, draft_tokens, the_gate())
+        wanted = truth(case, prompt, NEW_TOKENS, draft_tokens, the_gate(case))
         assert ours.tokens == wanted.tokens, f"{len(prompt)=}, {draft_tokens=}"
         assert ours.accepted == wanted.accepted, f"accepted drafts, {len(prompt)=}, {draft_tokens=}"
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_with_a_gate_the_drafts_that_pass_it_are_verified_for_every_model(
-    name: str, drafting_checkpoint_of: Callable[[Case], Path], tmp_path: Path
+    name: str, gated_checkpoint_of: Callable[[Case], Path]
 ) -> None:
     case = CASES[name]
-    directory = Path(shutil.copytree(drafting_checkpoint_of(case), tmp_path / "gated"))
-    drafting.save(the_gate(), directory, drafting.fingerprint(directory, case.config))
-    with engine.serving(directory, draft_tokens=MOST_DRAFTS) as served:
+    with engine.serving(gated_checkpoint_of(case), draft_tokens=MOST_DRAFTS) as served:
         assert_drafts_pass_the_gate(served, MOST_DRAFTS, case)
 
 
@@ -164,9 +161,11 @@ def test_the_gate_under_preemption(draft_tokens: int, gated: Path) -> None:
         assert served.preemptions > 0
 
 
-def test_the_gate_of_these_tests_holds_back_a_part_of_the_drafts() -> None:
+@pytest.mark.parametrize("name", CASES)
+def test_the_gate_of_these_tests_holds_back_a_part_of_the_drafts(name: str) -> None:
+    case = CASES[name]
     for draft_tokens in DRAFTS:
-        taken = [steps_of(CASE, prompt, NEW_TOKENS, draft_tokens, the_gate()) for prompt in prompts_of(CASE)]
+        taken = [steps_of(case, prompt, NEW_TOKENS, draft_tokens, the_gate(case)) for prompt in prompts_of(case)]
         steps = [step for each in taken for step in each]
         assert 0.1 < sum(step.verified for step in steps) / (draft_tokens * len(steps)) < 0.9
 
