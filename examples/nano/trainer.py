@@ -43,7 +43,7 @@ class Curves:
     step: list[int]
     loss: list[float]
     draft_loss: list[float | None]
-    """Of the first draft; None before there is a draft layer."""
+    """Of the first draft, as a guess at what the model itself says likeliest; None before there is a draft layer."""
     balance_loss: list[float | None]
     """Summed over the layers, without its coefficient."""
     ffn_experts: list[list[float]]
@@ -167,8 +167,8 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.bf16, cache_enabled=False):
             logits, hidden, _ = self.model(ids)
             routed = watch.take()
-            draft_losses = self._draft_losses(hidden, ids, index) if self.model.model.mtp is not None else []
-        main_loss = next_token_loss(logits, ids, ahead=1)
+            draft_losses = self._draft_losses(hidden, ids, logits, index) if self.model.model.mtp is not None else []
+        main_loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
         loss = main_loss
         if draft_losses:
             loss = loss + settings.draft_layer.weight * torch.stack(draft_losses).mean()
@@ -184,8 +184,11 @@ class Trainer:
             rows=torch.stack([each.rows for each in routed]),
         )
 
-    def _draft_losses(self, hidden: Tensor, ids: Tensor, index: int) -> list[Tensor]:
+    def _draft_losses(self, hidden: Tensor, ids: Tensor, logits: Tensor, index: int) -> list[Tensor]:
         """The loss of the first draft at every position, and in some batches those of the drafts after it.
+
+        Each is the cross-entropy, in nats a token, with what the model itself says likeliest there: that, and not the
+        text, is what greedy verification holds a draft against.
 
         In an engine's chain, a draft after the first is made from the layer's own output at the position before, while
         positions further back keep what the target's hidden states made of them. Here each pass takes the own
@@ -194,15 +197,15 @@ class Trainer:
         """
         settings = self.settings.draft_layer
         deep = self.step % settings.deep_every == 0
-        target, tokens = hidden[:, :-1], ids[:, 1:]
-        logits, own, _ = self.model.draft(target, tokens)
-        losses = [next_token_loss(logits, tokens, ahead=1)]
+        target, tokens, likeliest = hidden[:, :-1], ids[:, 1:], logits[:, 1:].argmax(dim=-1).flatten()
+        drafted, own, _ = self.model.draft(target, tokens)
+        losses = [F.cross_entropy(drafted.flatten(0, 1).float(), likeliest)]
         generator = torch.Generator().manual_seed(_seed(self.settings.seed, self.step * self.settings.parts + index))
         for _ in range(1, settings.depth if deep else 1):
             shifted = torch.cat((target[:, :1], own[:, :-1]), dim=1)
             takes_own = (torch.rand(tokens.shape, generator=generator) < 0.5).to(self.device).unsqueeze(-1)
-            logits, own, _ = self.model.draft(torch.where(takes_own, shifted, target), tokens)
-            losses.append(next_token_loss(logits, tokens, ahead=1))
+            drafted, own, _ = self.model.draft(torch.where(takes_own, shifted, target), tokens)
+            losses.append(F.cross_entropy(drafted.flatten(0, 1).float(), likeliest))
         return losses
 
     # -- what changes on the way -------------------------------------------------------------------------
@@ -344,11 +347,6 @@ def initialize(module: nn.Module) -> None:
         if name.endswith(("o_proj.weight", "down_proj.weight", ".w2")):
             std /= 2.0
         nn.init.normal_(parameter, std=std)
-
-
-def next_token_loss(logits: Tensor, ids: Tensor, ahead: int) -> Tensor:
-    """Cross-entropy in nats a token, fp32, of logits [B, T, V] at each position for the id `ahead` of it."""
-    return F.cross_entropy(logits[:, :-ahead].flatten(0, 1).float(), ids[:, ahead:].flatten())
 
 
 def _mean(losses: Sequence[Tensor | None]) -> float | None:
