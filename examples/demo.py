@@ -20,6 +20,7 @@ from openai import APIConnectionError, DefaultHttpxClient, OpenAI, OpenAIError
 from rich.console import Console
 from rich.text import Text
 
+from longcat_cli.terminal import printable
 from longcat_nano import CHECKPOINT
 
 SERVER_LOG = Path(__file__).resolve().parents[1] / ".cache" / "example-server.log"
@@ -130,7 +131,7 @@ def _shown(parts: Iterable[str]) -> str:
     answer = ""
     for part in parts:
         answer += part
-        console.out(_printable(part), end="", style="cyan", highlight=False)
+        console.out(printable(part), end="", style="cyan", highlight=False)
     console.print("\n")
     if not answer:
         raise RuntimeError("the answer was empty")
@@ -202,12 +203,7 @@ def _free_port() -> int:
 
 
 def _log_lines() -> list[str]:
-    return [_printable(line) for line in SERVER_LOG.read_text(errors="replace").splitlines() if line.strip()]
-
-
-def _printable(text: str) -> str:
-    """Without control characters, which a model may say as well."""
-    return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text)
+    return [printable(line) for line in SERVER_LOG.read_text(errors="replace").splitlines() if line.strip()]
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,7 @@ from rich.text import Text
 
 from longcat_cli import loading
 from longcat_cli.loading import LoadingError
+from longcat_cli.terminal import printable
 from longcat_core.config import ConfigError
 
 if TYPE_CHECKING:
@@ -40,7 +42,8 @@ def command(
     try:
         report = _report(checkpoint, text, tokens, layer, errors)
         if html is not None:
-            html.write_text(report.page(), encoding="utf-8")
+            page = report.page().encode()
+            html.write_bytes(page)
     except (ConfigError, CheckpointError, LoadingError, OSError) as error:
         errors.print(f"longcat inspect: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
@@ -70,8 +73,8 @@ def _report(directory: Path, file: Path, tokens: int, layer: int | None, console
     with console.status(f"reading {count:,} tokens"):
         found = inspect(model, encoding.ids[:count])
     return Report(
-        checkpoint=directory.resolve().name,
-        text=file.name,
+        checkpoint=_name(directory.resolve()),
+        text=_name(file),
         config=config,
         inspection=found,
         pieces=pieces(content, encoding.offsets[:count]),
@@ -80,16 +83,16 @@ def _report(directory: Path, file: Path, tokens: int, layer: int | None, console
 
 
 def _coloured(report: Report, layer: int | None) -> Text:
-    """The text itself; the end of a line is shown, for it is a token like others."""
+    """The text itself."""
     coloured = Text()
-    for piece, shade in zip(report.pieces, report.shades(layer), strict=True):
-        coloured.append(_printable(piece).replace("\n", "⏎\n"), _style(shade))
+    for piece, shade in zip(report.shown_pieces(), report.shades(layer), strict=True):
+        coloured.append(printable(piece), _style(shade))
     return coloured
 
 
-def _printable(piece: str) -> str:
-    """Without characters that a terminal would obey."""
-    return "".join(each if each.isprintable() or each in "\n\t" else "\N{REPLACEMENT CHARACTER}" for each in piece)
+def _name(path: Path) -> str:
+    """What is no UTF-8 in it replaced."""
+    return os.fsencode(path.name).decode(errors="replace")
 
 
 def _style(shade: Shade) -> Style:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from longcat_core.config import LongcatConfig
 from longcat_core.inspection import Inspection
+from longcat_core.routing import relative_load
 
 _FEW, _MANY = (0xE9, 0xF1, 0xF2), (0x0B, 0x4F, 0x63)
 """The ends of the scale."""
@@ -51,17 +53,23 @@ class Report:
         return [_shade((value - low) / (high - low)) for value in self.values(layer).tolist()]
 
     def scale(self, layer: int | None) -> list[tuple[str, Shade]]:
-        """Some values from the lightest shade to the darkest, with decimals enough to tell them apart."""
+        """Some values from the lightest shade to the darkest, with decimals enough to tell how far they are apart."""
         low, high = self._ends(layer)
-        decimals = max(0, math.ceil(-math.log10((high - low) / (_STEPS - 1))))
         shares = [step / (_STEPS - 1) for step in range(_STEPS)]
-        return [(f"{low + share * (high - low):.{decimals}f}", _shade(share)) for share in shares]
+        values = [low + share * (high - low) for share in shares]
+        within = (high - low) / (_STEPS - 1) / 10
+        decimals = next(n for n in itertools.count() if all(abs(round(value, n) - value) < within for value in values))
+        return [(f"{value:.{decimals}f}", _shade(share)) for value, share in zip(values, shares, strict=True)]
 
     def _ends(self, layer: int | None) -> tuple[float, float]:
         """Of the scale: what all but 2 % of the tokens at either end are within, so that one token does not flatten
         the colours of all others."""
         low, high = torch.quantile(self.values(layer), torch.tensor([0.02, 0.98], dtype=torch.float64)).tolist()
         return (low, high) if high > low else (low, low + 1)
+
+    def shown_pieces(self) -> list[str]:
+        """The pieces, with ends of lines to be seen, for they are tokens like others."""
+        return [piece.replace("\r", "␍").replace("\n", "⏎\n") for piece in self.pieces]
 
     # -- figures -----------------------------------------------------------------------------------------
 
@@ -73,8 +81,7 @@ class Report:
         by_layer = found.ffn_experts.double().mean(dim=1)
         activated = found.activated_parameters(config)
         low, high = torch.quantile(activated, torch.tensor([0.05, 0.95], dtype=torch.float64)).tolist()
-        load = found.load.double()
-        busiest = (load.amax(dim=1) / load.mean(dim=1).clamp(min=1e-9)).tolist()
+        busiest = relative_load(found.load).amax(dim=1).tolist()
         return [
             ("tokens", read),
             ("FFN experts a token", f"mean {by_layer.mean():.2f} of {config.moe_topk} slots; zero experts the others"),
@@ -114,7 +121,7 @@ class Report:
         activated = found.activated_parameters(self.config).tolist()
         experts = found.ffn_experts.T.tolist()
         tokens = []
-        for place, piece in enumerate(self.pieces):
+        for place, (piece, shown) in enumerate(zip(self.pieces, self.shown_pieces(), strict=True)):
             drafted = found.drafts is not None and place >= 2
             accepted = bool(found.drafts[place]) if found.drafts is not None else False
             by_layer = ", ".join(f"layer {n}: {count}" for n, count in enumerate(experts[place]))
@@ -124,15 +131,14 @@ class Report:
             if drafted:
                 numbers += f"; draft {'accepted' if accepted else 'rejected'}"
             draft = ("accepted" if accepted else "rejected") if drafted else "none"
-            tokens.append({"piece": piece.replace("\n", "⏎\n"), "numbers": numbers, "draft": draft})
+            tokens.append({"piece": shown, "numbers": numbers, "draft": draft})
         return tokens
 
     def _layers(self) -> list[dict[str, Any]]:
         """By layer: the mean of FFN experts, and each one's load over the mean load."""
         means = self.inspection.ffn_experts.double().mean(dim=1).tolist()
-        loads = self.inspection.load.double()
-        loads /= loads.mean(dim=1, keepdim=True).clamp(min=1e-9)
-        return [{"ffn_experts": mean, "load": load.tolist()} for mean, load in zip(means, loads, strict=True)]
+        loads = relative_load(self.inspection.load).tolist()
+        return [{"ffn_experts": mean, "load": load} for mean, load in zip(means, loads, strict=True)]
 
     def _histogram(self) -> dict[str, Any]:
         activated = self.inspection.activated_parameters(self.config)
@@ -167,7 +173,7 @@ def pieces(text: str, offsets: Sequence[tuple[int, int]]) -> list[str]:
 def si(number: float) -> str:
     """`31.3 B`, `4.02 M`."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
+        if number >= 0.9995 * size:  # what three digits round up to it
             return f"{number / size:.3g} {unit}"
     return f"{number:.3g}"
 

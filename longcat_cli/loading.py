@@ -17,14 +17,14 @@ class LoadingError(ValueError):
 
 
 def read_text(file: Path) -> str:
-    """The text of a UTF-8 file, without a byte order mark.
+    """The text of a UTF-8 file, without a byte order mark; its lines end as they do in the file.
 
     Raises:
         OSError: if the file cannot be read.
         LoadingError: if it is not UTF-8.
     """
     try:
-        return file.read_text(encoding="utf-8-sig")
+        return file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise LoadingError(f"{file}: not UTF-8 ({error}); save it as UTF-8") from None
 

@@ -146,7 +146,7 @@ def read_prompts(file: Path, directory: Path, config: LongcatConfig, new_tokens:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        prompt: list[int] = tokenizer.encode(line).ids
+        prompt: list[int] = tokenizer.encode(line.removesuffix("\r")).ids
         if not 0 < len(prompt) <= longest:
             raise TrainingError(
                 f"{file}, line {number}: {len(prompt)} tokens, wanted 1 to {longest}, which with {new_tokens} new ones "
@@ -168,8 +168,8 @@ def end_tokens(directory: Path) -> set[int]:
     for name in ("generation_config.json", "config.json"):
         path = directory / name
         try:
-            content = json.loads(path.read_text()) if path.exists() else {}
-        except json.JSONDecodeError as error:
+            content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise TrainingError(f"{path}: not JSON ({error}); download it again") from None
         if not isinstance(content, dict):
             raise TrainingError(f"{path}: {type(content).__name__}, wanted a JSON object; download it again")
@@ -278,23 +278,17 @@ def _table(trade_offs: Sequence[TradeOff], chosen: TradeOff, answers: int) -> Ta
 
 
 def _plot(trade_offs: Sequence[TradeOff], chosen: TradeOff, path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from longcat_cli.plotting import BLUE, GREY, RED, figure, save
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    FigureCanvasAgg(figure)  # not pyplot, which would look for a display
-    axes = figure.subplots()
+    title = "What the draft gate gives up and saves, by its threshold"
+    drawn, axes = figure(title, "drafts verified (drafts a step)", "accepted length (tokens a step)")
     line = sorted(trade_offs)
-    axes.plot([t.verified for t in line], [t.accepted_length for t in line], ".-", color="#1f6f8b", lw=1.5)
-    points = ((trade_offs[0], "s", "#888888", "no gate"), (chosen, "o", "#c8553d", f"threshold {chosen.threshold:g}"))
-    for point, marker, colour, name in points:
+    axes.plot([t.verified for t in line], [t.accepted_length for t in line], ".-", color=BLUE, lw=1.5)
+    for point, marker, colour, name in (
+        (trade_offs[0], "s", GREY, "no gate"),
+        (chosen, "o", RED, f"threshold {chosen.threshold:g}"),
+    ):
         label = f"{name}: {point.accepted_length:.2f} tokens for {point.verified:.2f} drafts"
         axes.plot(point.verified, point.accepted_length, marker, color=colour, ms=8, label=label)
-    axes.set_xlabel("drafts verified (drafts a step)")
-    axes.set_ylabel("accepted length (tokens a step)")
-    axes.set_title("What the draft gate gives up and saves, by its threshold", fontsize=10)
     axes.set_xlim(0, None)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
-    figure.savefig(path, dpi=130)
+    save(drawn, path, legend="lower right")

@@ -124,10 +124,10 @@ def read_config(directory: Path) -> LongcatConfig:
     """
     path = directory / "config.json"
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; give the directory of a checkpoint") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not JSON ({error})") from None
     return LongcatConfig.from_hf(raw)
 
@@ -283,8 +283,8 @@ def shards(directory: Path) -> list[Path]:
     index = directory / INDEX_NAME
     if index.exists():
         try:
-            named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+            named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{index}: not a safetensors index ({error!r}); download it again") from None
         absent = [name for name in named if not (directory / name).exists()]
         if absent:

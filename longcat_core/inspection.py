@@ -73,6 +73,11 @@ def inspect(model: LongcatForCausalLM, tokens: list[int]) -> Inspection:
     )
 
 
+def routers(model: LongcatForCausalLM) -> list[Router]:
+    """One a layer, in order."""
+    return [module for module in model.modules() if isinstance(module, Router)]
+
+
 @contextmanager
 def routings(model: LongcatForCausalLM) -> Iterator[list[Routing]]:
     """Within the `with` block, what every router of the model returns, in the order they run."""
@@ -81,8 +86,7 @@ def routings(model: LongcatForCausalLM) -> Iterator[list[Routing]]:
     def note(router: nn.Module, inputs: object, routing: Routing) -> None:
         noted.append(routing)
 
-    routers = [module for module in model.modules() if isinstance(module, Router)]
-    hooks = [router.register_forward_hook(note) for router in routers]
+    hooks = [router.register_forward_hook(note) for router in routers(model)]
     try:
         yield noted
     finally:

@@ -46,6 +46,12 @@ def expert_rows(ids: Tensor, num_experts: int) -> Tensor:
     return torch.bincount(ids[ids >= 0].long(), minlength=num_experts)
 
 
+def relative_load(rows: Tensor) -> Tensor:
+    """rows: [..., experts or ranks], any number type. Returns each one's share over the mean share, fp64 [..., same]:
+    1 where all are loaded alike, 0 where there are no rows at all."""
+    return rows.double() / rows.double().mean(dim=-1, keepdim=True).clamp(min=1e-9)
+
+
 def rank_imbalance(rows: Tensor, ranks: int) -> float:
     """The busiest rank's rows over the mean, for experts laid out on `ranks` ranks in order, as evenly as can be.
 
@@ -54,5 +60,4 @@ def rank_imbalance(rows: Tensor, ranks: int) -> float:
     """
     if rows.numel() < ranks:
         raise ValueError(f"{rows.numel()} experts on {ranks} ranks: wanted at least one expert a rank")
-    load = torch.stack([part.sum() for part in rows.tensor_split(ranks)]).double()
-    return float(load.max() / load.mean().clamp(min=1e-9))
+    return float(relative_load(torch.stack([part.sum() for part in rows.tensor_split(ranks)])).max())

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples.nano.settings import Settings
+from longcat_core.inspection import routers
 from longcat_core.reference import LongcatForCausalLM, Router
 from longcat_core.routing import Routing, expert_rows
 
@@ -153,8 +154,3 @@ def set_biases(model: LongcatForCausalLM, biases: Tensor) -> None:
     """biases: fp32 [layers, N + Z]."""
     for router, bias in zip(routers(model), biases, strict=True):
         router.e_score_correction_bias.copy_(bias)
-
-
-def routers(model: LongcatForCausalLM) -> list[Router]:
-    """One a layer, in order."""
-    return [module for module in model.modules() if isinstance(module, Router)]

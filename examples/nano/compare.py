@@ -13,12 +13,14 @@ import torch
 import typer
 from matplotlib.axes import Axes
 
-from examples.nano import plots, publish
+from examples.nano import publish
 from examples.nano.corpus import Streams, standard_library, streams
+from examples.nano.plots import smoothed
 from examples.nano.record import machine
-from examples.nano.settings import PRESETS, Settings, SettingsError
-from examples.nano.train import console, preset_of, train
+from examples.nano.settings import PRESETS, Settings
+from examples.nano.train import chosen_device, console, preset_of, require_enough, train
 from examples.nano.trainer import Curves, Trainer, deterministic
+from longcat_cli.plotting import BLUE, GREY, RED, figure, save
 
 
 class Mechanism(StrEnum):
@@ -50,27 +52,43 @@ def command(
     preset: Annotated[str, typer.Option(help=f"Settings of both runs: {', '.join(PRESETS)}.")] = "cpu",
     steps: Annotated[int, typer.Option(min=2, help="Of the run with it.")] = 600,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads on a CPU, as for the training.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; a GPU if there is one, if not given, as for the training.")
+    ] = None,
     library: Annotated[Path | None, typer.Option(help="Python sources to train on, as for the training.")] = None,
 ) -> None:
-    """Train twice on the same compute, with one of the report's mechanisms and without it, and draw both."""
+    """Train with one of the report's mechanisms and without it, and draw both."""
     threads = threads or os.cpu_count() or 1
-    deterministic()
     try:
+        chosen = chosen_device(device)
         runs = pair(preset_of(preset).changed({"steps": steps}), mechanism)
-    except SettingsError as error:
+        _compare(mechanism, runs, out, chosen, threads, library)
+    except (ValueError, OSError) as error:
         console.print(f"examples.nano.compare: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
+
+
+def _compare(
+    mechanism: Mechanism,
+    runs: dict[str, Settings],
+    out: Path,
+    device: torch.device,
+    threads: int,
+    library: Path | None,
+) -> None:
+    deterministic()
+    out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as directory, console.status("reading the corpus"):
         corpus = standard_library(runs["with"].held_out, library)
         found = streams(corpus, Path(directory), runs["with"])
-    curves = {name: _train(settings, found, torch.device(device), threads) for name, settings in runs.items()}
-    out.mkdir(parents=True, exist_ok=True)
+    for settings in runs.values():
+        require_enough(found.held_out, settings)
+    curves = {name: _train(settings, found, device, threads) for name, settings in runs.items()}
     file = out / f"compare_{mechanism.value.replace('-', '_')}"
     made = {
         name: {"settings": settings.model_dump(), "curves": asdict(curves[name])} for name, settings in runs.items()
     }
-    publish.write_json(file.with_suffix(".json"), {"machine": machine(torch.device(device), threads), "runs": made})
+    publish.write_json(file.with_suffix(".json"), {"machine": machine(device, threads), "runs": made})
     draw(mechanism, runs, curves, file.with_suffix(".png"))
     for name, each in curves.items():
         typer.echo(f"{name:8} held out {each.held_out_loss[-1]:.4f} nats a token after {each.step[-1]} steps")
@@ -110,8 +128,8 @@ def draw(mechanism: Mechanism, runs: dict[str, Settings], curves: dict[str, Curv
         Mechanism.mtp: ("What the draft layer costs the model", "step", "nats a token"),
         Mechanism.growth: ("Growth beside training from scratch", "training compute (PFLOP)", "nats a token"),
     }
-    drawn, axes = plots.figure(*titles[mechanism])
-    for (name, settings), colour in zip(runs.items(), (plots.BLUE, plots.RED), strict=True):
+    drawn, axes = figure(*titles[mechanism])
+    for (name, settings), colour in zip(runs.items(), (BLUE, RED), strict=True):
         each = curves[name]
         if mechanism in (Mechanism.mtp, Mechanism.growth):
             _plot_loss(axes, mechanism, name, settings, each, colour)
@@ -122,10 +140,10 @@ def draw(mechanism: Mechanism, runs: dict[str, Settings], curves: dict[str, Curv
             Mechanism.device_balance: [max(layers) for layers in each.device_imbalance],
         }[mechanism]
         axes.plot(each.step, values, color=colour, alpha=0.25, lw=0.8)
-        axes.plot(each.step, plots.smoothed(values), color=colour, label=f"{name} it")
+        axes.plot(each.step, smoothed(values), color=colour, label=f"{name} it")
     if mechanism is Mechanism.pid:
-        axes.axhline(runs["with"].zero_experts.target, color=plots.GREY, lw=1, ls="--", label="target")
-    return plots.save(drawn, path)
+        axes.axhline(runs["with"].zero_experts.target, color=GREY, lw=1, ls="--", label="target")
+    return save(drawn, path)
 
 
 def _plot_loss(axes: Axes, mechanism: Mechanism, name: str, settings: Settings, curves: Curves, colour: str) -> None:
@@ -134,11 +152,11 @@ def _plot_loss(axes: Axes, mechanism: Mechanism, name: str, settings: Settings, 
     def place(steps: list[int]) -> list[float]:
         return [flops(settings, step) / 1e15 if mechanism is Mechanism.growth else step for step in steps]
 
-    axes.plot(place(curves.step), plots.smoothed(curves.loss), color=colour, alpha=0.3, lw=0.8)
+    axes.plot(place(curves.step), smoothed(curves.loss), color=colour, alpha=0.3, lw=0.8)
     label = f"{name} it, held out: {curves.held_out_loss[-1]:.3f} at last"
     axes.plot(place(curves.glanced), curves.held_out_loss, ".-", color=colour, label=label)
     if mechanism is Mechanism.growth and settings.grows_at:
-        axes.axvline(place([settings.grows_at])[0], color=plots.GREY, lw=0.8, ls=":", label="grows")
+        axes.axvline(place([settings.grows_at])[0], color=GREY, lw=0.8, ls=":", label="grows")
 
 
 def _train(settings: Settings, found: Streams, device: torch.device, threads: int) -> Curves:

@@ -8,13 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from examples.nano.settings import Settings
 from examples.nano.trainer import Curves
-
-BLUE, RED, GREY = "#1f6f8b", "#c8553d", "#888888"
+from longcat_cli.plotting import BLUE, GREY, RED, figure, save
 
 
 def draw(record: dict[str, Any], directory: Path) -> list[Path]:
@@ -31,26 +28,6 @@ def draw(record: dict[str, Any], directory: Path) -> list[Path]:
     if any(loss is not None for loss in curves.draft_loss):
         paths.append(_drafts(settings, curves, directory / "drafts.png"))
     return paths
-
-
-def figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:
-    drawn = Figure(figsize=(6, 4), layout="constrained")
-    FigureCanvasAgg(drawn)  # not pyplot, which would look for a display
-    axes = drawn.subplots()
-    axes.set_title(title, fontsize=10)
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    return drawn, axes
-
-
-def save(drawn: Figure, path: Path) -> Path:
-    for axes in drawn.axes:
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=8)
-    drawn.savefig(path, dpi=130)
-    return path
 
 
 def smoothed(values: Sequence[float], over: int = 9) -> list[float]:
@@ -103,8 +80,13 @@ def _balance(settings: Settings, curves: Curves, path: Path) -> Path:
 def _drafts(settings: Settings, curves: Curves, path: Path) -> Path:
     drawn, axes = figure("The draft layer, added late", "step", "nats a token")
     pairs = [(s, loss) for s, loss in zip(curves.step, curves.draft_loss, strict=True) if loss is not None]
-    axes.plot([s for s, _ in pairs], smoothed([loss for _, loss in pairs]), color=BLUE, label="loss of the first draft")
-    axes.plot(curves.step, smoothed(curves.loss), color=GREY, lw=1, label="loss of the model")
+    axes.plot(
+        [s for s, _ in pairs],
+        smoothed([loss for _, loss in pairs]),
+        color=BLUE,
+        label="first draft, against what the model would say",
+    )
+    axes.plot(curves.step, smoothed(curves.loss), color=GREY, lw=1, label="the model, against the text")
     right = axes.twinx()
     right.spines["top"].set_visible(False)
     right.set_ylabel("share of drafts that the model would say too")

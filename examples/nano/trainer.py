@@ -24,12 +24,17 @@ from examples.nano.corpus import Batches
 from examples.nano.growth import grown, stacked
 from examples.nano.settings import Settings
 from longcat_core.reference import MTP, LongcatForCausalLM
+from longcat_core.routing import relative_load
 
 _INIT_STD = 0.02
 _BETAS, _EPS = (0.9, 0.95), 1e-16
 _LEAST_CONTROL = 0.1
 """Of the controllers' gains, at the end of the decay: while weights still move, so does what routers do."""
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class DivergedError(ValueError):
+    """A loss that is no number, from which nothing is learned any more."""
 
 
 class ResumeError(ValueError):
@@ -129,7 +134,11 @@ class Trainer:
     # -- a step ------------------------------------------------------------------------------------------
 
     def train_step(self) -> Measured:
-        """One step of the schedule: grow or add the draft layer where it is due, then learn from one batch."""
+        """One step of the schedule: grow or add the draft layer where it is due, then learn from one batch.
+
+        Raises:
+            DivergedError: if the loss is not finite; nothing was learned from the batch.
+        """
         settings = self.settings
         if self.step == settings.grows_at > 0:
             self._grow()
@@ -142,6 +151,9 @@ class Trainer:
         ids = self.batches[self.step].to(self.device)
         with Watch(self.model, settings) as watch:
             parts = list(self._pool.map(self._part, range(settings.parts), ids.chunk(settings.parts), repeat(watch)))
+        loss = sum(float(part.loss) for part in parts) / settings.parts
+        if not math.isfinite(loss):
+            raise DivergedError(f"step {self.step + 1}: a loss of {loss}; lower the learning_rate of the settings")
         # Summed in the order of the parts, whichever was done first.
         for parameter, *gradients in zip(self.model.parameters(), *(part.gradients for part in parts), strict=True):
             parameter.grad = sum(gradients[1:], start=gradients[0])
@@ -152,12 +164,12 @@ class Trainer:
         self.step += 1
         by_device = rows.unflatten(1, (settings.device_balance.devices, -1)).sum(dim=2)
         return Measured(
-            loss=sum(float(part.loss) for part in parts) / settings.parts,
+            loss=loss,
             draft_loss=_mean([part.draft_loss for part in parts]),
             balance_loss=_mean([part.balance_loss for part in parts]),
             ffn_experts=(rows.sum(dim=1) / ids.numel()).tolist(),
-            imbalance=_busiest_over_mean(rows),
-            device_imbalance=_busiest_over_mean(by_device),
+            imbalance=relative_load(rows).amax(dim=1).tolist(),
+            device_imbalance=relative_load(by_device).amax(dim=1).tolist(),
         )
 
     def _part(self, index: int, ids: Tensor, watch: Watch) -> Part:
@@ -353,11 +365,6 @@ def _mean(losses: Sequence[Tensor | None]) -> float | None:
     """None where there are none."""
     present = [float(loss) for loss in losses if loss is not None]
     return sum(present) / len(present) if present else None
-
-
-def _busiest_over_mean(rows: Tensor) -> list[float]:
-    """rows: [layers, what there is of a kind]."""
-    return (rows.amax(dim=1) / rows.double().mean(dim=1).clamp(min=1e-9)).tolist()
 
 
 def _seed(seed: int, number: int) -> int:

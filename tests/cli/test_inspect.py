@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,14 @@ def test_a_terminal_obeys_nothing_in_the_text(source: Path, text: Path) -> None:
     assert "\x1b" not in shown
 
 
+def test_a_text_is_read_with_the_ends_of_lines_that_it_has(source: Path, text: Path) -> None:
+    text.write_bytes("a\r\nb\rc\u3000d".encode())
+    result = run(source, text)
+    assert result.stdout.startswith("a␍⏎\nb␍c\u3000d\n")
+    tokens = Tokenizer.from_file(str(source / "tokenizer.json")).encode("a\r\nb\rc\u3000d").ids
+    assert re.search(rf"tokens +{len(tokens)}\b", result.stdout)
+
+
 def test_only_the_beginning_is_read_where_that_is_asked_for(source: Path, text: Path, found: Inspection) -> None:
     result = run(source, text, "--tokens", "9")
     assert re.search(rf"tokens +9, the first of {len(found.tokens)}\b", result.stdout)
@@ -138,6 +148,16 @@ def test_the_scale_tells_its_values_apart(found: Inspection, source: Path) -> No
             values = [value for value, _ in report(inspection, source).scale(layer)]
             assert len(set(values)) == len(values)
             assert [float(value) for value in values] == sorted(map(float, values))
+            steps = [float(after) - float(value) for value, after in pairwise(values)]
+            assert max(steps) < 1.4 * min(steps)
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"),
+    [(31.3e9, "31.3 B"), (9.996e8, "1 B"), (999_600, "1 M"), (4_020_000, "4.02 M"), (999.4, "999"), (0, "0")],
+)
+def test_numbers_are_shown_with_three_digits(number: float, shown: str) -> None:
+    assert si(number) == shown
 
 
 @given(st.text(alphabet=st.characters(codec="utf-8"), max_size=60))
@@ -255,6 +275,16 @@ def test_what_cannot_be_read_is_refused(source: Path, text: Path, tmp_path: Path
     text.write_bytes(b"")
     assert_refused(run(source, text, "--html", str(page)), "area.py: no tokens, wanted a text")
     assert not page.exists()
+
+
+def test_what_is_no_utf_8_is_refused_or_shown_as_such(source: Path, text: Path, tmp_path: Path) -> None:
+    named, page = tmp_path / os.fsdecode(b"caf\xe9.py"), tmp_path / "page.html"
+    shutil.copy(text, named)
+    assert run(source, named, "--html", str(page)).exit_code == 0
+    assert "<title>caf\N{REPLACEMENT CHARACTER}.py in" in page.read_text(encoding="utf-8")
+    directory = Path(shutil.copytree(source, tmp_path / "model"))
+    (directory / "config.json").write_bytes(b'{"hidden_size": "caf\xe9"}')
+    assert_refused(run(directory, text), "config.json: not JSON")
 
 
 def test_a_layer_that_is_not_there_is_refused(source: Path, text: Path) -> None:

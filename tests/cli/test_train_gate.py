@@ -253,10 +253,10 @@ def test_prompts_that_cannot_be_used_are_refused(
 
 
 def test_a_line_ends_at_a_newline_and_nowhere_else(directory: Path, prompts: Path) -> None:
-    prompts.write_bytes("\ufeffone\u2028line\r\n\r\n \u3000\ntwo".encode())
+    prompts.write_bytes("\ufeffone\u2028line\r\n\r\n \u3000\ntwo\rthree".encode())
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     found = train_gate.read_prompts(prompts, directory, DEFAULT, 24)
-    assert found == [tokenizer.encode(text).ids for text in ("one\u2028line", "two")]
+    assert found == [tokenizer.encode(text).ids for text in ("one\u2028line", "two\rthree")]
 
 
 def test_a_prompts_file_or_a_checkpoint_that_is_not_there_is_named(directory: Path, prompts: Path) -> None:

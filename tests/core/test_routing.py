@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longcat_core.routing import Routing, expert_rows, rank_imbalance, route
+from longcat_core.routing import Routing, expert_rows, rank_imbalance, relative_load, route
 
 
 def random_route(
@@ -127,6 +127,11 @@ def test_imbalance_is_the_busiest_rank_over_the_mean() -> None:
     assert rank_imbalance(rows, ranks=3) == pytest.approx(4 / (10 / 3))
     assert rank_imbalance(rows, ranks=1) == 1.0
     assert rank_imbalance(torch.zeros(8), ranks=2) == 0.0
+
+
+def test_load_is_over_the_mean_of_each_layer() -> None:
+    rows = torch.tensor([[1, 3], [0, 0], [5, 5]])
+    assert relative_load(rows).tolist() == [[0.5, 1.5], [0.0, 0.0], [1.0, 1.0]]
 
 
 def test_more_ranks_than_experts_is_an_error() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from examples.nano import compare
 from examples.nano.compare import Mechanism, flops, pair
@@ -39,13 +39,33 @@ def test_runs_differ_in_the_switch_alone(mechanism: Mechanism) -> None:
     assert runs["with"] == runs["without"]
 
 
+def run(*arguments: str | Path) -> Result:
+    app = typer.Typer()
+    app.command()(compare.command)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (("--library", "absent"), "absent: 0 files to train on"),
+        (("--device", "nonsense"), "--device: 'nonsense', wanted cpu or cuda"),
+        (("--preset", "huge"), "--preset: huge, wanted cpu, gpu, tiny"),
+        (("--out", "/dev/null/out"), "/dev/null/out"),
+    ],
+)
+def test_what_cannot_be_compared_is_said(options: tuple[str, str], complaint: str, tmp_path: Path) -> None:
+    result = run("pid", "--out", tmp_path / "out", *options)
+    assert (result.exit_code, type(result.exception)) == (1, SystemExit)
+    assert result.stderr.startswith("examples.nano.compare: ")
+    assert complaint in result.stderr
+
+
 def test_a_comparison_leaves_its_plot_and_its_curves(tmp_path: Path) -> None:
     shutil.copytree(Path(sysconfig.get_path("stdlib")) / "json", tmp_path / "library" / "json")
     shutil.copytree(Path(sysconfig.get_path("stdlib")) / "email", tmp_path / "library" / "email")
-    app = typer.Typer()
-    app.command()(compare.command)
-    options = ["--preset", "tiny", "--steps", "4", "--library", str(tmp_path / "library"), "--threads", "1"]
-    result = CliRunner().invoke(app, ["growth", "--out", str(tmp_path / "out"), *options])
+    options = ("--preset", "tiny", "--steps", "4", "--library", tmp_path / "library", "--threads", "1")
+    result = run("growth", "--out", tmp_path / "out", *options)
     assert result.exit_code == 0, result.output
     runs = json.loads((tmp_path / "out" / "compare_growth.json").read_text())["runs"]
     assert [len(run["curves"]["loss"]) for run in runs.values()] == [run["settings"]["steps"] for run in runs.values()]
