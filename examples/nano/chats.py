@@ -13,7 +13,7 @@ _LONGEST_QUESTION, _LONGEST_ANSWER = 160, 1200
 
 
 def chats(texts: Mapping[str, str], share: float) -> list[str]:
-    """A share of the functions of source files, by a hash of what is asked, as LongCat's chat template writes one
+    """A share of the functions of source files, by a hash of question and answer, as LongCat's chat template writes one
     round, without the `</longcat_s>` that ends it.
 
     texts: by path, of which those that do not parse as Python are passed over.

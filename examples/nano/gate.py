@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from tokenizers import Tokenizer
 
 from examples.nano import measure, publish, record
 from examples.nano.chats import chat, explained
 from examples.nano.corpus import encode, standard_library
-from examples.nano.settings import Settings, SettingsError
+from examples.nano.settings import Settings
 from longcat_cli import train_gate
+from longcat_cli.loading import read_tokenizer
 from longcat_core import drafting
 from longcat_core.reference import LongcatForCausalLM
 
@@ -30,24 +30,37 @@ def command(
     """Train the gate with `longcat train-gate` on what the model was trained on, measure it on what it was not, and
     note that in the training record."""
     try:
-        settings = Settings.read(checkpoint / record.FILE)
-    except (SettingsError, OSError) as error:
-        typer.echo(f"examples.nano.gate: {error}; give a directory that examples.nano.train has written", err=True)
+        _train_and_measure(checkpoint, library, new_tokens)
+    except (ValueError, OSError) as error:
+        typer.echo(f"examples.nano.gate: {error}", err=True)
         raise typer.Exit(1) from None
+
+
+def _train_and_measure(checkpoint: Path, library: Path | None, new_tokens: int) -> None:
+    file = checkpoint / record.FILE
+    if not file.exists():
+        raise ValueError(f"{file}: no such file; give a directory that examples.nano.train has written")
+    settings, made = Settings.read(file), json.loads(file.read_text())
     depth = settings.draft_layer.depth
     corpus = standard_library(settings.held_out, library)
-    with tempfile.TemporaryDirectory() as directory:
-        file = Path(directory) / "prompts.txt"
-        file.write_text("\n".join(prompts(corpus.train)) + "\n", encoding="utf-8")
-        train_gate.command(checkpoint, file, steps=depth, new_tokens=new_tokens)
-
-    model, gate = LongcatForCausalLM.from_checkpoint(checkpoint), drafting.load(checkpoint)
-    assert gate is not None, "it was just trained"
-    stream = encode(Tokenizer.from_file(str(checkpoint / "tokenizer.json")), list(corpus.held_out.values()))
+    model = LongcatForCausalLM.from_checkpoint(checkpoint)
+    stream = encode(read_tokenizer(checkpoint), list(corpus.held_out.values()))
     chains = measure.greedy_chains(model, stream, depth, new_tokens)
+    if not chains:
+        raise ValueError(f"{checkpoint}: ends every answer to held-out text within {depth} tokens; raise --new-tokens")
+
+    # What is noted of the gate before goes with it.
+    made["results"].pop("gate", None)
+    publish.write_json(file, made)
+    with tempfile.TemporaryDirectory() as directory:
+        lines = Path(directory) / "prompts.txt"
+        lines.write_text("\n".join(prompts(corpus.train)) + "\n", encoding="utf-8")
+        train_gate.command(checkpoint, lines, steps=depth, new_tokens=new_tokens)
+
+    gate = drafting.load(checkpoint)
+    assert gate is not None, "it was just trained"
     trade_offs = drafting.trade_off(gate, chains, [gate.threshold])
     ungated, gated = trade_offs[0], trade_offs[-1]
-    made = json.loads((checkpoint / record.FILE).read_text())
     made["results"]["gate"] = {
         "threshold": gate.threshold,
         "depth": depth,
@@ -56,7 +69,7 @@ def command(
         "verified": gated.verified,
         "verified_without": ungated.verified,
     }
-    publish.write_json(checkpoint / record.FILE, made)
+    publish.write_json(file, made)
     typer.echo(
         f"on held-out files, {depth} drafts: {1 - gated.verified / ungated.verified:.1%} held back, "
         f"{1 - gated.accepted_length / ungated.accepted_length:.1%} of the accepted length given up"

@@ -92,8 +92,9 @@ def held_out(model: LongcatForCausalLM, stream: Tensor, num_bytes: int, sequence
     return HeldOut(nats / math.log(2) / num_bytes, (rows / tokens).tolist())
 
 
-def acceptance(model: LongcatForCausalLM, stream: Tensor, depth: int, new_tokens: int) -> Acceptance:
-    """Greedy continuations of pieces of held-out files, and every chain of drafts along them.
+def acceptance(model: LongcatForCausalLM, stream: Tensor, depth: int, new_tokens: int) -> Acceptance | None:
+    """Greedy continuations of pieces of held-out files, and every chain of drafts along them; None where the model ends
+    all of them too soon to judge a chain.
 
     model: on the CPU, with its MTP layer; stream: int32 [tokens], files with `END` before each; new_tokens: the longer,
     the more a small model repeats itself, which is easily drafted.
@@ -102,6 +103,8 @@ def acceptance(model: LongcatForCausalLM, stream: Tensor, depth: int, new_tokens
         ValueError: if no file is long enough for a prompt.
     """
     chains = greedy_chains(model, stream, depth, new_tokens)
+    if not chains:
+        return None
     accepted = torch.cat([each.accepted for each in chains])
     steps = [step for each in chains for step in drafting.walk(each.accepted, depth)]
     by_depth = [float((accepted >= d).double().mean()) for d in range(1, depth + 1)]
@@ -112,7 +115,7 @@ def acceptance(model: LongcatForCausalLM, stream: Tensor, depth: int, new_tokens
 def greedy_chains(model: LongcatForCausalLM, stream: Tensor, depth: int, new_tokens: int) -> list[drafting.Chains]:
     """Every chain of drafts along the greedy continuations of pieces of held-out files; see `acceptance`."""
     chains = []
-    for prompt in _prompts(stream):
+    for prompt in prompts(stream):
         answer = model.generate(prompt, new_tokens)
         # An engine stops there.
         answer = answer[: answer.index(END) + 1] if END in answer else answer
@@ -121,8 +124,12 @@ def greedy_chains(model: LongcatForCausalLM, stream: Tensor, depth: int, new_tok
     return chains
 
 
-def _prompts(stream: Tensor) -> list[list[int]]:
-    """Pieces of single files, evenly from all over the stream, as many as are looked at."""
+def prompts(stream: Tensor) -> list[list[int]]:
+    """Pieces of single files, evenly from all over the stream, as many as are looked at.
+
+    Raises:
+        ValueError: if no file is long enough for one.
+    """
     pieces = stream[: len(stream) // _PROMPT_TOKENS * _PROMPT_TOKENS].view(-1, _PROMPT_TOKENS)
     whole = pieces[(pieces != END).all(dim=1)]
     if not len(whole):

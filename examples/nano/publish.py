@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,4 +30,10 @@ def write(model: LongcatForCausalLM, directory: Path) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    """The file appears whole or not at all, whatever was there before."""
+    unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
+    try:
+        unfinished.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+        unfinished.rename(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -17,6 +18,7 @@ from examples.nano import classes, measure
 from examples.nano.corpus import Corpus
 from examples.nano.settings import Settings
 from examples.nano.trainer import Curves
+from longcat_core.checkpoint import shards
 from longcat_core.reference import LongcatForCausalLM
 
 FILE = "record.json"
@@ -32,7 +34,7 @@ def results(
     found = measure.held_out(model, stream, num_bytes, settings.sequence_length)
     drafts = None
     if model.model.mtp is not None:
-        drafts = measure.acceptance(model, stream, settings.draft_layer.depth, NEW_TOKENS)._asdict()
+        drafts = measure.acceptance(model, stream, settings.draft_layer.depth, NEW_TOKENS)
     mean = sum(found.ffn_experts) / len(found.ffn_experts)
     target = settings.zero_experts.target
     return {
@@ -44,7 +46,7 @@ def results(
         "ffn_experts_per_token": mean,
         "ffn_experts_per_token_by_layer": found.ffn_experts,
         "ffn_experts_off_target": abs(mean / target - 1),
-        "drafts": drafts,
+        "drafts": None if drafts is None else drafts._asdict(),
         "classes": {
             name: each._asdict() | {"read": each.read._asdict(), "predicted": each.predicted._asdict()}
             for name, each in classes.spent(model, tokenizer, texts, settings.sequence_length).items()
@@ -69,17 +71,20 @@ def record(
     corpus: Corpus,
     train_tokens: int,
     model: LongcatForCausalLM,
+    directory: Path,
     machine: dict[str, Any],
     seconds: float,
     curves: Curves,
     results: dict[str, Any],
 ) -> dict[str, Any]:
+    """directory: of the checkpoint, whose weights `model` has."""
     return {
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(seconds),
         "machine": machine,
         "settings": settings.model_dump(),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "sha256": digests(directory),
         "corpus": {
             "sha256": corpus.digest(),
             "train_files": len(corpus.train),
@@ -91,6 +96,11 @@ def record(
         "results": results,
         "curves": asdict(curves),
     }
+
+
+def digests(directory: Path) -> dict[str, str]:
+    """sha256 of each of a checkpoint's safetensors files, in hexadecimal, by name."""
+    return {shard.name: hashlib.sha256(shard.read_bytes()).hexdigest() for shard in shards(directory)}
 
 
 def _processor() -> str:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from longcat_cli import example_tokenizer
 from longcat_core.config import LongcatConfig
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -31,7 +32,7 @@ class Model(Group):
     published 512 + 64 do not take them: a latent of 512 alone would be most of a model of this size.
     """
 
-    vocab_size: Count = 2048
+    vocab_size: int = Field(default=2048, ge=example_tokenizer.MIN_VOCAB_SIZE)
     hidden_size: Count = 256
     num_layers: Count = 2
     num_attention_heads: Count = 4
@@ -95,7 +96,7 @@ class DraftLayer(Group):
     begins: Share = 0.7
     """Of the steps."""
     weight: float = Field(default=0.3, gt=0)
-    depth: Count = 3
+    depth: int = Field(default=3, ge=1, le=16)
     """Drafts of a chain that it is trained for."""
     deep_every: Count = 4
     """One batch in so many is trained to that depth, the others to depth 1."""
@@ -217,7 +218,7 @@ class Settings(Group):
             SettingsError: if it is not JSON, or not settings.
         """
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
             return cls.model_validate(content.get("settings", content) if isinstance(content, dict) else content)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise SettingsError(f"{path}: not JSON ({error})") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
@@ -73,7 +74,7 @@ def command(
     overrides = {"steps": steps, "seed": seed} | switches
     threads = threads or os.cpu_count() or 1
     try:
-        chosen = _device(device)
+        chosen = chosen_device(device)
         work = out.absolute().with_name(f".{out.name}.training")
         if resume:
             options = {"preset": preset, "settings": settings, "minutes": minutes, "steps": steps, "seed": seed}
@@ -85,8 +86,10 @@ def command(
         else:
             if minutes is not None and steps is not None:
                 raise SettingsError(f"--minutes {minutes:g} and --steps {steps}: wanted one of them")
-            if minutes is not None and not minutes > 1:
+            if minutes is not None and not 1 < minutes < math.inf:
                 raise SettingsError(f"--minutes: {minutes:g}, wanted more than 1, which measuring takes")
+            if preset is not None and settings is not None:
+                raise SettingsError(f"--preset {preset} and --settings {settings}: wanted one of them")
             begin = Settings.read(settings) if settings is not None else preset_of(preset or "cpu")
             run(out.absolute(), work, begin.changed(overrides), minutes, chosen, threads, library)
     except (ValueError, SafetensorError, OSError) as error:
@@ -110,6 +113,7 @@ def run(
     Raises:
         FileExistsError: if there is something in `out`, or in `work` though there are settings.
         FileNotFoundError: if there is nothing in `work` to go on from.
+        ValueError: if settings, corpus and what is in `work` do not fit together, or the training diverges.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists and is not an empty directory; name another one, or remove it")
@@ -126,6 +130,7 @@ def run(
         status.update("training the tokenizer, and encoding")
         work.mkdir(parents=True, exist_ok=True)
         streams = encoded(corpus, work, settings)
+        require_enough(streams.held_out, settings)
         if minutes is not None and not resumes:
             status.update("timing steps")
             settings = settings.changed({"steps": steps_for(minutes, settings, streams.train, device, threads)})
@@ -146,9 +151,16 @@ def run(
             shipped = LongcatForCausalLM.from_checkpoint(unfinished)
             tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
             results = record.results(shipped, tokenizer, corpus, streams.held_out, settings)
-            machine = record.machine(device, threads)
             made = record.record(
-                settings, corpus, len(streams.train), shipped, machine, seconds, trainer.curves, results
+                settings,
+                corpus,
+                len(streams.train),
+                shipped,
+                unfinished,
+                record.machine(device, threads),
+                seconds,
+                trainer.curves,
+                results,
             )
             publish.write_json(unfinished / record.FILE, made)
             plots.draw(made, unfinished)
@@ -182,6 +194,7 @@ def train(trainer: Trainer, held_out: Tensor, state: Path | None) -> float:
                 marked, before = done, now
                 curves.note(done, measured, speed)
                 progress.update(task, found=_found(measured, curves))
+            rested = time.monotonic()
             if done % settings.measure_every == 0 or last:
                 glance = measure.glance(
                     trainer.model, held_out, settings.sequence_length, _GLANCE_WINDOWS, settings.bf16
@@ -193,9 +206,26 @@ def train(trainer: Trainer, held_out: Tensor, state: Path | None) -> float:
                         f"step {done}/{settings.steps}: {_found(measured, curves)}, {now_held}", soft_wrap=True
                     )
             progress.update(task, completed=done)
-            if state is not None and done % settings.save_every == 0:
+            if state is not None and (done % settings.save_every == 0 or last):
                 trainer.save(state)
+            before += time.monotonic() - rested  # which was no training
     return trainer.seconds
+
+
+def require_enough(held_out: Tensor, settings: Settings) -> None:
+    """Ask for the text that measuring wants, before an hour's training rather than after it.
+
+    held_out: int32 [tokens].
+
+    Raises:
+        ValueError: if it is too short.
+    """
+    if len(held_out) < settings.sequence_length:
+        raise SettingsError(
+            f"{len(held_out)} tokens held out, wanted a window, {settings.sequence_length}; hold out more files"
+        )
+    if settings.draft_layer.enabled:
+        measure.prompts(held_out)
 
 
 def steps_for(minutes: float, settings: Settings, stream: Tensor, device: torch.device, threads: int) -> int:
@@ -232,7 +262,12 @@ def preset_of(name: str) -> Settings:
     return PRESETS[name]
 
 
-def _device(name: str | None) -> torch.device:
+def chosen_device(name: str | None) -> torch.device:
+    """The one of that name, or the best there is.
+
+    Raises:
+        SettingsError: if there is none.
+    """
     if name not in (None, "cpu", "cuda"):
         raise SettingsError(f"--device: {name!r}, wanted cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():

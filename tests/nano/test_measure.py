@@ -63,15 +63,17 @@ def test_acceptance_is_of_prompts_from_within_files(model: LongcatForCausalLM) -
     files = [torch.full((length,), 8 + n, dtype=torch.int32) for n, length in enumerate(lengths)]
     end = torch.tensor([END], dtype=torch.int32)
     stream = torch.cat([end, *(part for each in files for part in (each, end))])
-    prompts = measure._prompts(stream)
+    prompts = measure.prompts(stream)
     assert {len(prompt) for prompt in prompts} == {64}
     assert {tuple(set(prompt)) for prompt in prompts} == {(9,), (11,)}, "the third file has no whole piece"
     found = measure.acceptance(model, stream, depth=3, new_tokens=8)
+    assert found is not None
     assert 0 < found.chains <= 5 * len(prompts)
     assert 0 <= found.by_depth[2] <= found.by_depth[1] <= found.by_depth[0] == found.first <= 1
     assert 1 <= found.accepted_length <= 4
     with pytest.raises(ValueError, match="hold out more files"):
-        measure._prompts(stream[:40])
+        measure.prompts(stream[:40])
+    assert measure.acceptance(model, stream, depth=8, new_tokens=8) is None, "no answer is longer than a chain"
 
 
 def test_the_simple_models_are_measured_in_bits_a_byte() -> None:

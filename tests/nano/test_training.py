@@ -6,10 +6,12 @@ import json
 import shutil
 import sysconfig
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import typer
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -17,7 +19,7 @@ from typer.testing import CliRunner
 
 from examples.nano import measure, train
 from examples.nano.settings import PRESETS, Settings, SettingsError
-from examples.nano.trainer import ResumeError, Trainer, deterministic
+from examples.nano.trainer import DivergedError, ResumeError, Trainer, deterministic
 from longcat_core import checkpoint
 from longcat_core.reference import LongcatForCausalLM
 
@@ -108,6 +110,47 @@ def test_training_learns_the_text_and_drafts_what_the_model_would_say() -> None:
     assert measured[-1].draft_loss < 1.0
 
 
+def test_the_balance_loss_is_a_part_of_what_the_router_learns_from() -> None:
+    routers = [f"model.layers.{layer}.mlp.router.classifier.weight" for layer in range(2)]
+    one, other = (trained(TINY.changed({"device_balance.coefficient": each}), 1) for each in (1e-3, 1.0))
+    assert set(routers) <= set(different(one, other))
+
+
+def test_drafts_after_the_first_are_learned_from_as_an_engine_makes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trained(TINY.changed({"draft_layer.deep_every": 2, "bf16": False}), 15)
+    ids = stream()[:48].view(2, 24).long()
+    takes_own = torch.rand(2, 23, generator=torch.Generator().manual_seed(2)) < 0.5
+    monkeypatch.setattr(torch, "rand", lambda shape, generator: torch.where(takes_own, 0.0, 1.0))
+    with torch.no_grad():
+        logits, hidden, _ = trainer.model(ids)
+        assert len(trainer._draft_losses(hidden, ids, logits, 0)) == 1
+        trainer.step += 1
+        first, second, _ = trainer._draft_losses(hidden, ids, logits, 0)
+        wanted: dict[int, list[Tensor]] = {1: [], 2: []}
+        for row in range(2):
+            own, past = [], None
+            for place in range(23):
+                place_ids = ids[row : row + 1, place + 1 : place + 2]
+                drafted, made, past = trainer.model.draft(hidden[row : row + 1, place : place + 1], place_ids, past)
+                own.append(made)
+                wanted[1].append(F.cross_entropy(drafted[0], logits[row, place + 1 : place + 2].argmax(-1)))
+            past = None
+            for place in range(23):
+                given = own[place - 1] if place and takes_own[row, place] else hidden[row : row + 1, place : place + 1]
+                drafted, _, past = trainer.model.draft(given, ids[row : row + 1, place + 1 : place + 2], past)
+                wanted[2].append(F.cross_entropy(drafted[0], logits[row, place + 1 : place + 2].argmax(-1)))
+    assert float(first) == pytest.approx(float(torch.stack(wanted[1]).mean()), rel=1e-5)
+    assert float(second) == pytest.approx(float(torch.stack(wanted[2]).mean()), rel=1e-5)
+
+
+def test_a_run_that_diverges_is_ended() -> None:
+    trainer = trained(TINY, 1)
+    trainer.model.lm_head.weight.data[8] = torch.nan
+    with pytest.raises(DivergedError, match="step 2: a loss of nan; lower the learning_rate"):
+        trainer.train_step()
+    assert trainer.step == 1
+
+
 def test_the_draft_layer_comes_late_and_every_parameter_then_learns() -> None:
     assert TINY.drafts_from == GROWING.drafts_from == 14
     trainer = trained(TINY, 14)
@@ -141,6 +184,8 @@ def test_a_switch_that_is_off_leaves_its_mechanism_out() -> None:
         ({"parts": 3}, "3, wanted a divisor of the batch of 2"),
         ({"sequence_length": 4096}, "4096, wanted at most"),
         ({"steps": 0}, "greater than or equal to 1"),
+        ({"model.vocab_size": 200}, "greater than or equal to 264"),
+        ({"draft_layer.depth": 17}, "less than or equal to 16"),
     ],
 )
 def test_settings_that_make_no_run_are_refused(changes: dict[str, object], complaint: str) -> None:
@@ -197,6 +242,7 @@ def test_the_record_has_settings_machine_curves_and_results(made: Path) -> None:
     assert Settings.read(made / "record.json") == TINY
     assert record["settings"]["steps"] == record["curves"]["step"][-1] == 20
     assert record["machine"]["torch"] == torch.__version__
+    assert record["sha256"] == {s.name: sha256(s.read_bytes()).hexdigest() for s in checkpoint.shards(made)}
     results = record["results"]
     assert 0 < results["bits_per_byte"] < 8
     assert results["drafts"]["chains"] > 0
@@ -215,12 +261,18 @@ def test_the_records_settings_make_the_same_checkpoint(made: Path, library: Path
 
 
 def test_what_cannot_be_done_is_said(made: Path, library: Path, tmp_path: Path) -> None:
+    few = tmp_path / "few.json"
+    long = {"sequence_length": 100_000, "model.max_position_embeddings": 100_000}
+    few.write_text(TINY.changed(long).model_dump_json())
     for arguments, complaint in [
         (("--out", made), "is not an empty directory"),
         (("--out", tmp_path / "new", "--resume"), "so no run to go on with"),
         (("--out", tmp_path / "new", "--preset", "huge"), "--preset: huge, wanted cpu, gpu, tiny"),
         (("--out", tmp_path / "new", "--minutes", "1", "--steps", "5"), "wanted one of them"),
         (("--out", tmp_path / "new", "--minutes", "1"), "--minutes: 1, wanted more than 1"),
+        (("--out", tmp_path / "new", "--minutes", "inf"), "--minutes: inf, wanted more than 1"),
+        (("--out", tmp_path / "new", "--preset", "cpu", "--settings", made / "record.json"), "wanted one of them"),
+        (("--out", tmp_path / "new", "--settings", few), "tokens held out, wanted a window, 100000"),
         (("--out", tmp_path / "new", "--device", "cudaa"), "--device: 'cudaa', wanted cpu or cuda"),
         (("--out", tmp_path / "new", "--resume", "--seed", "0"), "leave out --seed"),
         (("--out", tmp_path / "new", "--resume", "--no-pid", "--preset", "gpu"), "leave out --preset, --pid"),
@@ -230,7 +282,66 @@ def test_what_cannot_be_done_is_said(made: Path, library: Path, tmp_path: Path) 
         assert complaint in output.replace("\n", " ")
 
 
-def test_a_run_takes_about_the_time_it_is_given() -> None:
-    settings = TINY.changed({"growth.enabled": True})
-    steps = train.steps_for(minutes=2.0, settings=settings, stream=stream(), device=CPU, threads=1)
-    assert 100 < steps < 60_000
+def test_a_run_takes_about_the_time_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With steps that take 1 s at half depth, 2 s at full depth, and 4 s with the draft layer."""
+    clock = 0.0
+
+    def train_step(trainer: Trainer) -> None:
+        nonlocal clock
+        drafts = trainer.settings.drafts_from == 0
+        clock += 4.0 if drafts else float(trainer.settings.model.num_layers)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    monkeypatch.setattr(train.time, "monotonic", lambda: clock)
+    settings = TINY.changed({"growth.enabled": True, "growth.at": 0.4, "draft_layer.begins": 0.7})
+    steps = train.steps_for(minutes=11.0, settings=settings, stream=stream(), device=CPU, threads=1)
+    assert steps == int(600 / (0.4 * 1 + 0.3 * 2 + 0.3 * 4))
+    whole = TINY.changed({"draft_layer.enabled": False})
+    assert train.steps_for(minutes=11.0, settings=whole, stream=stream(), device=CPU, threads=1) == 300
+
+
+def test_a_command_that_was_cut_off_goes_on_with_resume(
+    made: Path, library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "_PROMPTS", 2)
+    step, out = Trainer.train_step, tmp_path / "again"
+
+    def cut_off(trainer: Trainer) -> object:
+        if trainer.step == 17:
+            raise KeyboardInterrupt
+        return step(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", cut_off)
+        run("--out", out, "--preset", "tiny", "--library", library, "--threads", "1")
+    assert not out.exists()
+    code, output = run("--out", out, "--resume", "--library", library, "--threads", "1")
+    assert code == 0, output
+    for shard in checkpoint.shards(made):
+        assert (out / shard.name).read_bytes() == shard.read_bytes()
+    whole, resumed = (json.loads((each / "record.json").read_text()) for each in (made, out))
+    for each in (whole, resumed):
+        assert len(each["curves"].pop("tokens_per_second")) == 20
+    assert {**resumed, "made": "", "seconds": 0} == {**whole, "made": "", "seconds": 0}
+
+
+def test_a_run_that_could_not_be_measured_goes_on_with_resume(
+    made: Path, library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "_PROMPTS", 2)
+    out, settings = tmp_path / "again", tmp_path / "settings.json"
+    settings.write_text(TINY.changed({"save_every": 7}).model_dump_json())
+
+    def fail(*arguments: object) -> object:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.record, "results", fail)
+        code, output = run("--out", out, "--settings", settings, "--library", library, "--threads", "1")
+        assert (code, "no space left on device" in output) == (1, True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", fail)
+        code, output = run("--out", out, "--resume", "--library", library, "--threads", "1")
+    assert code == 0, output
+    for shard in checkpoint.shards(made):
+        assert (out / shard.name).read_bytes() == shard.read_bytes()
