@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
+from examples.nano import measure, record
+from examples.nano.corpus import encode, standard_library
 from longcat_core import checkpoint, drafting
 from longcat_core.reference import LongcatForCausalLM
 from longcat_nano import CHECKPOINT
@@ -28,6 +31,21 @@ def test_it_is_complete_and_at_most_16_mb() -> None:
     config = checkpoint.read_config(CHECKPOINT)
     checkpoint.verify(CHECKPOINT, config, requires_mtp=True)
     assert sum(shard.stat().st_size for shard in checkpoint.shards(CHECKPOINT)) <= 16_000_000
+
+
+def test_its_record_is_of_these_weights() -> None:
+    assert RECORD["sha256"] == record.digests(CHECKPOINT)
+
+
+def test_it_reads_python_that_it_was_not_trained_on() -> None:
+    """Some of the held-out files, as this Python has them, in less than gzip takes."""
+    held_out = standard_library(RECORD["settings"]["held_out"]).held_out
+    texts = [text for name, text in held_out.items() if name in RECORD["corpus"]["held_out_files"]][:10]
+    stream = encode(Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json")), texts)
+    model = LongcatForCausalLM.from_checkpoint(CHECKPOINT)
+    found = measure.held_out(model, stream, sum(len(text.encode()) for text in texts), sequence_length=256)
+    assert found.bits_per_byte < 0.85 * measure.gzip_bits_per_byte(texts)
+    assert sum(found.ffn_experts) / len(found.ffn_experts) == pytest.approx(4, rel=0.05)
 
 
 def test_it_has_learned_more_than_a_bigram_and_gzip() -> None:
@@ -55,8 +73,6 @@ def test_its_drafts_are_accepted() -> None:
 
 @torch.no_grad()
 def test_it_continues_python() -> None:
-    from tokenizers import Tokenizer
-
     tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
     model = LongcatForCausalLM.from_checkpoint(CHECKPOINT)
     prompt = "import os\n\n\nclass Path:\n    def __init__(self, name):\n        self."
