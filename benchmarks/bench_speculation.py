@@ -1,8 +1,8 @@
 """What drafting with the MTP layer brings: accepted drafts, and output tokens a second beside the engine without it.
 
 LongCat-Nano continues the beginnings of held-out files of Python's standard library, greedily, in bf16, with and
-without its gate, at 1 and 8 requests at once, in eager mode. Plain decoding runs before and after, so that a machine
-that changes its speed shows.
+without its gate, at 1 and 8 requests at once, in eager mode. All of them run in turn, several times: each ratio is to
+plain decoding of the same pass, and the median of the passes is given with the least and the greatest.
 """
 
 from __future__ import annotations
@@ -33,31 +33,35 @@ DRAFT_TOKENS = (1, 3)
 PROMPT_TOKENS = 64
 
 
-def main(rounds: int = 3) -> None:
+def main(passes: int = 5, rounds: int = 3) -> None:
     console = Console(stderr=True)
     prompts = beginnings(max(AT_ONCE))
     with tempfile.TemporaryDirectory() as temporary, console.status("") as status:
         ungated = Path(temporary) / "nano"
         shutil.copytree(CHECKPOINT, ungated, ignore=shutil.ignore_patterns(str(drafting.GATE_FILE.parent)))
-        rows = []
-        runs = [(ungated, None), *itertools.product((ungated, CHECKPOINT), DRAFT_TOKENS), (ungated, None)]
+        runs = [(ungated, None), *itertools.product((ungated, CHECKPOINT), DRAFT_TOKENS)]
+        rows: list[dict[str, Any]] = []
         for directory, draft_tokens in runs:
             has_gate = directory is CHECKPOINT
-            name = "none" if draft_tokens is None else str(draft_tokens)
-            status.update(f"{engine.NAME}, {name} drafts, {'a' if has_gate else 'no'} gate")
-            found = measured(directory, draft_tokens, prompts, rounds)
+            rows.append({"drafts": draft_tokens or "none", "gate": has_gate})
             if draft_tokens is not None:
-                found["verified a step"] = verified(draft_tokens, has_gate, prompts)
-            rows.append({"drafts": name, "gate": has_gate, **found})
-    for row in rows:
+                rows[-1]["verified a step"] = verified(draft_tokens, has_gate, prompts)
+                rows[-1] |= accepted(directory, draft_tokens, prompts)
+        speeds: list[list[dict[int, float]]] = [[] for _ in runs]
+        for done, (row, (directory, draft_tokens)) in itertools.product(range(passes), enumerate(runs)):
+            status.update(f"{engine.NAME}, pass {done + 1} of {passes}: {rows[row]['drafts']} drafts, {directory.name}")
+            speeds[row].append(tokens_per_second(directory, draft_tokens, prompts, rounds))
+    for row, found in zip(rows, speeds, strict=True):
         for n in AT_ONCE:
-            base = (rows[0][f"tokens/s at {n}"] + rows[-1][f"tokens/s at {n}"]) / 2
-            row[f"ratio at {n}"] = round(row[f"tokens/s at {n}"] / base, 2)
+            ratios = [each[n] / plain[n] for each, plain in zip(found, speeds[0], strict=True)]
+            row[f"tokens/s at {n}"] = round(statistics.median(each[n] for each in found), 1)
+            row[f"ratio at {n}"] = round(statistics.median(ratios), 2)
+            row[f"ratios at {n}"] = f"{min(ratios):.2f} to {max(ratios):.2f}"
     table = Table(*rows[1])
     for row in rows:
         table.add_row(*(str(row.get(column, "")) for column in rows[1]))
     Console(width=160).print(table)
-    print(record.write("speculation", rows, prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS))
+    print(record.write("speculation", rows, prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS, passes=passes))
 
 
 def beginnings(count: int) -> list[list[int]]:
@@ -68,21 +72,27 @@ def beginnings(count: int) -> list[list[int]]:
     return list(itertools.islice((ids[:PROMPT_TOKENS] for ids in tokens if len(ids) > PROMPT_TOKENS), count))
 
 
-def measured(directory: Path, draft_tokens: int | None, prompts: list[list[int]], rounds: int) -> dict[str, Any]:
-    """Tokens a verification (the accepted length), and tokens a second."""
+def accepted(directory: Path, draft_tokens: int, prompts: list[list[int]]) -> dict[str, float]:
+    """The share of first drafts, and tokens a verification (the accepted length)."""
     with engine.serving(directory, dtype="bfloat16", draft_tokens=draft_tokens, prefix_caching=False) as served:
-        found: dict[str, Any] = {}
-        if draft_tokens is not None:
-            accepted = [taken for each in served.speculated(prompts, NEW_TOKENS) for taken in each.accepted]
-            found["first drafts accepted"] = round(statistics.mean(taken > 0 for taken in accepted), 2)
-            found["accepted length"] = round(1 + statistics.mean(accepted), 2)
+        taken = [each for answer in served.speculated(prompts, NEW_TOKENS) for each in answer.accepted]
+    first, length = statistics.mean(each > 0 for each in taken), 1 + statistics.mean(taken)
+    return {"first drafts accepted": round(first, 2), "accepted length": round(length, 2)}
+
+
+def tokens_per_second(
+    directory: Path, draft_tokens: int | None, prompts: list[list[int]], rounds: int
+) -> dict[int, float]:
+    """By the number of requests at once."""
+    found = {}
+    with engine.serving(directory, dtype="bfloat16", draft_tokens=draft_tokens, prefix_caching=False) as served:
         for n in AT_ONCE:
             seconds = []
             for _ in range(rounds + 1):  # the first warms up
                 started = time.perf_counter()
                 served.greedy(prompts[:n], NEW_TOKENS)
                 seconds.append(time.perf_counter() - started)
-            found[f"tokens/s at {n}"] = round(n * NEW_TOKENS / statistics.median(seconds[1:]), 1)
+            found[n] = n * NEW_TOKENS / statistics.median(seconds[1:])
     return found
 
 
