@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -59,12 +60,13 @@ def test_its_router_spends_what_it_was_told_to() -> None:
 
 
 def test_its_router_spends_less_on_what_is_easy() -> None:
-    """Where a closing bracket or indentation is to come, beside a name or a number; four standard errors apart."""
+    """Where a closing bracket or indentation is to come, beside a name or a number, and a keyword beside a name; four
+    standard errors apart."""
     classes = {name: each["predicted"] for name, each in RESULTS["classes"].items()}
-    for easy in ("closing bracket", "indentation"):
-        for hard in ("name", "number"):
-            error = (classes[easy]["error"] ** 2 + classes[hard]["error"] ** 2) ** 0.5
-            assert classes[hard]["mean"] - classes[easy]["mean"] > 4 * error
+    pairs = [*itertools.product(("closing bracket", "indentation"), ("name", "number")), ("keyword", "name")]
+    for easy, hard in pairs:
+        error = (classes[easy]["error"] ** 2 + classes[hard]["error"] ** 2) ** 0.5
+        assert classes[hard]["mean"] - classes[easy]["mean"] > 4 * error, (easy, hard)
 
 
 def test_its_drafts_are_accepted() -> None:
@@ -86,4 +88,4 @@ def test_its_gate_is_its_own() -> None:
 def test_its_gate_gives_up_less_than_2_percent_and_saves_something_for_it() -> None:
     gate = RESULTS["gate"]
     assert gate["accepted_length"] >= 0.98 * gate["accepted_length_without"]
-    assert gate["verified"] <= 0.95 * gate["verified_without"] == 0.95 * 3
+    assert gate["verified"] <= 0.9 * gate["verified_without"] == 0.9 * 3
