@@ -30,13 +30,15 @@ ENGINE = "vLLM" if find_spec("vllm") else "SGLang"
 MODEL = "longcat-nano"
 BEGINNINGS = (
     "import os\nimport sys\n\n\ndef main(",
-    "class Node:\n    def __init__(self, name, value):\n",
+    "class Node:\n    def __init__(self, name, value):\n        self.",
     "    for key, value in ",
 )
 """What a program may begin with; the model goes on."""
 QUESTION = "Return True if the path is a directory."
 """Of the kind that it was trained on: the first line of a function's docstring."""
 NEW_TOKENS = 64
+SAMPLING = {"temperature": 0.8, "top_p": 0.9}
+"""The likeliest words of a model this small go in circles."""
 DRAFT_TOKENS = 3
 START_TIMEOUT_S = 600
 STOP_TIMEOUT_S = 30
@@ -103,7 +105,7 @@ def stock_command(checkpoint: Path) -> list[str]:
 def complete(client: OpenAI, beginning: str) -> str:
     """Print a program and what the model continues it with, as it comes, and return both."""
     console.print(Text(beginning, style="dim"), end="")
-    stream = client.completions.create(model=MODEL, prompt=beginning, max_tokens=NEW_TOKENS, temperature=0, stream=True)
+    stream = client.completions.create(model=MODEL, prompt=beginning, max_tokens=NEW_TOKENS, stream=True, **SAMPLING)
     return beginning + _shown(choice.text for chunk in stream for choice in chunk.choices)
 
 
@@ -115,8 +117,8 @@ def chat(client: OpenAI) -> str:
         model=MODEL,
         messages=[{"role": "user", "content": QUESTION}],
         max_tokens=NEW_TOKENS,
-        temperature=0,
         stream=True,
+        **SAMPLING,
     )
     answer = _shown(choice.delta.content or "" for chunk in stream for choice in chunk.choices)
     return f"[Round 0] USER:{QUESTION} ASSISTANT:{answer}"
@@ -154,7 +156,7 @@ def what_it_took(checkpoint: Path, written: list[str]) -> str:
         accepted = torch.cat([each.drafts[2:] for each in found if each.drafts is not None]).double().mean()
     return (
         f"{experts:.2f} of {model.config.moe_topk} slots were FFN experts, the rest cost nothing; "
-        f"{accepted:.0%} of the first drafts were what the model said next. `longcat inspect` shows which."
+        f"{accepted:.0%} of the first drafts were what the model itself held likeliest. `longcat inspect` shows which."
     )
 
 
