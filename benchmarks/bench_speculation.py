@@ -49,7 +49,8 @@ def main(passes: int = 5, rounds: int = 3) -> None:
                 rows[-1] |= accepted(directory, draft_tokens, prompts)
         speeds: list[list[dict[int, float]]] = [[] for _ in runs]
         for done, (row, (directory, draft_tokens)) in itertools.product(range(passes), enumerate(runs)):
-            status.update(f"{engine.NAME}, pass {done + 1} of {passes}: {rows[row]['drafts']} drafts, {directory.name}")
+            what = f"{rows[row]['drafts']} drafts, {'a' if rows[row]['gate'] else 'no'} gate"
+            status.update(f"{engine.NAME}, pass {done + 1} of {passes}: {what}")
             speeds[row].append(tokens_per_second(directory, draft_tokens, prompts, rounds))
     for row, found in zip(rows, speeds, strict=True):
         for n in AT_ONCE:

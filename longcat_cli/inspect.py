@@ -42,8 +42,7 @@ def command(
     try:
         report = _report(checkpoint, text, tokens, layer, errors)
         if html is not None:
-            page = report.page().encode()
-            html.write_bytes(page)
+            html.write_bytes(report.page().encode())
     except (ConfigError, CheckpointError, LoadingError, OSError) as error:
         errors.print(f"longcat inspect: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None

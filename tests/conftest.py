@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,10 @@ from tests.speculation import CASE, the_gate
 @pytest.fixture(scope="session")
 def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Path]:
     """Write a case's checkpoint once a session."""
-    written: dict[Case, Path] = {}
 
+    @cache
     def directory_of(case: Case) -> Path:
-        if case not in written:
-            directory = tmp_path_factory.mktemp("checkpoint")
-            written[case] = write_checkpoint(directory, case.config, case.published())
-        return written[case]
+        return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), case.config, case.published())
 
     return directory_of
 
@@ -29,13 +27,10 @@ def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], 
 @pytest.fixture(scope="session")
 def drafting_checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Path]:
     """Write a case's checkpoint whose drafts are partly accepted, once a session."""
-    written: dict[Case, Path] = {}
 
+    @cache
     def directory_of(case: Case) -> Path:
-        if case not in written:
-            tensors = drafting_tensors(case.config)
-            written[case] = write_checkpoint(tmp_path_factory.mktemp("drafting"), case.config, tensors)
-        return written[case]
+        return write_checkpoint(tmp_path_factory.mktemp("drafting"), case.config, drafting_tensors(case.config))
 
     return directory_of
 
@@ -43,14 +38,13 @@ def drafting_checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable
 @pytest.fixture(scope="session")
 def gated_checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Path]:
     """Write a case's checkpoint whose drafts are partly accepted, with a gate beside it, once a session."""
-    written: dict[Case, Path] = {}
 
+    @cache
     def directory_of(case: Case) -> Path:
-        if case not in written:
-            tensors = drafting_tensors(case.config)
-            written[case] = write_checkpoint(tmp_path_factory.mktemp("gated"), case.config, tensors)
-            drafting.save(the_gate(case), written[case], drafting.fingerprint(written[case], case.config))
-        return written[case]
+        directory = tmp_path_factory.mktemp("gated")
+        write_checkpoint(directory, case.config, drafting_tensors(case.config))
+        drafting.save(the_gate(case), directory, drafting.fingerprint(directory, case.config))
+        return directory
 
     return directory_of
 
