@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from longcat_core.engine import Engine
+from longcat_core.hooks import Hook, Stage, of_stage
 
 
 class Finding(NamedTuple):
@@ -21,19 +23,20 @@ def version_of(engine: Engine) -> Finding:
     return Finding(engine.name, str(engine.version()), problem)
 
 
-def hook_findings(engine: Engine, hooked: dict[str, str], package: str, group: str, left_out: str) -> list[Finding]:
-    """One for each hook. hooked: the module of what stands in each hook's place; package: ours; group: the engine's
-    entry points of plugins; left_out: why the engine would not have loaded ours, if it is known."""
+def hook_findings(engine: Engine, hooks: Iterable[Hook], package: str, group: str, left_out: str) -> list[Finding]:
+    """One for each hook that belongs into every process. package: ours; group: the engine's entry points of plugins;
+    left_out: why the engine would not have loaded ours, if it is known."""
     points = [point.value for point in importlib.metadata.entry_points(group=group)]
     if f"{package}:register" not in points:
         left_out = "longcat-serving is not installed in this environment; run pip install longcat-serving"
     findings = []
-    for name, module in hooked.items():
-        problem = ""
+    for hook in of_stage(hooks, Stage.PROCESS):
+        module, problem = hook.module(), ""
         if not module.startswith(package):
-            problem = f"the hook failed: {engine.failures[name]}" if name in engine.failures else left_out
+            failed = engine.failures.get(hook.name)
+            problem = f"the hook failed: {failed}" if failed else left_out
             problem = problem or f"replaced by another plugin, or not applied; see the log of {engine.name}"
-        findings.append(Finding(name, module, problem))
+        findings.append(Finding(hook.name, module, problem))
     return findings
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-from collections.abc import Callable, Sequence
+import multiprocessing
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from packaging.specifiers import SpecifierSet
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
+
+from longcat_core.hooks import Hook, Stage, of_stage
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +30,7 @@ class Engine:
     supported_text: str
     failures: dict[str, str] = field(default_factory=dict)
     """What could not be hooked in this process: the hook's name and the reason."""
+    _is_left_alone: bool = False
 
     def version(self) -> Version:
         """The version that is installed.
@@ -42,34 +46,64 @@ class Engine:
         return Version(importlib.metadata.version(self.distributions[-1]))
 
     def is_supported(self) -> bool:
-        return self.supported.contains(self.version(), prereleases=True)
-
-    def hook(self, name: str, install: Callable[[], None]) -> None:
-        """Call `install`. Never raises: a broken hook must not take down another model's server, so its reason is
-        logged once and kept for `require_supported`."""
+        """Whether the version that is installed is one that our package knows; False also where none is."""
         try:
-            install()
-            self.failures.pop(name, None)
-        except Exception as error:
-            if name not in self.failures:
-                logger.warning("longcat-serving could not hook its %s into %s: %r", name, self.name, error)
-            self.failures[name] = repr(error)
+            return self.supported.contains(self.version(), prereleases=True)
+        except (importlib.metadata.PackageNotFoundError, InvalidVersion):
+            return False
 
-    def require_supported(self) -> None:
-        """Called when a LongCat model is asked for, so that another model is never disturbed.
+    def install(self, hooks: Iterable[Hook], stage: Stage, device: str = "") -> None:
+        """Install the hooks of a stage, with those for a type of device; none into an engine of another version, which
+        is left as it is.
+
+        Never raises: a broken hook must not take down another model's server, so its reason is logged once and kept
+        for `require_supported`.
+        """
+        if not self.is_supported():
+            self._say_that_it_is_left_alone()
+            return
+        for hook in of_stage(hooks, stage, device):
+            try:
+                hook.install()
+                self.failures.pop(hook.name, None)
+            except Exception as error:
+                if hook.name not in self.failures:
+                    logger.warning("longcat-serving could not hook its %s into %s: %r", hook.name, self.name, error)
+                self.failures[hook.name] = repr(error)
+
+    def require_supported(self, hooks: Iterable[Hook]) -> None:
+        """Called when a LongCat model is asked for, so that another model is never disturbed: the engine is of a
+        version that we know, and the hooks that belong into every process are in place.
 
         Raises:
             UnsupportedEngineError: naming what is wrong and what to do.
         """
-        version = self.version()
         if not self.is_supported():
             raise UnsupportedEngineError(
-                f"longcat-serving serves LongCat-Flash on {self.name} {self.supported_text}, found {version}; "
+                f"longcat-serving serves LongCat-Flash on {self.name} {self.supported_text}, found {self.version()}; "
                 f"install such a {self.name}, or uninstall longcat-serving to get {self.name}'s own model"
             )
-        if self.failures:
-            failures = "; ".join(f"{name}: {reason}" for name, reason in self.failures.items())
-            raise UnsupportedEngineError(f"longcat-serving could not hook into {self.name} {version}: {failures}")
+        failures = dict(self.failures)
+        for hook in of_stage(hooks, Stage.PROCESS):
+            if hook.name not in failures and not hook.module().startswith("longcat_"):
+                failures[hook.name] = f"{hook.module()} is in its place"
+        if failures:
+            listed = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
+            raise UnsupportedEngineError(
+                f"longcat-serving could not hook into {self.name} {self.version()}: {listed}; "
+                f"run `longcat doctor`, and see the log of {self.name}"
+            )
+
+    def _say_that_it_is_left_alone(self) -> None:
+        if not self._is_left_alone and multiprocessing.parent_process() is None:
+            logger.warning(
+                "longcat-serving is for %s %s, and changes nothing in this one: LongCat-Flash gets %s's own model, if "
+                "it has one.",
+                self.name,
+                self.supported_text,
+                self.name,
+            )
+        self._is_left_alone = True
 
 
 def refuse(problems: Sequence[str]) -> None:

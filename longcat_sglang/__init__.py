@@ -6,19 +6,15 @@ from __future__ import annotations
 def register() -> None:
     """Entry point `sglang.srt.plugins`: runs in every process of SGLang, whatever model it serves.
 
-    Harmless when called again. Never raises: what could not be hooked is logged once by name, and becomes an error
-    when a LongCat model is asked for (`Engine.require_supported`).
+    Installs the hooks that belong into every process (`hooks.HOOKS`). Harmless when called again. Never raises: what
+    could not be hooked is logged once by name, and becomes an error when a LongCat model is asked for. An SGLang of
+    another version is left as it is.
     """
-    from longcat_sglang import compat
+    from longcat_core.hooks import Stage
+    from longcat_sglang.engine import SGLANG
+    from longcat_sglang.hooks import HOOKS
 
-    compat.SGLANG.hook("model class", compat.install_model_class)
-    compat.SGLANG.hook("configuration class", compat.install_config_class)
-    compat.SGLANG.hook("checkpoint check", compat.install_config_check)
-    compat.SGLANG.hook("attention backend", compat.install_attention_backend)
-    compat.SGLANG.hook("prompt check", compat.install_prompt_check)
-    compat.SGLANG.hook("draft attention", compat.install_draft_attention)
-    compat.SGLANG.hook("sampled verification", compat.install_sampled_verification)
-    compat.SGLANG.hook("draft gate", compat.install_draft_gate)
+    SGLANG.install(HOOKS, Stage.PROCESS)
 
 
 def register_platform() -> None:

@@ -7,7 +7,8 @@ from typing import Any
 from sglang.srt import configs
 
 from longcat_core.config import LongcatConfig
-from longcat_sglang.compat import ARCHITECTURE, require_supported
+from longcat_sglang.compat import require_supported
+from longcat_sglang.engine import ARCHITECTURE
 
 
 class LongcatFlashConfig(configs.LongcatFlashConfig):

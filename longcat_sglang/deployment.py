@@ -8,7 +8,8 @@ from typing import Any
 
 from longcat_core import checkpoint, drafting
 from longcat_core.engine import refuse, tell_of_gate, unsupported_cpu_cache, unsupported_quantization
-from longcat_sglang.compat import CPU_ATTENTION, require_supported
+from longcat_sglang.compat import require_supported
+from longcat_sglang.engine import CPU_ATTENTION
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,9 @@ import os
 from pathlib import Path
 
 from longcat_core.diagnosis import Finding, checkpoint_findings, hook_findings, version_of
-from longcat_sglang import compat, deployment
+from longcat_sglang import deployment
+from longcat_sglang.engine import SGLANG
+from longcat_sglang.hooks import HOOKS
 
 
 def diagnose(checkpoint: Path | None = None) -> list[Finding]:
@@ -14,7 +16,7 @@ def diagnose(checkpoint: Path | None = None) -> list[Finding]:
 
     Loads SGLang's plugins in this process, as any SGLang process does.
     """
-    findings = [version_of(compat.SGLANG)]
+    findings = [version_of(SGLANG)]
     if findings[0].problem:
         return findings
     plugins = os.environ.get("SGLANG_PLUGINS")
@@ -23,7 +25,7 @@ def diagnose(checkpoint: Path | None = None) -> list[Finding]:
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
-    findings += hook_findings(compat.SGLANG, compat.hooked(), "longcat_sglang", "sglang.srt.plugins", left_out="")
+    findings += hook_findings(SGLANG, HOOKS, "longcat_sglang", "sglang.srt.plugins", left_out="")
     findings.append(_platform())
     if checkpoint is not None:
         findings += checkpoint_findings(checkpoint)

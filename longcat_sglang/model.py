@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from longcat_core import checkpoint, rotary
 from longcat_core.config import LongcatConfig
-from longcat_sglang.compat import require_supported, reserve_slots_for_drafts
+from longcat_core.hooks import Stage
+from longcat_sglang.compat import mend_for_longcat, require_supported
 from longcat_sglang.config import LongcatFlashConfig
 from longcat_sglang.moe import LongcatMoE
 from longcat_sglang.platform import bind_rank_to_its_cores
@@ -305,7 +306,7 @@ class LongcatFlashForCausalLM(LongcatCausalLM):
     ) -> None:
         if is_cpu():
             bind_rank_to_its_cores()
-        reserve_slots_for_drafts()
+        mend_for_longcat(Stage.MODEL)
         super().__init__(config, quant_config)
         self.model = LongcatModel(config, quant_config, add_prefix("model", prefix))
         longcat = config.longcat

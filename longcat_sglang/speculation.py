@@ -35,7 +35,7 @@ class GatedWorker(EAGLEWorkerV2):
         super().__init__(server_args, *args, **kwargs)
         runner = self.draft_worker.draft_runner
         gate = drafting.load(Path(server_args.model_path))
-        assert gate is not None, "compat.install_draft_gate asks for this worker where there is one"
+        assert gate is not None, "compat.gated_worker asks for this worker where there is one"
         self._gate = gate.to(self.device)
         self._most = self.speculative_num_draft_tokens - 1
         self._made: list[LogitsProcessorOutput] = []

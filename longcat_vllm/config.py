@@ -7,7 +7,8 @@ from typing import Any
 import transformers
 
 from longcat_core.config import canonical_hf
-from longcat_vllm.compat import ARCHITECTURE, VLLM
+from longcat_vllm.compat import require_supported
+from longcat_vllm.engine import ARCHITECTURE
 
 
 class LongcatFlashConfig(transformers.LongcatFlashConfig):
@@ -17,6 +18,6 @@ class LongcatFlashConfig(transformers.LongcatFlashConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         architectures = config_dict.get("architectures") or [ARCHITECTURE]
         if architectures[0] == ARCHITECTURE:  # Flash-Lite has the same model_type
-            VLLM.require_supported()
+            require_supported()
             config_dict = canonical_hf(config_dict)
         return super().from_dict(config_dict, **kwargs)

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 from longcat_core import checkpoint, drafting
 from longcat_core.config import LongcatConfig
 from longcat_core.engine import refuse, tell_of_gate, unsupported_cpu_cache, unsupported_quantization
-from longcat_vllm.compat import VLLM, drafts_with_mtp
+from longcat_core.hooks import Stage
+from longcat_vllm.compat import mend_for_longcat
+from longcat_vllm.engine import drafts_with_mtp
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
@@ -20,7 +22,7 @@ logger = logging.getLogger(f"vllm.{__name__}")
 
 def check(vllm_config: VllmConfig) -> None:
     """Raise for what LongCat-Flash cannot be served with: ValueError, or CheckpointError for a local checkpoint."""
-    VLLM.require_supported()
+    mend_for_longcat(Stage.DEPLOYMENT)
     model = vllm_config.model_config
     config = LongcatConfig.from_hf(model.hf_config)
     refuse(_unsupported(vllm_config))

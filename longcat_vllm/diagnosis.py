@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from longcat_core.config import LongcatConfig
 from longcat_core.diagnosis import Finding, checkpoint_findings, hook_findings, version_of
-from longcat_vllm import compat
+from longcat_vllm.engine import VLLM
+from longcat_vllm.hooks import HOOKS
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +20,7 @@ def diagnose(checkpoint: Path | None = None) -> list[Finding]:
 
     Loads vLLM's plugins in this process, as any vLLM process does.
     """
-    findings = [version_of(compat.VLLM)]
+    findings = [version_of(VLLM)]
     if findings[0].problem:
         return findings
     from vllm.plugins import load_general_plugins
@@ -35,38 +36,16 @@ def diagnose(checkpoint: Path | None = None) -> list[Finding]:
 
 
 def _hooks() -> list[Finding]:
-    from transformers import CONFIG_MAPPING
-    from vllm import ModelRegistry
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
-
-    def module_of(architecture: str) -> str:
-        model = ModelRegistry.models.get(architecture)
-        return getattr(model, "module_name", type(model).__module__)
-
-    hooked = {
-        "model class": module_of(compat.ARCHITECTURE),
-        "draft model class": module_of(compat.DRAFT_ARCHITECTURE),
-        "configuration class": CONFIG_MAPPING["longcat_flash"].__module__,
-        "checkpoint check": getattr(MODELS_CONFIG_MAP.get(compat.ARCHITECTURE), "__module__", "none"),
-    }
     plugins = os.environ.get("VLLM_PLUGINS")
     is_left_out = plugins is not None and "longcat" not in plugins.split(",")
     left_out = f"VLLM_PLUGINS={plugins!r} leaves the plugin out; unset it or add 'longcat'" if is_left_out else ""
-    return hook_findings(compat.VLLM, hooked, "longcat_vllm", "vllm.general_plugins", left_out)
+    return hook_findings(VLLM, HOOKS, "longcat_vllm", "vllm.general_plugins", left_out)
 
 
 def _platform() -> Finding:
     from vllm.platforms import current_platform
 
-    name = f"{type(current_platform).__module__}.{type(current_platform).__qualname__}"
-    if not current_platform.is_cpu() or name.startswith("longcat_vllm"):
-        return Finding("platform", name)
-    return Finding(
-        "platform",
-        name,
-        "on a CPU wanted longcat_vllm.platform; without it vLLM turns chunked prefill and prefix caching off. "
-        "Unset VLLM_TARGET_DEVICE, and uninstall other platform plugins",
-    )
+    return Finding("platform", f"{type(current_platform).__module__}.{type(current_platform).__qualname__}")
 
 
 def _implementations(directory: Path | None) -> list[Finding]:

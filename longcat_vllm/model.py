@@ -38,10 +38,11 @@ from vllm.v1.attention.backend import AttentionBackend
 
 from longcat_core import checkpoint, rotary
 from longcat_core.config import LongcatConfig
-from longcat_vllm.compat import VLLM, mend_cpu_runner
+from longcat_core.hooks import Stage
+from longcat_vllm.compat import mend_for_longcat, require_supported
 from longcat_vllm.moe import LongcatMoE
 
-VLLM.require_supported()
+require_supported()
 FUSED_QKV_A = "fused_qkv_a_proj"
 
 
@@ -290,8 +291,7 @@ def load_published(parameters: dict[str, Any], name: str, tensor: Tensor, config
 class LongcatFlashForCausalLM(LongcatCausalLM, SupportsPP):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config, LongcatConfig.from_hf(vllm_config.model_config.hf_config))
-        if current_platform.is_cpu():
-            mend_cpu_runner()
+        mend_for_longcat(Stage.MODEL)
         self.model = LongcatModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         config = self.config
         if get_pp_group().is_last_rank:

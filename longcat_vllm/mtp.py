@@ -16,7 +16,7 @@ from vllm.model_executor.models.utils import maybe_prefix
 
 from longcat_core import checkpoint, drafting, rotary
 from longcat_core.config import LongcatConfig
-from longcat_vllm.compat import install_draft_gate, is_longcat
+from longcat_vllm.engine import is_longcat
 from longcat_vllm.model import LongcatAttention, LongcatCausalLM, LongcatFFN, load_published
 from longcat_vllm.speculation import GATE_SCHEDULER, GatedDrafts
 
@@ -99,7 +99,6 @@ class LongcatFlashMTP(LongcatCausalLM):
             gate = drafting.load(Path(vllm_config.model_config.model))
             assert gate is not None, "the scheduler is chosen where there is a gate"
             self.gated_drafts = GatedDrafts(gate.to(vllm_config.device_config.device))
-            install_draft_gate()
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         return self.model.embed_tokens(input_ids)

@@ -1,0 +1,55 @@
+"""SGLang by name: the versions that this package knows, and what tells a LongCat model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+
+from longcat_core.engine import Engine
+
+SGLANG = Engine(
+    name="SGLang",
+    distributions=("sglang",),
+    supported=SpecifierSet("==0.5.21.*"),  # 0.5.22 has another interface of layer boundaries
+    supported_text="0.5.21",
+)
+ARCHITECTURE = "LongcatFlashForCausalLM"
+CPU_ATTENTION = "torch_native"
+"""The name under which our attention backend is chosen on a CPU: it is the one that SGLang takes to need no Triton and
+no graph (`support_triton`, arg_groups/attention_hook.py). For other models it stays SGLang's own."""
+
+
+def is_longcat(hf_config: Any) -> bool:
+    """Whether it is a LongCat-Flash that is ours to serve."""
+    return hasattr(hf_config, "longcat")
+
+
+# -- what a call of a wrapped function is about: see `longcat_core.hooks.guarded` ----------------------
+
+
+def configures_longcat(model_config: Any, *_: Any, **__: Any) -> bool:
+    return is_longcat(model_config.hf_config)
+
+
+def manages_longcat(manager: Any, *_: Any, **__: Any) -> bool:
+    return is_longcat(manager.model_config.hf_config)
+
+
+def drafts_for_longcat(factory: Any, *_: Any, **__: Any) -> bool:
+    return is_longcat(factory.draft_model_runner.model_config.hf_config)
+
+
+def verifies_longcat(_draft: Any, batch: Any, *_: Any, **__: Any) -> bool:
+    return is_longcat(batch.model_config.hf_config)
+
+
+def works_for_longcat(_algorithm: Any, server_args: Any, *_: Any, **__: Any) -> bool:
+    from sglang.srt.arg_groups.overrides import model_config_of
+
+    return is_longcat(model_config_of(server_args).hf_config)
+
+
+def is_longcats_process(*_: Any, **__: Any) -> bool:
+    """For what is hooked only where a LongCat model is built."""
+    return True

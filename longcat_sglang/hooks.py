@@ -1,0 +1,107 @@
+"""Every change of SGLang, a row each: what, why, and when it can go."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from longcat_core.hooks import Entry, Hook, Stage, Wrapper
+
+_Registered = partial(
+    Wrapper, wrap="longcat_sglang.compat:register_around", wrapped_by="longcat_sglang.compat:module_around"
+)
+"""Wrapped through SGLang's own registry of hooks, after all plugins have been called."""
+
+HOOKS: tuple[Hook, ...] = (
+    _Registered(
+        name="model class",
+        target="sglang.srt.model_loader.utils.get_model_architecture",
+        around="longcat_sglang.compat:our_model_class",
+        concerns="longcat_sglang.engine:configures_longcat",
+        why="SGLang's own model does not scale zero experts, and computes them as expert 0. Not through "
+        "`ModelRegistry.register`, which imports every model there is, in every process, and would give us Flash-Lite "
+        "too, to which SGLang gives the same architecture.",
+        remove_when="`ModelRegistry` takes a class by name, and Flash-Lite has an architecture of its own.",
+        upstream="sgl-project/sglang#10019",
+    ),
+    Entry(
+        name="configuration class",
+        target="sglang.srt.utils.hf_transformers.common._CONFIG_REGISTRY['longcat_flash']",
+        put="longcat_sglang.compat:register_config_class",
+        found="longcat_sglang.compat:registered_config_class",
+        why="SGLang takes the `num_hidden_layers` that transformers saves, which is twice the layers, and puts the "
+        "sizes of the 560 B model in for whatever is missing.",
+        remove_when="SGLang's LongcatFlashConfig reads both spellings, and has no default sizes.",
+    ),
+    Entry(
+        name="checkpoint check",
+        target="sglang.srt.arg_groups.resolution_hooks['handle_model_specific_adjustments']",
+        put="longcat_sglang.compat:register_config_check",
+        found="longcat_sglang.compat:registered_config_check",
+        why="A wrong checkpoint or deployment is found by a worker, tens of seconds later, if at all. SGLang has these "
+        "hooks for plugins.",
+        remove_when="Never: it is SGLang's way.",
+    ),
+    Entry(
+        name="attention backend",
+        target="sglang.srt.layers.attention.attention_registry.ATTENTION_BACKENDS['torch_native']",
+        put="longcat_sglang.compat:register_attention_backend",
+        found="longcat_sglang.compat:registered_attention_backend",
+        why="On a CPU SGLang's torch_native backend takes MLA's queries for those of plain attention.",
+        remove_when="It has MLA, in latent space and for any sizes.",
+    ),
+    _Registered(
+        name="prompt check",
+        target="sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
+        around="longcat_sglang.compat:refuse_tokens_outside_the_vocabulary",
+        concerns="longcat_sglang.engine:manages_longcat",
+        why="A prompt with a token outside the vocabulary ends the server: SGLang checks the number of tokens only, "
+        "and the embedding of a token that is not there is an error in the scheduler (on CUDA, in the device).",
+        remove_when="`TokenizerManager._validate_one_request` checks it.",
+    ),
+    _Registered(
+        name="draft attention",
+        target="sglang.srt.speculative.draft_utils.DraftBackendFactory.create_decode_backend",
+        around="longcat_sglang.compat:our_drafting_backend",
+        concerns="longcat_sglang.engine:drafts_for_longcat",
+        why="SGLang has a list of attention backends that can draft, and refuses ours: 'EAGLE is not supported in "
+        "decode attention backend torch_native'.",
+        remove_when="`DraftBackendFactory` asks the registry of attention backends.",
+    ),
+    _Registered(
+        name="draft attention, extending",
+        target="sglang.srt.speculative.draft_utils.DraftBackendFactory.create_draft_extend_backend",
+        around="longcat_sglang.compat:no_backend_beside_ours",
+        concerns="longcat_sglang.engine:drafts_for_longcat",
+        why="As draft attention.",
+        remove_when="As draft attention.",
+    ),
+    _Registered(
+        name="sampled verification",
+        target="sglang.srt.speculative.eagle_utils.eagle_sample",
+        around="longcat_sglang.compat:sample_where_requests_do",
+        concerns="longcat_sglang.engine:verifies_longcat",
+        why="On a CPU requests that sample are answered greedily while drafting, whatever their temperature: "
+        "`_verify_uses_greedy` takes the greedy path for every request there.",
+        remove_when="`eagle_sample` samples on a CPU.",
+    ),
+    _Registered(
+        name="draft gate",
+        target="sglang.srt.speculative.spec_info.SpeculativeAlgorithm.create_worker",
+        around="longcat_sglang.compat:gated_worker",
+        concerns="longcat_sglang.engine:works_for_longcat",
+        why="All drafts are verified, worth it or not. A worker for an algorithm of our own would need another flag "
+        "than the stock one.",
+        remove_when="A draft model can say how many of its drafts are to be verified.",
+    ),
+    Wrapper(
+        name="slots that drafts reserve",
+        target="sglang.srt.mem_cache.kv_cache_configurator.get_req_to_token_extra_context_len",
+        around="longcat_sglang.compat:count_what_is_reserved",
+        concerns="longcat_sglang.engine:is_longcats_process",
+        stage=Stage.MODEL,
+        why="On a CPU a request that comes near the end of the context ends the server, if there are many drafts: what "
+        "a step reserves is counted only for pages of more than one token (mem_cache/allocation_sizing.py). On CUDA "
+        "the slots go into the next request's row.",
+        remove_when="It is counted for pages of one token too.",
+    ),
+)

