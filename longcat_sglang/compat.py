@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
     from sglang.srt.layers.logits_processor import LogitsProcessorOutput
-    from sglang.srt.managers.schedule_batch import ScheduleBatch
-    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.model_executor.model_runner import ModelRunner
     from sglang.srt.server_args import ServerArgs
     from sglang.srt.speculative.draft_utils import DraftBackendFactory
@@ -161,19 +161,27 @@ def our_model_class(
     return LongcatFlashForCausalLM, architecture
 
 
+def prepare_cpu_first(original: Callable[..., None], server_args: ServerArgs, *args: Any, **kwargs: Any) -> None:
+    from longcat_sglang.platform import prepare_cpu
+
+    prepare_cpu()
+    original(server_args, *args, **kwargs)
+
+
+def read_again_as_overridden(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    config = original(*args, **kwargs)
+    return config.overridden(kwargs["model_override_args"]) if is_longcat(config) else config
+
+
 def refuse_tokens_outside_the_vocabulary(
-    original: Callable[..., Any],
-    manager: TokenizerManager,
-    request: Any,
-    input_ids: list[int] | None,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    size = manager.model_config.vocab_size
-    for token in (min(input_ids), max(input_ids)) if input_ids else ():
-        if not 0 <= token < size:
-            raise ValueError(f"Token id {token} is out of vocabulary, wanted one of 0 to {size - 1}")
-    return original(manager, request, input_ids, *args, **kwargs)
+    original: Callable[..., None], scheduler: Scheduler, request: Req, *args: Any, **kwargs: Any
+) -> None:
+    """As SGLang refuses a prompt that is too long: the request ends with a status of 400 before it runs."""
+    size, tokens = scheduler.model_config.vocab_size, request.origin_input_ids
+    wrong = [token for token in (min(tokens), max(tokens)) if not 0 <= token < size] if tokens else []
+    if wrong and request.to_finish is None:
+        request.set_finish_with_abort(f"Token id {wrong[0]} is out of vocabulary, wanted one of 0 to {size - 1}")
+    original(scheduler, request, *args, **kwargs)
 
 
 def our_drafting_backend(original: Callable[..., Any], factory: DraftBackendFactory, *args: Any, **kwargs: Any) -> Any:

@@ -50,13 +50,32 @@ HOOKS: tuple[Hook, ...] = (
         remove_when="It has MLA, in latent space and for any sizes.",
     ),
     _Registered(
+        name="CPU",
+        target="sglang.srt.server_args.ServerArgs.resolve_once",
+        around="longcat_sglang.compat:prepare_cpu_first",
+        concerns="longcat_sglang.engine:serves_longcat_on_no_accelerator",
+        why="Without `sgl_kernel` and a variable of its own SGLang does not start on a CPU. Here it is known which "
+        "model is to be served, and SGLang has not yet imported or started what needs them.",
+        remove_when="SGLang starts on a CPU without `sgl_kernel`.",
+    ),
+    _Registered(
+        name="overridden configuration",
+        target="sglang.srt.utils.hf_transformers.config.get_config",
+        around="longcat_sglang.compat:read_again_as_overridden",
+        concerns="longcat_sglang.engine:overrides_fields",
+        why="SGLang sets the fields of `--json-model-override-args` on a configuration that has been read, so that "
+        "nothing that is derived from them follows.",
+        remove_when="SGLang overrides the fields before its configuration class reads them.",
+    ),
+    _Registered(
         name="prompt check",
-        target="sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
+        target="sglang.srt.managers.scheduler.Scheduler._add_request_to_queue",
         around="longcat_sglang.compat:refuse_tokens_outside_the_vocabulary",
-        concerns="longcat_sglang.engine:manages_longcat",
+        concerns="longcat_sglang.engine:schedules_longcat",
         why="A prompt with a token outside the vocabulary ends the server: SGLang checks the number of tokens only, "
-        "and the embedding of a token that is not there is an error in the scheduler (on CUDA, in the device).",
-        remove_when="`TokenizerManager._validate_one_request` checks it.",
+        "and the embedding of a token that is not there is an error in the scheduler (on CUDA, in the device). Here, "
+        "as every request passes, whichever process has taken it.",
+        remove_when="The scheduler checks it where it checks the length.",
     ),
     _Registered(
         name="draft attention",
