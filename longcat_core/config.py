@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 
 class ConfigError(ValueError):
@@ -65,6 +70,9 @@ _ROUTER_OPTIONS: dict[str, tuple[Any, ...]] = {
     "n_group": (None, 1),
     "topk_group": (None, 1),
 }
+
+# Options of a router's training (a jitter of its input, weights of its losses), which mean nothing to inference.
+_TRAINING_OPTION = re.compile("jitter|loss|aux|dropout|noise")
 
 # Fields outside the router that would change the forward pass.
 _FIXED_OPTIONS: dict[str, tuple[Any, ...]] = {
@@ -311,10 +319,20 @@ def _check_options(raw: Mapping[str, Any]) -> list[str]:
         if raw.get(key) not in accepted:
             wanted = " or ".join(repr(v) for v in accepted if v is not None) or "no such option"
             problems.append(f"{key}: {raw[key]!r}, wanted {wanted}")
-    for key in raw:
-        if key.startswith(("router_", "rounter_")) and key not in _ROUTER_OPTIONS:
+    unknown = [key for key in raw if key.startswith(("router_", "rounter_")) and key not in _ROUTER_OPTIONS]
+    of_training = [key for key in unknown if _TRAINING_OPTION.search(key)]
+    if of_training:
+        _warn_of_ignored(", ".join(of_training))
+    for key in unknown:
+        if key not in of_training:
             problems.append(f"{key}: {raw[key]!r} is an unknown router option; known are {', '.join(_ROUTER_OPTIONS)}")
     return problems
+
+
+@cache
+def _warn_of_ignored(options: str) -> None:
+    """Once, as a configuration is read in many places."""
+    logger.warning("LongCat-Flash does not read these options of a router's training: %s", options)
 
 
 def _check_sizes(values: Mapping[str, int], zero_expert_num: int) -> list[str]:
