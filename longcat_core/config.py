@@ -306,6 +306,10 @@ def canonical_hf(raw: Mapping[str, Any]) -> dict[str, Any]:
         "zero_expert_num": config.zero_expert_num,
         "rms_norm_eps": config.rms_norm_eps,
         "model_type": "longcat_flash",
+        # Without defaults in vLLM's own class.
+        "zero_expert_type": "identity",
+        "mla_scale_q_lora": config.mla_scale_q_lora,
+        "mla_scale_kv_lora": config.mla_scale_kv_lora,
     }
 
 

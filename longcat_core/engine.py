@@ -120,6 +120,11 @@ def unsupported_quantization(method: str) -> str:
     )
 
 
+def tell_of_own_class(engine: str, reasons: Sequence[str], lost: str, log: logging.Logger) -> None:
+    """Warn that a LongCat model is left to the engine's own class, why, and what that lacks."""
+    log.warning("LongCat-Flash is served by %s's own class: %s. It lacks: %s.", engine, "; ".join(reasons), lost)
+
+
 def unsupported_cpu_cache(dtype: str) -> str:
     """The problem of a cache that a CPU's attention cannot read, to be told with `refuse`."""
     return f"kv_cache_dtype: {dtype!r}, wanted 'auto' on a CPU; leave --kv-cache-dtype out"

@@ -12,8 +12,10 @@ ARCHITECTURES = (ARCHITECTURE, "LongcatCausalLM")
 """Those under which it is published: LongCat-Flash-Thinking-2601 is reported with the second, which
 LongCat-Flash-Lite-Sparse and LongCat-2.0 have as well."""
 
-_NGRAM_FIELDS = ("ngram_vocab_size_ratio", "emb_neighbor_num", "emb_split_num")
-_NGRAM_FIELDS += ("oe_vocab_size_ratio", "oe_neighbor_num", "oe_split_num")
+_NGRAM_FIELDS = (
+    *("ngram_vocab_size_ratio", "emb_neighbor_num", "emb_split_num"),
+    *("oe_vocab_size_ratio", "oe_neighbor_num", "oe_split_num"),
+)
 _INDEXER_FIELDS = ("index_topk", "index_n_heads")
 
 

@@ -14,7 +14,6 @@ SGLANG = Engine(
     supported=SpecifierSet("==0.5.21.*"),  # 0.5.22 has another interface of layer boundaries
     supported_text="0.5.21",
 )
-ARCHITECTURE = "LongcatFlashForCausalLM"
 CPU_ATTENTION = "torch_native"
 """The name under which our attention backend is chosen on a CPU: it is the one that SGLang takes to need no Triton and
 no graph (`support_triton`, arg_groups/attention_hook.py). For other models it stays SGLang's own."""

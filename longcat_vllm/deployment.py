@@ -8,10 +8,16 @@ from typing import TYPE_CHECKING
 
 from longcat_core import checkpoint, drafting
 from longcat_core.config import LongcatConfig
-from longcat_core.engine import refuse, tell_of_gate, unsupported_cpu_cache, unsupported_quantization
+from longcat_core.engine import (
+    refuse,
+    tell_of_gate,
+    tell_of_own_class,
+    unsupported_cpu_cache,
+    unsupported_quantization,
+)
 from longcat_core.hooks import Stage
 from longcat_vllm.compat import mend_for_longcat
-from longcat_vllm.engine import drafts_with_mtp
+from longcat_vllm.engine import OWN_ARCHITECTURE, drafts_with_mtp
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
@@ -22,8 +28,12 @@ logger = logging.getLogger(f"vllm.{__name__}")
 
 def check(vllm_config: VllmConfig) -> None:
     """Raise for what LongCat-Flash cannot be served with: ValueError, or CheckpointError for a local checkpoint."""
-    mend_for_longcat(Stage.DEPLOYMENT)
     model = vllm_config.model_config
+    if reasons := reasons_for_vllms_own_class(vllm_config):
+        tell_of_own_class("vLLM", reasons, _LOST, logger)
+        model.hf_config.architectures = [OWN_ARCHITECTURE]
+        return
+    mend_for_longcat(Stage.DEPLOYMENT)
     config = LongcatConfig.from_hf(model.hf_config)
     refuse(_unsupported(vllm_config))
     directory = Path(model.model)
@@ -32,6 +42,23 @@ def check(vllm_config: VllmConfig) -> None:
     gate = drafting.load(directory) if drafts_with_mtp(vllm_config) else None
     if gate is not None:
         _make_room_for(gate, vllm_config)
+
+
+def reasons_for_vllms_own_class(vllm_config: VllmConfig) -> list[str]:
+    """What our class cannot serve yet, and vLLM's own can, which runs on GPUs only."""
+    from vllm.platforms import current_platform
+
+    quantization = vllm_config.model_config.quantization
+    if quantization is None or current_platform.is_cpu():
+        return []
+    return [f"quantization {quantization!r} is not there yet in longcat-serving"]
+
+
+_LOST = (
+    "expert choices of zero experts without a GEMM row, the audit of the checkpoint, the MTP layer's own embedding, "
+    "norms inside MLA with transformers' epsilon"
+)
+"""What LongCat-Flash does not have in vLLM's own class."""
 
 
 def _make_room_for(gate: drafting.DraftGate, vllm_config: VllmConfig) -> None:

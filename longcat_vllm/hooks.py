@@ -14,6 +14,15 @@ HOOKS: tuple[Hook, ...] = (
         remove_when="vLLM's class skips zero experts and runs on a CPU.",
     ),
     Entry(
+        name="vLLM's own class",
+        target="ModelRegistry['VllmLongcatFlashForCausalLM']",
+        put="longcat_vllm.compat:register_own_model",
+        found="longcat_vllm.compat:registered_own_model",
+        why="What our class cannot serve yet and vLLM's own can, quantised weights on a GPU, is left to that one, for "
+        "which vLLM has no other name.",
+        remove_when="Our class serves all that vLLM's does.",
+    ),
+    Entry(
         name="configuration class",
         target="transformers.CONFIG_MAPPING['longcat_flash']",
         put="longcat_vllm.compat:register_config_class",
@@ -22,6 +31,16 @@ HOOKS: tuple[Hook, ...] = (
         "the 560 B model in for whatever is missing.",
         remove_when="transformers' LongcatFlashConfig reads `num_hidden_layers` alone as the number of decoder layers, "
         "and has no default sizes.",
+    ),
+    Entry(
+        name="architecture of 2601",
+        target="vllm.transformers_utils.config._ARCHITECTURE_TO_MODEL_TYPE['LongcatCausalLM']",
+        put="longcat_vllm.compat:register_architecture",
+        found="longcat_vllm.compat:registered_architecture",
+        why="LongCat-Flash-Thinking-2601 is reported to be published with this architecture and no `model_type`, and "
+        "vLLM does not recognise it.",
+        remove_when="vLLM's table has it.",
+        upstream="vllm-project/vllm#48302 (open)",
     ),
     Entry(
         name="checkpoint check",
