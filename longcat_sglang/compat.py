@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longcat_core.config import ConfigError
@@ -231,15 +230,14 @@ def sample_where_requests_do(
 def gated_worker(
     original: Callable[..., type], algorithm: SpeculativeAlgorithm, server_args: ServerArgs, *args: Any, **kwargs: Any
 ) -> type:
-    """A worker that verifies only what passes the gate, where a LongCat checkpoint has one."""
-    from sglang.srt.arg_groups.overrides import resolving_view
+    """A worker that verifies only what passes the draft gate, where that is asked for; `deployment.check` has seen to
+    it that there is one, with nothing in its way."""
+    from sglang.srt.arg_groups.overrides import model_config_of
 
-    from longcat_core import drafting
     from longcat_sglang import deployment
 
     worker = original(algorithm, server_args, *args, **kwargs)
-    has_gate = (Path(server_args.model_path) / drafting.GATE_FILE).exists()  # which `deployment.check` has read
-    if not algorithm.is_eagle() or not has_gate or deployment.obstacles_to_gate(resolving_view(server_args)):
+    if not algorithm.is_eagle() or not deployment.is_gate_asked_for(model_config_of(server_args).hf_config):
         return worker
     from longcat_sglang.speculation import GatedWorker
 

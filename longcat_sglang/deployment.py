@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from longcat_core import checkpoint, drafting
-from longcat_core.engine import refuse, tell_of_gate, unsupported_cpu_cache, unsupported_quantization
+from longcat_core.engine import refuse, unsupported_cpu_cache, unsupported_quantization, uses_gate
 from longcat_sglang.compat import require_supported
 from longcat_sglang.engine import CPU_ATTENTION
 
@@ -30,9 +30,10 @@ def check(server_args: Any, settings: Any, hf_config: Any) -> None:
     directory = Path(settings.model_path)
     if directory.is_dir() and settings.load_format != "dummy":
         checkpoint.verify(directory, hf_config.longcat, requires_mtp=drafts_with_mtp(settings))
-    gate = drafting.load(directory) if drafts_with_mtp(settings) else None
-    if gate is not None:
-        tell_of_gate(gate.threshold, obstacles_to_gate(settings), logger)
+    if is_gate_asked_for(hf_config) or drafts_with_mtp(settings):
+        gate = drafting.load(directory)
+        threshold = None if gate is None else gate.threshold
+        uses_gate(threshold, is_gate_asked_for(hf_config), obstacles_to_gate(settings), GATE_OPTION, logger)
 
 
 def _unsupported(server_args: Any, settings: Any, hf_config: Any) -> list[str]:
@@ -137,8 +138,21 @@ def _impossible_tree(steps: int | None, branches: int | None, nodes: int | None)
     return problems
 
 
+GATE_OPTION = """--json-model-override-args '{"longcat_draft_gate": true}'"""
+"""SGLang's one option that takes what is not an option of its own, and reaches all of its processes."""
+
+
+def is_gate_asked_for(hf_config: Any) -> bool:
+    asked = getattr(hf_config, "longcat_draft_gate", False)
+    if not isinstance(asked, bool):
+        refuse([f"longcat_draft_gate: {asked!r}, wanted true or false; correct --json-model-override-args"])
+    return bool(asked)
+
+
 def obstacles_to_gate(settings: Any) -> list[str]:
     """Options with which the number of drafts is fixed before a gate can judge them, or drafts are not its own."""
+    if not drafts_with_mtp(settings):
+        return ["there are no drafts of the MTP layer; give --speculative-algorithm NEXTN"]
     obstacles = []
     if settings.device != "cpu":
         obstacles.append(f"device is {settings.device!r}, where graphs verify a fixed number of drafts")

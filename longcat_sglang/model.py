@@ -28,12 +28,11 @@ from torch import Tensor, nn
 from longcat_core import checkpoint, rotary
 from longcat_core.config import LongcatConfig
 from longcat_core.hooks import Stage
-from longcat_sglang.compat import mend_for_longcat, require_supported
+from longcat_sglang.compat import mend_for_longcat
 from longcat_sglang.config import LongcatFlashConfig
 from longcat_sglang.moe import LongcatMoE
 from longcat_sglang.platform import bind_rank_to_its_cores
 
-require_supported()
 FUSED_QKV_A = "fused_qkv_a_proj_with_mqa"
 
 

@@ -10,10 +10,10 @@ from longcat_core import checkpoint, drafting
 from longcat_core.config import LongcatConfig
 from longcat_core.engine import (
     refuse,
-    tell_of_gate,
     tell_of_own_class,
     unsupported_cpu_cache,
     unsupported_quantization,
+    uses_gate,
 )
 from longcat_core.hooks import Stage
 from longcat_vllm.compat import mend_for_longcat
@@ -39,9 +39,8 @@ def check(vllm_config: VllmConfig) -> None:
     directory = Path(model.model)
     if directory.is_dir() and vllm_config.load_config.load_format != "dummy":
         checkpoint.verify(directory, config, requires_mtp=drafts_with_mtp(vllm_config))
-    gate = drafting.load(directory) if drafts_with_mtp(vllm_config) else None
-    if gate is not None:
-        _make_room_for(gate, vllm_config)
+    if _is_gate_asked_for(vllm_config) or drafts_with_mtp(vllm_config):
+        _check_gate(directory, vllm_config)
 
 
 def reasons_for_vllms_own_class(vllm_config: VllmConfig) -> list[str]:
@@ -61,15 +60,30 @@ _LOST = (
 """What LongCat-Flash does not have in vLLM's own class."""
 
 
-def _make_room_for(gate: drafting.DraftGate, vllm_config: VllmConfig) -> None:
-    """Schedule once the drafts are judged, and count those that are held back; or say why all will be verified."""
+GATE_OPTION = """--additional-config '{"longcat": {"draft_gate": true}}'"""
+
+
+def _is_gate_asked_for(vllm_config: VllmConfig) -> bool:
+    given = vllm_config.additional_config
+    ours = given.get("longcat", {}) if isinstance(given, dict) else {}
+    if (
+        not isinstance(ours, dict)
+        or ours.keys() - {"draft_gate"}
+        or not isinstance(ours.get("draft_gate", False), bool)
+    ):
+        refuse([f"additional_config: {ours!r} for longcat, wanted at most {{'draft_gate': true or false}}"])
+    return ours.get("draft_gate", False)
+
+
+def _check_gate(directory: Path, vllm_config: VllmConfig) -> None:
+    """With a gate, schedule once the drafts are judged, and count those that are pruned."""
     from longcat_vllm.speculation import GATE_SCHEDULER, HeldBackDrafts
 
-    scheduler = vllm_config.scheduler_config
-    obstacles = obstacles_to_gate(vllm_config)
-    tell_of_gate(gate.threshold, obstacles, logger)
-    if obstacles:
+    gate, obstacles = drafting.load(directory), obstacles_to_gate(vllm_config)
+    threshold = None if gate is None else gate.threshold
+    if not uses_gate(threshold, _is_gate_asked_for(vllm_config), obstacles, GATE_OPTION, logger):
         return
+    scheduler = vllm_config.scheduler_config
     scheduler.async_scheduling = False
     scheduler.scheduler_cls = GATE_SCHEDULER
     vllm_config.speculative_config.disable_padded_drafter_batch = True
@@ -79,6 +93,8 @@ def _make_room_for(gate: drafting.DraftGate, vllm_config: VllmConfig) -> None:
 def obstacles_to_gate(vllm_config: VllmConfig) -> list[str]:
     """Options with which the number of drafts is fixed before a gate can judge them, or drafts are not its own."""
     speculation, scheduler = vllm_config.speculative_config, vllm_config.scheduler_config
+    if not drafts_with_mtp(vllm_config):
+        return ['there are no drafts of the MTP layer; give --speculative-config \'{"method": "mtp", ...}\'']
     obstacles = []
     if vllm_config.use_v2_model_runner:
         obstacles.append("this model runner drafts a fixed number of tokens; set VLLM_USE_V2_MODEL_RUNNER=0")

@@ -39,10 +39,9 @@ from vllm.v1.attention.backend import AttentionBackend
 from longcat_core import checkpoint, rotary
 from longcat_core.config import LongcatConfig
 from longcat_core.hooks import Stage
-from longcat_vllm.compat import mend_for_longcat, require_supported
+from longcat_vllm.compat import mend_for_longcat
 from longcat_vllm.moe import LongcatMoE
 
-require_supported()
 FUSED_QKV_A = "fused_qkv_a_proj"
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from longcat_core.config import LongcatConfig
 from longcat_core.drafting import Step
-from longcat_sglang.compat import SGLANG
+from longcat_sglang.engine import SGLANG
 from tests.metrics import Metrics
 from tests.speculation import Speculated
 
@@ -134,6 +134,12 @@ def speculation(draft_tokens: int) -> dict[str, Any]:
         "speculative_eagle_topk": 1,
         "speculative_num_draft_tokens": draft_tokens + 1,
     }
+
+
+GATED: dict[str, Any] = {"json_model_override_args": '{"longcat_draft_gate": true}'}
+"""Engine arguments: ask for the checkpoint's draft gate."""
+GATED_FLAGS = ["--json-model-override-args", GATED["json_model_override_args"]]
+"""What a user types for that."""
 
 
 def speculation_flags(draft_tokens: int) -> list[str]:
