@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from longcat_core.config import ConfigError
-from longcat_core.engine import UnsupportedEngineError
+from longcat_core.engine import UnsupportedEngineError, tell_of_own_class
 from longcat_core.hooks import Around, Stage
-from longcat_sglang.engine import CPU_ATTENTION, SGLANG, is_longcat
+from longcat_sglang.engine import CPU_ATTENTION, OWN_CLASS, SGLANG, is_longcat
 from longcat_sglang.hooks import HOOKS
 
 if TYPE_CHECKING:
@@ -98,8 +99,15 @@ def _check_after_adjustments(server_args: ServerArgs, previous: Callable[..., No
 
     from longcat_sglang import deployment
 
-    settings = resolving_view(server_args)
-    deployment.check(server_args, settings, model_config_of(server_args).hf_config)
+    settings, hf_config = resolving_view(server_args), model_config_of(server_args).hf_config
+    if reasons := deployment.reasons_for_sglangs_own_class(settings, hf_config):
+        tell_of_own_class("SGLang", reasons, deployment.LOST, deployment.logger)
+        # Every process of SGLang reads the configuration again, and these with it.
+        overrides = {**json.loads(settings.json_model_override_args), OWN_CLASS: True}
+        declare_resolution(server_args, "longcat-serving", json_model_override_args=json.dumps(overrides))
+        setattr(hf_config, OWN_CLASS, True)
+        return
+    deployment.check(server_args, settings, hf_config)
     if settings.device == "cpu":
         declare_resolution(server_args, "longcat-serving", attention_backend=CPU_ATTENTION)
     drafts_some = settings.speculative_num_steps is not None

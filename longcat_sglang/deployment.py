@@ -36,11 +36,31 @@ def check(server_args: Any, settings: Any, hf_config: Any) -> None:
         uses_gate(threshold, is_gate_asked_for(hf_config), obstacles_to_gate(settings), GATE_OPTION, logger)
 
 
+def reasons_for_sglangs_own_class(settings: Any, hf_config: Any) -> list[str]:
+    """What our class cannot serve yet, and SGLang's own can, which runs on GPUs only."""
+    quantization = _quantization(settings, hf_config)
+    if quantization is None or settings.device == "cpu":
+        return []
+    return [f"quantization {quantization!r} is not there yet in longcat-serving"]
+
+
+LOST = (
+    "zero experts scaled by routed_scaling_factor (sglang#10019), without which its answers are not LongCat's; expert "
+    "choices of zero experts without a GEMM row, the audit of the checkpoint, drafts from the MTP layer's own latent"
+)
+"""What LongCat-Flash does not have in SGLang's own class."""
+
+
+def _quantization(settings: Any, hf_config: Any) -> str | None:
+    of_checkpoint = hf_config.longcat.is_quantized and hf_config.quantization_config.get("quant_method")
+    return settings.quantization or of_checkpoint or None
+
+
 def _unsupported(server_args: Any, settings: Any, hf_config: Any) -> list[str]:
     """Options that SGLang would accept for LongCat-Flash and then get wrong, each with what to do."""
     longcat, problems = hf_config.longcat, []
-    quantization = settings.quantization or (longcat.is_quantized and hf_config.quantization_config.get("quant_method"))
-    if quantization:
+    quantization = _quantization(settings, hf_config)
+    if quantization is not None:
         problems.append(unsupported_quantization(quantization))
     if settings.device == "cpu":
         wanted = (None, "auto", CPU_ATTENTION)

@@ -19,9 +19,13 @@ CPU_ATTENTION = "torch_native"
 no graph (`support_triton`, arg_groups/attention_hook.py). For other models it stays SGLang's own."""
 
 
+OWN_CLASS = "longcat_own_class"
+"""Field of the configuration object: true where a LongCat-Flash is left to SGLang's own class."""
+
+
 def is_longcat(hf_config: Any) -> bool:
     """Whether it is a LongCat-Flash that is ours to serve."""
-    return hasattr(hf_config, "longcat")
+    return hasattr(hf_config, "longcat") and not getattr(hf_config, OWN_CLASS, False)
 
 
 # -- what a call of a wrapped function is about: see `longcat_core.hooks.guarded` ----------------------

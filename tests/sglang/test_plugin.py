@@ -9,13 +9,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
 from longcat_core.engine import UnsupportedEngineError
-from longcat_sglang import compat
+from longcat_sglang import compat, deployment
 from longcat_sglang.engine import SGLANG, is_longcat
 from longcat_sglang.hooks import HOOKS
 from longcat_sglang.platform import read_cores
@@ -169,6 +170,36 @@ def test_flash_lite_stays_sglangs_own() -> None:
     config = LongcatFlashConfig.from_dict({"architectures": ["LongcatFlashNgramForCausalLM"], "num_layers": 3})
     assert type(config) is Stock
     assert not is_longcat(config)
+
+
+def test_quantised_weights_on_a_gpu_are_left_to_sglangs_own_class(
+    checkpoint_of: Callable[[Case], Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a warning that says what it lacks, in every process; on a CPU, where it does not run, they are refused."""
+    from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.model_loader.utils import get_model_architecture
+    from sglang.srt.models.longcat_flash import LongcatFlashForCausalLM
+    from sglang.srt.server_args import ServerArgs
+
+    with pytest.raises(ValueError, match="quantization: 'fp8', wanted none so far"):
+        configure(checkpoint_of(CASE), quantization="fp8")
+    server_args = ServerArgs(model_path=str(checkpoint_of(CASE)), skip_tokenizer_init=True)
+    monkeypatch.setattr(deployment, "_quantization", lambda settings, hf_config: "fp8")
+    monkeypatch.setattr(deployment, "reasons_for_sglangs_own_class", lambda settings, hf_config: ["it is quantised"])
+    with caplog.at_level("WARNING"):
+        compat._check_after_adjustments(server_args, lambda server_args: None)
+    assert "is served by SGLang's own class: it is quantised. It lacks: zero experts scaled" in caplog.text
+    of_another_process = ModelConfig.from_server_args(resolving_view(server_args))
+    assert not is_longcat(of_another_process.hf_config)
+    assert get_model_architecture(of_another_process)[0] is LongcatFlashForCausalLM
+
+
+@pytest.mark.parametrize(("device", "reasons"), [("cpu", 0), ("cuda", 1)])
+def test_quantised_weights_are_a_reason_on_a_gpu_alone(device: str, reasons: int) -> None:
+    settings = SimpleNamespace(device=device, quantization="fp8")
+    hf_config = SimpleNamespace(longcat=CASE.config)
+    assert len(deployment.reasons_for_sglangs_own_class(settings, hf_config)) == reasons
 
 
 # -- a CPU -------------------------------------------------------------------------------------------
