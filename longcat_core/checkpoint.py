@@ -140,20 +140,24 @@ def audited(
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors that are to be loaded, one at a time, by their published names: stacked experts come one by one.
 
-    is_partial: none is missed, as in an update of a running model, and where the tensors are there already (not read
-    while they are iterated over), nothing is yielded unless all are known; requires_mtp: see `Audit.raise_for_all`.
+    is_partial: none is missed, as in an update of a running model; requires_mtp: see `Audit.raise_for_all`.
 
     Raises:
-        CheckpointError: listing every tensor that was extra, misshapen, or missing; after the last one, but for such
-            an update.
+        CheckpointError: listing every tensor that is extra, misshapen, or missing: after the last one, or, for an
+            update whose tensors are there already (not read while they are iterated over), at once.
     """
-    expected = _all_tensors(config)
     if is_partial and isinstance(weights, Collection):
-        foreseen = Audit(expected, config)
+        audit = Audit(_all_tensors(config), config)
         for name, tensor in weights:
-            foreseen.accepts(name, tuple(tensor.shape), tensor.dtype)
-        foreseen.raise_for_unexpected()
-    audit = Audit(expected, config)
+            audit.accepts(name, tuple(tensor.shape), tensor.dtype)
+        audit.raise_for_unexpected()
+    return _audited(weights, config, is_partial, requires_mtp)
+
+
+def _audited(
+    weights: Iterable[tuple[str, Tensor]], config: LongcatConfig, is_partial: bool, requires_mtp: bool
+) -> Iterator[tuple[str, Tensor]]:
+    audit = Audit(_all_tensors(config), config)
     for name, tensor in weights:
         if not audit.accepts(name, tuple(tensor.shape), tensor.dtype):
             continue

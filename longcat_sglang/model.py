@@ -262,14 +262,15 @@ class LongcatCausalLM(nn.Module, ABC):
             CheckpointError: listing every tensor that is extra or misshapen, and in the first load every missing one;
                 later loads update a running model and may be partial.
         """
+        tensors = checkpoint.audited(
+            weights, self.config.longcat, is_partial=self._loads_are_partial, requires_mtp=self._requires_mtp
+        )
         if is_cpu():  # SGLang does so itself before some updates, and not before one from a disk
             for module in self.modules():
                 if isinstance(module, LongcatMoE):
                     module.experts.quant_method.restore_weights_before_loading(module.experts)
         parameters = dict(self.named_parameters())
-        for name, tensor in checkpoint.audited(
-            weights, self.config.longcat, is_partial=self._loads_are_partial, requires_mtp=self._requires_mtp
-        ):
+        for name, tensor in tensors:
             self._load(parameters, name, tensor)
         self.post_load_weights()
 

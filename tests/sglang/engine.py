@@ -111,8 +111,10 @@ class Engine:
     def update(self, tensors: dict[str, Tensor]) -> None:
         """Load these into the running model."""
         self.sglang.begin_weight_update()
-        succeeded, message = self.sglang.update_weights_from_tensor(list(tensors.items()))
-        self.sglang.end_weight_update()
+        try:
+            succeeded, message = self.sglang.update_weights_from_tensor(list(tensors.items()))
+        finally:
+            self.sglang.end_weight_update()
         assert succeeded, message
 
     def log_softmax(self, prompt: list[int], vocab_size: int) -> Tensor:
