@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from longcat_core.audit import CheckpointError
 from longcat_core.config import ConfigError
 from longcat_core.engine import UnsupportedEngineError, tell_of_own_class
 from longcat_core.hooks import Around, Stage
@@ -250,6 +251,16 @@ def gated_worker(
     from longcat_sglang.speculation import GatedWorker
 
     return GatedWorker
+
+
+def say_that_an_update_is_refused(
+    original: Callable[..., tuple[bool, str]], updater: Any, *args: Any, **kwargs: Any
+) -> tuple[bool, str]:
+    """False, and the reason, where an update is not of the model's tensors."""
+    try:
+        return original(updater, *args, **kwargs)
+    except CheckpointError as error:
+        return False, str(error)
 
 
 def count_what_is_reserved(original: Callable[..., int], *args: Any, **kwargs: Any) -> int:

@@ -53,6 +53,10 @@ def works_for_longcat(_algorithm: Any, server_args: Any, *_: Any, **__: Any) -> 
     return is_longcat(model_config_of(server_args).hf_config)
 
 
+def updates_longcat(updater: Any, *_: Any, **__: Any) -> bool:
+    return type(updater.get_model()).__module__.startswith("longcat_sglang")
+
+
 def is_longcats_process(*_: Any, **__: Any) -> bool:
     """For what is hooked only where a LongCat model is built."""
     return True
