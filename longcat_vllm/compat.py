@@ -170,6 +170,13 @@ def expand_on_a_cpu(
     return replaced.repeat_interleave(ends.diff(prepend=ends.new_zeros(1)), output_size=num_tokens)
 
 
+def constrain_drafts_there_are(
+    original: Callable[..., torch.Tensor], logits: torch.Tensor, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """logits: [drafts, vocabulary]."""
+    return original(logits, *args, **kwargs) if len(logits) else logits
+
+
 def prepare_with_lengths_of_its_own(
     original: Callable[..., Any], proposer: EagleProposer, *args: Any, **kwargs: Any
 ) -> Any:
