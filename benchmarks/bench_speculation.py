@@ -8,12 +8,10 @@ plain decoding of the same pass, and the median of the passes is given with the 
 from __future__ import annotations
 
 import itertools
-import shutil
 import statistics
-import tempfile
 import time
-from pathlib import Path
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import typer
 from rich.console import Console
@@ -33,25 +31,32 @@ DRAFT_TOKENS = (1, 3)
 PROMPT_TOKENS = 64
 
 
+class Run(NamedTuple):
+    draft_tokens: int | None
+    has_gate: bool
+
+    def serving(self) -> AbstractContextManager[engine.Engine]:
+        gate = engine.GATED if self.has_gate else {}
+        options = {"dtype": "bfloat16", "draft_tokens": self.draft_tokens, "prefix_caching": False}
+        return engine.serving(CHECKPOINT, **options, **gate)
+
+
 def main(passes: int = 5, rounds: int = 3) -> None:
     console = Console(stderr=True)
     prompts = beginnings(max(AT_ONCE))
-    with tempfile.TemporaryDirectory() as temporary, console.status("") as status:
-        ungated = Path(temporary) / "nano"
-        shutil.copytree(CHECKPOINT, ungated, ignore=shutil.ignore_patterns(str(drafting.GATE_FILE.parent)))
-        runs = [(ungated, None), *itertools.product((ungated, CHECKPOINT), DRAFT_TOKENS)]
-        rows: list[dict[str, Any]] = []
-        for directory, draft_tokens in runs:
-            has_gate = directory is CHECKPOINT
-            rows.append({"drafts": draft_tokens or "none", "gate": has_gate})
-            if draft_tokens is not None:
-                rows[-1]["verified a step"] = verified(draft_tokens, has_gate, prompts)
-                rows[-1] |= accepted(directory, draft_tokens, prompts)
+    runs: list[Run] = [Run(None, False), *itertools.starmap(Run, itertools.product(DRAFT_TOKENS, (False, True)))]
+    rows: list[dict[str, Any]] = []
+    with console.status("") as status:
+        for run in runs:
+            rows.append({"drafts": run.draft_tokens or "none", "gate": run.has_gate})
+            if run.draft_tokens is not None:
+                rows[-1]["verified a step"] = verified(run.draft_tokens, run.has_gate, prompts)
+                rows[-1] |= accepted(run, prompts)
         speeds: list[list[dict[int, float]]] = [[] for _ in runs]
-        for done, (row, (directory, draft_tokens)) in itertools.product(range(passes), enumerate(runs)):
-            what = f"{rows[row]['drafts']} drafts, {'a' if rows[row]['gate'] else 'no'} gate"
+        for done, (row, run) in itertools.product(range(passes), enumerate(runs)):
+            what = f"{rows[row]['drafts']} drafts, {'a' if run.has_gate else 'no'} gate"
             status.update(f"{engine.NAME}, pass {done + 1} of {passes}: {what}")
-            speeds[row].append(tokens_per_second(directory, draft_tokens, prompts, rounds))
+            speeds[row].append(tokens_per_second(run, prompts, rounds))
     for row, found in zip(rows, speeds, strict=True):
         for n in AT_ONCE:
             ratios = [each[n] / plain[n] for each, plain in zip(found, speeds[0], strict=True)]
@@ -73,20 +78,18 @@ def beginnings(count: int) -> list[list[int]]:
     return list(itertools.islice((ids[:PROMPT_TOKENS] for ids in tokens if len(ids) > PROMPT_TOKENS), count))
 
 
-def accepted(directory: Path, draft_tokens: int, prompts: list[list[int]]) -> dict[str, float]:
+def accepted(run: Run, prompts: list[list[int]]) -> dict[str, float]:
     """The share of first drafts, and tokens a verification (the accepted length)."""
-    with engine.serving(directory, dtype="bfloat16", draft_tokens=draft_tokens, prefix_caching=False) as served:
+    with run.serving() as served:
         taken = [each for answer in served.speculated(prompts, NEW_TOKENS) for each in answer.accepted]
     first, length = statistics.mean(each > 0 for each in taken), 1 + statistics.mean(taken)
     return {"first drafts accepted": round(first, 2), "accepted length": round(length, 2)}
 
 
-def tokens_per_second(
-    directory: Path, draft_tokens: int | None, prompts: list[list[int]], rounds: int
-) -> dict[int, float]:
+def tokens_per_second(run: Run, prompts: list[list[int]], rounds: int) -> dict[int, float]:
     """By the number of requests at once."""
     found = {}
-    with engine.serving(directory, dtype="bfloat16", draft_tokens=draft_tokens, prefix_caching=False) as served:
+    with run.serving() as served:
         for n in AT_ONCE:
             seconds = []
             for _ in range(rounds + 1):  # the first warms up

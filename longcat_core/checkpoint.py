@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -13,21 +15,15 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from longcat_core.audit import MTP_PREFIX as MTP_PREFIX
+from longcat_core.audit import SCALE_SUFFIX as SCALE_SUFFIX
+from longcat_core.audit import Audit, expert_parts, stacked_experts
+from longcat_core.audit import CheckpointError as CheckpointError
 from longcat_core.config import ConfigError, LongcatConfig
 
-MTP_PREFIX = "model.mtp."
 INDEX_NAME = "model.safetensors.index.json"
-SCALE_SUFFIX = "_scale_inv"
-SCALE_BLOCK = 128
-"""FP8 releases scale weights by blocks of 128 x 128 (report, section 5)."""
-
 _EXPERT = re.compile(r"(?P<moe>.*\.mlp\.experts)\.(?P<expert>\d+)\.(?P<part>gate|up|down)_proj\.weight(_scale_inv)?")
-_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that does not belong to its configuration; the message lists every problem."""
 
 
 class Place(NamedTuple):
@@ -106,13 +102,20 @@ def expected_tensors(config: LongcatConfig, with_mtp: bool) -> dict[str, tuple[i
     return shapes | (_mtp(config) if with_mtp else {})
 
 
+@cache
+def _all_tensors(config: LongcatConfig) -> Mapping[str, tuple[int, ...]]:
+    return MappingProxyType(expected_tensors(config, with_mtp=True))
+
+
 def folded(name: str, tensor: Tensor, config: LongcatConfig) -> Tensor:
     """The tensor an engine loads: the norms inside the main model's and the MTP layer's MLA take the MLA scales into
-    their weights, once, so that the forward pass has none; everything else is as published."""
+    their weights, once, so that the forward pass has none; everything else is as published.
+
+    A scaled weight is fp32, so that it is rounded only once: to the dtype that is served, when it is loaded."""
     if name.endswith(".q_a_layernorm.weight"):
-        return (tensor.float() * config.q_scale).to(tensor.dtype)
+        return tensor.float() * config.q_scale
     if name.endswith(".kv_a_layernorm.weight"):
-        return (tensor.float() * config.kv_scale).to(tensor.dtype)
+        return tensor.float() * config.kv_scale
     return tensor
 
 
@@ -132,102 +135,47 @@ def read_config(directory: Path) -> LongcatConfig:
     return LongcatConfig.from_hf(raw)
 
 
-class Audit:
-    """Compares the tensors of a checkpoint, as they come by, with those that the configuration calls for."""
-
-    def __init__(self, config: LongcatConfig) -> None:
-        self._expected = expected_tensors(config, with_mtp=True)
-        # transformers also saves a tied head, which is the embedding, and rows for zero experts, which are never read.
-        zero_experts = range(config.n_routed_experts, config.num_experts)
-        self._redundant = {
-            f"model.layers.{n}.mlp.experts.{e}.{part}_proj.weight"
-            for n in range(config.num_layers)
-            for e in zero_experts
-            for part in ("gate", "up")
-        }
-        if config.tie_word_embeddings:
-            self._redundant.add("lm_head.weight")
-        self._is_quantized = config.is_quantized
-        self._seen: dict[str, torch.dtype | None] = {}
-        self._problems: list[str] = []
-
-    def accepts(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> bool:
-        """Note one tensor; False if it is not to be loaded, for a reason that is kept for the end."""
-        weight = name.removesuffix(SCALE_SUFFIX)
-        self._seen[name] = dtype
-        if name in self._redundant:
-            return False
-        if weight not in self._expected:
-            self._problems.append(f"extra: {name} {list(shape)}; remove it, or check config.json")
-            return False
-        wanted = self._expected[weight]
-        if name != weight:
-            wanted = tuple(-(-size // SCALE_BLOCK) for size in wanted)
-        if shape != wanted:
-            self._problems.append(f"misshapen: {name} is {list(shape)}, wanted {list(wanted)}")
-            return False
-        return True
-
-    def raise_for_unexpected(self) -> None:
-        """Raise CheckpointError, listing every extra and misshapen tensor so far, if there are any."""
-        self._raise(self._problems)
-
-    def raise_for_all(self, requires_mtp: bool = False) -> None:
-        """Raise CheckpointError if, all having come by, tensors were extra, misshapen or missing; all are listed.
-
-        The MTP layer is there as a whole or not at all; `requires_mtp`: it has to be there.
-        """
-        has_mtp = any(name.startswith(MTP_PREFIX) for name in self._seen)
-        if requires_mtp and not has_mtp:
-            raise CheckpointError(
-                f"the checkpoint has no MTP layer (no tensor is called {MTP_PREFIX}*), which speculation drafts with; "
-                "serve it without speculation, or give a checkpoint that has one"
-            )
-        missing = [
-            f"missing: {name} {list(shape)}"
-            for name, shape in self._expected.items()
-            if name not in self._seen and (has_mtp or not name.startswith(MTP_PREFIX))
-        ]
-        in_fp8 = [name for name, dtype in self._seen.items() if dtype in _FP8]
-        unscaled = [
-            f"missing: {name}{SCALE_SUFFIX}, the scales of an FP8 weight; convert the checkpoint with its scales"
-            for name in in_fp8
-            if name + SCALE_SUFFIX not in self._seen
-        ]
-        undeclared = (
-            [f"missing: quantization_config in config.json, while {len(in_fp8)} tensors are FP8, {in_fp8[0]} the first"]
-            if in_fp8 and not unscaled and not self._is_quantized
-            else []
-        )
-        self._raise(self._problems + missing + unscaled + undeclared)
-
-    @staticmethod
-    def _raise(problems: list[str]) -> None:
-        if problems:
-            listed = "\n  ".join(problems)
-            raise CheckpointError(
-                f"the checkpoint does not match its config.json ({len(problems)} problems):\n  {listed}"
-            )
-
-
 def audited(
     weights: Iterable[tuple[str, Tensor]], config: LongcatConfig, *, is_partial: bool, requires_mtp: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that are to be loaded, one at a time.
+    """The tensors that are to be loaded, one at a time, by their published names: stacked experts come one by one.
 
     is_partial: none is missed, as in an update of a running model; requires_mtp: see `Audit.raise_for_all`.
 
     Raises:
-        CheckpointError: after the last one, listing every tensor that was extra, misshapen, or missing.
+        CheckpointError: listing every tensor that is extra, misshapen, or missing: after the last one, or, for an
+            update whose tensors are there already (not read while they are iterated over), at once.
     """
-    audit = Audit(config)
+    if is_partial and isinstance(weights, Collection):
+        audit = Audit(_all_tensors(config), config)
+        for name, tensor in weights:
+            audit.accepts(name, tuple(tensor.shape), tensor.dtype)
+        audit.raise_for_unexpected()
+    return _audited(weights, config, is_partial, requires_mtp)
+
+
+def _audited(
+    weights: Iterable[tuple[str, Tensor]], config: LongcatConfig, is_partial: bool, requires_mtp: bool
+) -> Iterator[tuple[str, Tensor]]:
+    audit = Audit(_all_tensors(config), config)
     for name, tensor in weights:
-        if audit.accepts(name, tuple(tensor.shape), tensor.dtype):
+        if not audit.accepts(name, tuple(tensor.shape), tensor.dtype):
+            continue
+        if stacked_experts(name):
+            yield from zip(expert_parts(name, config), _unstacked(name, tensor, config), strict=True)
+        else:
             yield name, tensor
     if is_partial:
         audit.raise_for_unexpected()
     else:
         audit.raise_for_all(requires_mtp)
+    audit.warn_of_ignored()
+
+
+def _unstacked(name: str, tensor: Tensor, config: LongcatConfig) -> Iterator[Tensor]:
+    """What `expert_parts` names, in its order."""
+    for expert in tensor[: config.n_routed_experts]:
+        yield from expert.chunk(2) if name.endswith("gate_up_proj") else (expert,)
 
 
 def verify(directory: Path, config: LongcatConfig, requires_mtp: bool = False) -> None:
@@ -237,13 +185,14 @@ def verify(directory: Path, config: LongcatConfig, requires_mtp: bool = False) -
         CheckpointError: if the directory has no safetensors, a shard is missing or truncated, or tensors are
             missing, extra or misshapen; all problems are listed.
     """
-    audit = Audit(config)
+    audit = Audit(_all_tensors(config), config)
     for shard in shards(directory):
         with OpenShard(shard) as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 piece = tensors.get_slice(name)
                 audit.accepts(name, tuple(piece.get_shape()), _DTYPES.get(piece.get_dtype()))
     audit.raise_for_all(requires_mtp)
+    audit.warn_of_ignored()
 
 
 def load(directory: Path, config: LongcatConfig) -> dict[str, Tensor]:
@@ -253,14 +202,17 @@ def load(directory: Path, config: LongcatConfig) -> dict[str, Tensor]:
         CheckpointError: as `verify`, and for FP8 weights.
     """
     verify(directory, config)
-    expected = expected_tensors(config, with_mtp=True)
+    expected = _all_tensors(config)
     tensors: dict[str, Tensor] = {}
     for shard in shards(directory):
         with OpenShard(shard) as opened:
             for name in opened.keys():  # noqa: SIM118
                 if name.endswith(SCALE_SUFFIX):
                     raise CheckpointError(f"{shard}: {name} scales FP8 weights; wanted float32 or bfloat16 weights")
-                if name in expected:
+                if stacked_experts(name):
+                    parts = _unstacked(name, opened.get_tensor(name), config)
+                    tensors |= zip(expert_parts(name, config), parts, strict=True)
+                elif name in expected:
                     tensors[name] = opened.get_tensor(name)
     return tensors
 
@@ -310,6 +262,10 @@ class OpenShard:
             size = self._shard.stat().st_size
             raise CheckpointError(
                 f"{self._shard}: truncated or not safetensors at {size} bytes ({error}); download it again"
+            ) from None
+        except OSError as error:  # a link to nowhere, a directory, a file of another user
+            raise CheckpointError(
+                f"{self._shard}: cannot be read ({error}); make it readable, or download it again"
             ) from None
 
     def __exit__(self, *error: object) -> None:

@@ -58,7 +58,7 @@ def checkpoint_findings(directory: Path) -> list[Finding]:
         found.append(
             Finding(
                 "draft gate",
-                f"verifies drafts with a score of {gate.threshold:g} or more, where a server logs no obstacle",
+                f"prunes drafts with a score under {gate.threshold:g}, where a server is asked to use it",
             )
         )
     return found

@@ -120,14 +120,33 @@ def unsupported_quantization(method: str) -> str:
     )
 
 
+def tell_of_own_class(engine: str, reasons: Sequence[str], lost: str, log: logging.Logger) -> None:
+    """Warn that a LongCat model is left to the engine's own class, why, and what that lacks."""
+    log.warning("LongCat-Flash is served by %s's own class: %s. It lacks: %s.", engine, "; ".join(reasons), lost)
+
+
 def unsupported_cpu_cache(dtype: str) -> str:
     """The problem of a cache that a CPU's attention cannot read, to be told with `refuse`."""
     return f"kv_cache_dtype: {dtype!r}, wanted 'auto' on a CPU; leave --kv-cache-dtype out"
 
 
-def tell_of_gate(threshold: float, obstacles: Sequence[str], log: logging.Logger) -> None:
-    """Say in the engine's log whether a checkpoint's draft gate is used, or what is in its way."""
-    if obstacles:
-        log.warning("The checkpoint's draft gate is not used, and all drafts are verified: %s", "; ".join(obstacles))
-    else:
-        log.info("The checkpoint's draft gate holds back drafts with a score under %g.", threshold)
+def uses_gate(
+    threshold: float | None, is_asked_for: bool, obstacles: Sequence[str], option: str, log: logging.Logger
+) -> bool:
+    """Whether drafts go through the checkpoint's draft gate: where that is asked for. Says so in the engine's log.
+
+    threshold: the gate's, or None where there is no gate; obstacles: what is in a gate's way; option: how it is asked
+    for, as the user writes it.
+
+    Raises:
+        ValueError: if it is asked for and there is none, or something is in its way.
+    """
+    if not is_asked_for:
+        if threshold is not None:
+            log.info("The checkpoint has a draft gate, which is not used unless it is asked for: %s", option)
+        return False
+    if threshold is None:
+        refuse([f"{option}: the checkpoint has no draft gate; train one with `longcat train-gate`, or leave it out"])
+    refuse([f"{option}: {obstacle}; or leave the draft gate out" for obstacle in obstacles])
+    log.info("The checkpoint's draft gate prunes drafts with a score under %g.", threshold)
+    return True

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longcat_core.audit import CheckpointError
 from longcat_core.config import ConfigError
-from longcat_core.engine import UnsupportedEngineError
+from longcat_core.engine import UnsupportedEngineError, tell_of_own_class
 from longcat_core.hooks import Around, Stage
-from longcat_sglang.engine import CPU_ATTENTION, SGLANG, is_longcat
+from longcat_sglang.engine import CPU_ATTENTION, OWN_CLASS, SGLANG, is_longcat
 from longcat_sglang.hooks import HOOKS
 
 if TYPE_CHECKING:
@@ -99,8 +100,15 @@ def _check_after_adjustments(server_args: ServerArgs, previous: Callable[..., No
 
     from longcat_sglang import deployment
 
-    settings = resolving_view(server_args)
-    deployment.check(server_args, settings, model_config_of(server_args).hf_config)
+    settings, hf_config = resolving_view(server_args), model_config_of(server_args).hf_config
+    if reasons := deployment.reasons_for_sglangs_own_class(settings, hf_config):
+        tell_of_own_class("SGLang", reasons, deployment.LOST, deployment.logger)
+        # Every process of SGLang reads the configuration again, and these with it.
+        overrides = {**json.loads(settings.json_model_override_args), OWN_CLASS: True}
+        declare_resolution(server_args, "longcat-serving", json_model_override_args=json.dumps(overrides))
+        setattr(hf_config, OWN_CLASS, True)
+        return
+    deployment.check(server_args, settings, hf_config)
     if settings.device == "cpu":
         declare_resolution(server_args, "longcat-serving", attention_backend=CPU_ATTENTION)
     drafts_some = settings.speculative_num_steps is not None
@@ -239,19 +247,28 @@ def sample_where_requests_do(
 def gated_worker(
     original: Callable[..., type], algorithm: SpeculativeAlgorithm, server_args: ServerArgs, *args: Any, **kwargs: Any
 ) -> type:
-    """A worker that verifies only what passes the gate, where a LongCat checkpoint has one."""
-    from sglang.srt.arg_groups.overrides import resolving_view
+    """A worker that verifies only what passes the draft gate, where that is asked for; `deployment.check` has seen to
+    it that there is one, with nothing in its way."""
+    from sglang.srt.arg_groups.overrides import model_config_of
 
-    from longcat_core import drafting
     from longcat_sglang import deployment
 
     worker = original(algorithm, server_args, *args, **kwargs)
-    has_gate = (Path(server_args.model_path) / drafting.GATE_FILE).exists()  # which `deployment.check` has read
-    if not algorithm.is_eagle() or not has_gate or deployment.obstacles_to_gate(resolving_view(server_args)):
+    if not algorithm.is_eagle() or not deployment.is_gate_asked_for(model_config_of(server_args).hf_config):
         return worker
     from longcat_sglang.speculation import GatedWorker
 
     return GatedWorker
+
+
+def say_that_an_update_is_refused(
+    original: Callable[..., tuple[bool, str]], updater: Any, *args: Any, **kwargs: Any
+) -> tuple[bool, str]:
+    """False, and the reason, where an update is not of the model's tensors."""
+    try:
+        return original(updater, *args, **kwargs)
+    except CheckpointError as error:
+        return False, str(error)
 
 
 def count_what_is_reserved(original: Callable[..., int], *args: Any, **kwargs: Any) -> int:

@@ -7,8 +7,8 @@ from typing import Any
 from sglang.srt import configs
 
 from longcat_core.config import LongcatConfig
+from longcat_core.family import Member, member_of
 from longcat_sglang.compat import require_supported
-from longcat_sglang.engine import ARCHITECTURE
 
 
 class LongcatFlashConfig(configs.LongcatFlashConfig):
@@ -25,8 +25,7 @@ class LongcatFlashConfig(configs.LongcatFlashConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        architectures = config_dict.get("architectures") or [ARCHITECTURE]
-        if architectures[0] != ARCHITECTURE:  # Flash-Lite has the same model_type
+        if member_of(config_dict) is not Member.FLASH:  # the others are SGLang's own, under the same model_type
             return configs.LongcatFlashConfig.from_dict(config_dict, **kwargs)
         require_supported()
         longcat = LongcatConfig.from_hf(config_dict)

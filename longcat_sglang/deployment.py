@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from longcat_core import checkpoint, drafting
-from longcat_core.engine import refuse, tell_of_gate, unsupported_cpu_cache, unsupported_quantization
+from longcat_core.engine import refuse, unsupported_cpu_cache, unsupported_quantization, uses_gate
 from longcat_sglang.compat import require_supported
 from longcat_sglang.engine import CPU_ATTENTION
 
@@ -30,16 +30,37 @@ def check(server_args: Any, settings: Any, hf_config: Any) -> None:
     directory = Path(settings.model_path)
     if directory.is_dir() and settings.load_format != "dummy":
         checkpoint.verify(directory, hf_config.longcat, requires_mtp=drafts_with_mtp(settings))
-    gate = drafting.load(directory) if drafts_with_mtp(settings) else None
-    if gate is not None:
-        tell_of_gate(gate.threshold, obstacles_to_gate(settings), logger)
+    if is_gate_asked_for(hf_config) or drafts_with_mtp(settings):
+        gate = drafting.load(directory)
+        threshold = None if gate is None else gate.threshold
+        uses_gate(threshold, is_gate_asked_for(hf_config), obstacles_to_gate(settings), GATE_OPTION, logger)
+
+
+def reasons_for_sglangs_own_class(settings: Any, hf_config: Any) -> list[str]:
+    """What our class cannot serve yet, and SGLang's own can, which runs on GPUs only."""
+    quantization = _quantization(settings, hf_config)
+    if quantization is None or settings.device == "cpu":
+        return []
+    return [f"quantization {quantization!r} is not there yet in longcat-serving"]
+
+
+LOST = (
+    "zero experts scaled by routed_scaling_factor (sglang#10019), without which its answers are not LongCat's; expert "
+    "choices of zero experts without a GEMM row, the audit of the checkpoint, drafts from the MTP layer's own latent"
+)
+"""What LongCat-Flash does not have in SGLang's own class."""
+
+
+def _quantization(settings: Any, hf_config: Any) -> str | None:
+    of_checkpoint = hf_config.longcat.is_quantized and hf_config.quantization_config.get("quant_method")
+    return settings.quantization or of_checkpoint or None
 
 
 def _unsupported(server_args: Any, settings: Any, hf_config: Any) -> list[str]:
     """Options that SGLang would accept for LongCat-Flash and then get wrong, each with what to do."""
     longcat, problems = hf_config.longcat, []
-    quantization = settings.quantization or (longcat.is_quantized and hf_config.quantization_config.get("quant_method"))
-    if quantization:
+    quantization = _quantization(settings, hf_config)
+    if quantization is not None:
         problems.append(unsupported_quantization(quantization))
     if settings.device == "cpu":
         wanted = (None, "auto", CPU_ATTENTION)
@@ -137,8 +158,21 @@ def _impossible_tree(steps: int | None, branches: int | None, nodes: int | None)
     return problems
 
 
+GATE_OPTION = """--json-model-override-args '{"longcat_draft_gate": true}'"""
+"""SGLang's one option that takes what is not an option of its own, and reaches all of its processes."""
+
+
+def is_gate_asked_for(hf_config: Any) -> bool:
+    asked = getattr(hf_config, "longcat_draft_gate", False)
+    if not isinstance(asked, bool):
+        refuse([f"longcat_draft_gate: {asked!r}, wanted true or false; correct --json-model-override-args"])
+    return bool(asked)
+
+
 def obstacles_to_gate(settings: Any) -> list[str]:
     """Options with which the number of drafts is fixed before a gate can judge them, or drafts are not its own."""
+    if not drafts_with_mtp(settings):
+        return ["there are no drafts of the MTP layer; give --speculative-algorithm NEXTN"]
     obstacles = []
     if settings.device != "cpu":
         obstacles.append(f"device is {settings.device!r}, where graphs verify a fixed number of drafts")

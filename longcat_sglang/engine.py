@@ -14,15 +14,18 @@ SGLANG = Engine(
     supported=SpecifierSet("==0.5.21.*"),  # 0.5.22 has another interface of layer boundaries
     supported_text="0.5.21",
 )
-ARCHITECTURE = "LongcatFlashForCausalLM"
 CPU_ATTENTION = "torch_native"
 """The name under which our attention backend is chosen on a CPU: it is the one that SGLang takes to need no Triton and
 no graph (`support_triton`, arg_groups/attention_hook.py). For other models it stays SGLang's own."""
 
 
+OWN_CLASS = "longcat_own_class"
+"""Field of the configuration object: true where a LongCat-Flash is left to SGLang's own class."""
+
+
 def is_longcat(hf_config: Any) -> bool:
     """Whether it is a LongCat-Flash that is ours to serve."""
-    return hasattr(hf_config, "longcat")
+    return hasattr(hf_config, "longcat") and not getattr(hf_config, OWN_CLASS, False)
 
 
 # -- what a call of a wrapped function is about: see `longcat_core.hooks.guarded` ----------------------
@@ -61,6 +64,10 @@ def works_for_longcat(_algorithm: Any, server_args: Any, *_: Any, **__: Any) -> 
     from sglang.srt.arg_groups.overrides import model_config_of
 
     return is_longcat(model_config_of(server_args).hf_config)
+
+
+def updates_longcat(updater: Any, *_: Any, **__: Any) -> bool:
+    return type(updater.get_model()).__module__.startswith("longcat_sglang")
 
 
 def is_longcats_process(*_: Any, **__: Any) -> bool:

@@ -112,6 +112,16 @@ HOOKS: tuple[Hook, ...] = (
         "than the stock one.",
         remove_when="A draft model can say how many of its drafts are to be verified.",
     ),
+    _Registered(
+        name="refused update",
+        target="sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
+        ".update_weights_from_tensor",
+        around="longcat_sglang.compat:say_that_an_update_is_refused",
+        concerns="longcat_sglang.engine:updates_longcat",
+        why="An update whose tensors are not the model's ends the server: only updates from a disk and from another "
+        "process's group are tried.",
+        remove_when="`update_weights_from_tensor` answers with what a model's `load_weights` raises.",
+    ),
     Wrapper(
         name="slots that drafts reserve",
         target="sglang.srt.mem_cache.kv_cache_configurator.get_req_to_token_extra_context_len",

@@ -28,12 +28,11 @@ from torch import Tensor, nn
 from longcat_core import checkpoint, rotary
 from longcat_core.config import LongcatConfig
 from longcat_core.hooks import Stage
-from longcat_sglang.compat import mend_for_longcat, require_supported
+from longcat_sglang.compat import mend_for_longcat
 from longcat_sglang.config import LongcatFlashConfig
 from longcat_sglang.moe import LongcatMoE
 from longcat_sglang.platform import bind_rank_to_its_cores
 
-require_supported()
 FUSED_QKV_A = "fused_qkv_a_proj_with_mqa"
 
 
@@ -263,14 +262,15 @@ class LongcatCausalLM(nn.Module, ABC):
             CheckpointError: listing every tensor that is extra or misshapen, and in the first load every missing one;
                 later loads update a running model and may be partial.
         """
+        tensors = checkpoint.audited(
+            weights, self.config.longcat, is_partial=self._loads_are_partial, requires_mtp=self._requires_mtp
+        )
         if is_cpu():  # SGLang does so itself before some updates, and not before one from a disk
             for module in self.modules():
                 if isinstance(module, LongcatMoE):
                     module.experts.quant_method.restore_weights_before_loading(module.experts)
         parameters = dict(self.named_parameters())
-        for name, tensor in checkpoint.audited(
-            weights, self.config.longcat, is_partial=self._loads_are_partial, requires_mtp=self._requires_mtp
-        ):
+        for name, tensor in tensors:
             self._load(parameters, name, tensor)
         self.post_load_weights()
 

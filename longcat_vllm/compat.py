@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from longcat_core.family import ARCHITECTURE, ARCHITECTURES
 from longcat_core.hooks import Stage
-from longcat_vllm.engine import ARCHITECTURE, DRAFT_ARCHITECTURE, VLLM, drafts_with_mtp
+from longcat_vllm.engine import DRAFT_ARCHITECTURE, OWN_ARCHITECTURE, VLLM, drafts_with_mtp
 from longcat_vllm.hooks import HOOKS
 
 if TYPE_CHECKING:
@@ -38,6 +39,14 @@ def register_model() -> None:
 
 def registered_model() -> str:
     return _registered(ARCHITECTURE)
+
+
+def register_own_model() -> None:
+    _register(OWN_ARCHITECTURE, "vllm.model_executor.models.longcat_flash:LongcatFlashForCausalLM")
+
+
+def registered_own_model() -> str:
+    return __name__ if _registered(OWN_ARCHITECTURE).endswith(".longcat_flash") else "none"
 
 
 def register_draft_model() -> None:
@@ -74,6 +83,19 @@ def registered_config_class() -> str:
     from transformers import CONFIG_MAPPING
 
     return str(CONFIG_MAPPING["longcat_flash"].__module__)
+
+
+def register_architecture() -> None:
+    from vllm.transformers_utils.config import _ARCHITECTURE_TO_MODEL_TYPE
+
+    for architecture in ARCHITECTURES:
+        _ARCHITECTURE_TO_MODEL_TYPE.setdefault(architecture, "longcat_flash")
+
+
+def registered_architecture() -> str:
+    from vllm.transformers_utils.config import _ARCHITECTURE_TO_MODEL_TYPE
+
+    return __name__ if set(ARCHITECTURES) <= _ARCHITECTURE_TO_MODEL_TYPE.keys() else "none"
 
 
 def register_config_check() -> None:
@@ -146,6 +168,13 @@ def expand_on_a_cpu(
     """Repeat values [B] up to each one's end in ends [B], with `replace_from` replaced: [num_tokens]."""
     replaced = values.masked_fill(values == replace_from, replace_to)
     return replaced.repeat_interleave(ends.diff(prepend=ends.new_zeros(1)), output_size=num_tokens)
+
+
+def constrain_drafts_there_are(
+    original: Callable[..., torch.Tensor], logits: torch.Tensor, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """logits: [drafts, vocabulary]."""
+    return original(logits, *args, **kwargs) if len(logits) else logits
 
 
 def prepare_with_lengths_of_its_own(

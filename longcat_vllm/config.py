@@ -6,9 +6,9 @@ from typing import Any
 
 import transformers
 
-from longcat_core.config import canonical_hf
+from longcat_core.config import ConfigError, canonical_hf
+from longcat_core.family import ARCHITECTURE, ARCHITECTURES, Member, member_of
 from longcat_vllm.compat import require_supported
-from longcat_vllm.engine import ARCHITECTURE
 
 
 class LongcatFlashConfig(transformers.LongcatFlashConfig):
@@ -16,8 +16,14 @@ class LongcatFlashConfig(transformers.LongcatFlashConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        architectures = config_dict.get("architectures") or [ARCHITECTURE]
-        if architectures[0] == ARCHITECTURE:  # Flash-Lite has the same model_type
+        member = member_of(config_dict)
+        if member is Member.FLASH:
             require_supported()
-            config_dict = canonical_hf(config_dict)
+            config_dict = {**canonical_hf(config_dict), "architectures": [ARCHITECTURE]}
+        elif set(config_dict.get("architectures") or ()) & set(ARCHITECTURES):
+            # vLLM has Flash-Lite under a name of its own, and would take this one for LongCat-Flash.
+            raise ConfigError(
+                f"architectures: {config_dict['architectures']!r} with fields of {member.value}: wanted LongCat-Flash, "
+                "as vLLM has no such model under this name; serve it with an engine that has"
+            )
         return super().from_dict(config_dict, **kwargs)

@@ -8,10 +8,16 @@ from typing import TYPE_CHECKING
 
 from longcat_core import checkpoint, drafting
 from longcat_core.config import LongcatConfig
-from longcat_core.engine import refuse, tell_of_gate, unsupported_cpu_cache, unsupported_quantization
+from longcat_core.engine import (
+    refuse,
+    tell_of_own_class,
+    unsupported_cpu_cache,
+    unsupported_quantization,
+    uses_gate,
+)
 from longcat_core.hooks import Stage
 from longcat_vllm.compat import mend_for_longcat
-from longcat_vllm.engine import drafts_with_mtp
+from longcat_vllm.engine import OWN_ARCHITECTURE, drafts_with_mtp
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
@@ -22,27 +28,58 @@ logger = logging.getLogger(f"vllm.{__name__}")
 
 def check(vllm_config: VllmConfig) -> None:
     """Raise for what LongCat-Flash cannot be served with: ValueError, or CheckpointError for a local checkpoint."""
-    mend_for_longcat(Stage.DEPLOYMENT)
     model = vllm_config.model_config
+    if reasons := reasons_for_vllms_own_class(vllm_config):
+        tell_of_own_class("vLLM", reasons, _LOST, logger)
+        model.hf_config.architectures = [OWN_ARCHITECTURE]
+        return
+    mend_for_longcat(Stage.DEPLOYMENT)
     config = LongcatConfig.from_hf(model.hf_config)
     refuse(_unsupported(vllm_config))
     directory = Path(model.model)
     if directory.is_dir() and vllm_config.load_config.load_format != "dummy":
         checkpoint.verify(directory, config, requires_mtp=drafts_with_mtp(vllm_config))
-    gate = drafting.load(directory) if drafts_with_mtp(vllm_config) else None
-    if gate is not None:
-        _make_room_for(gate, vllm_config)
+    if _is_gate_asked_for(vllm_config) or drafts_with_mtp(vllm_config):
+        _check_gate(directory, vllm_config)
 
 
-def _make_room_for(gate: drafting.DraftGate, vllm_config: VllmConfig) -> None:
-    """Schedule once the drafts are judged, and count those that are held back; or say why all will be verified."""
+def reasons_for_vllms_own_class(vllm_config: VllmConfig) -> list[str]:
+    """What our class cannot serve yet, and vLLM's own can, which runs on GPUs only."""
+    from vllm.platforms import current_platform
+
+    quantization = vllm_config.model_config.quantization
+    if quantization is None or current_platform.is_cpu():
+        return []
+    return [f"quantization {quantization!r} is not there yet in longcat-serving"]
+
+
+_LOST = (
+    "expert choices of zero experts without a GEMM row, the audit of the checkpoint, the MTP layer's own embedding, "
+    "norms inside MLA with transformers' epsilon"
+)
+"""What LongCat-Flash does not have in vLLM's own class."""
+
+
+GATE_OPTION = """--additional-config '{"longcat": {"draft_gate": true}}'"""
+
+
+def _is_gate_asked_for(vllm_config: VllmConfig) -> bool:
+    given = vllm_config.additional_config
+    ours = given.get("longcat", {}) if isinstance(given, dict) else {}
+    if ours not in ({}, {"draft_gate": True}, {"draft_gate": False}):
+        refuse([f"additional_config: {ours!r} for longcat, wanted {{'draft_gate': true}}, or false, or nothing"])
+    return bool(ours.get("draft_gate"))
+
+
+def _check_gate(directory: Path, vllm_config: VllmConfig) -> None:
+    """With a gate, schedule once the drafts are judged, and count those that are pruned."""
     from longcat_vllm.speculation import GATE_SCHEDULER, HeldBackDrafts
 
-    scheduler = vllm_config.scheduler_config
-    obstacles = obstacles_to_gate(vllm_config)
-    tell_of_gate(gate.threshold, obstacles, logger)
-    if obstacles:
+    gate, obstacles = drafting.load(directory), obstacles_to_gate(vllm_config)
+    threshold = None if gate is None else gate.threshold
+    if not uses_gate(threshold, _is_gate_asked_for(vllm_config), obstacles, GATE_OPTION, logger):
         return
+    scheduler = vllm_config.scheduler_config
     scheduler.async_scheduling = False
     scheduler.scheduler_cls = GATE_SCHEDULER
     vllm_config.speculative_config.disable_padded_drafter_batch = True
@@ -52,6 +89,8 @@ def _make_room_for(gate: drafting.DraftGate, vllm_config: VllmConfig) -> None:
 def obstacles_to_gate(vllm_config: VllmConfig) -> list[str]:
     """Options with which the number of drafts is fixed before a gate can judge them, or drafts are not its own."""
     speculation, scheduler = vllm_config.speculative_config, vllm_config.scheduler_config
+    if not drafts_with_mtp(vllm_config):
+        return ['there are no drafts of the MTP layer; give --speculative-config \'{"method": "mtp", ...}\'']
     obstacles = []
     if vllm_config.use_v2_model_runner:
         obstacles.append("this model runner drafts a fixed number of tokens; set VLLM_USE_V2_MODEL_RUNNER=0")

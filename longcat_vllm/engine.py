@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from packaging.specifiers import SpecifierSet
 
 from longcat_core.engine import Engine
+from longcat_core.family import ARCHITECTURE
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -17,7 +18,8 @@ VLLM = Engine(
     supported=SpecifierSet(">=0.32,<0.34"),
     supported_text="0.32 or 0.33",
 )
-ARCHITECTURE = "LongcatFlashForCausalLM"
+OWN_ARCHITECTURE = "VllmLongcatFlashForCausalLM"
+"""Our name for vLLM's own class of LongCat-Flash, for what ours cannot serve yet."""
 DRAFT_ARCHITECTURE = "LongCatFlashMTPModel"
 """What vLLM calls the MTP layer of any model whose model_type is longcat_flash (config/speculative.py)."""
 

@@ -14,14 +14,33 @@ HOOKS: tuple[Hook, ...] = (
         remove_when="vLLM's class skips zero experts and runs on a CPU.",
     ),
     Entry(
+        name="vLLM's own class",
+        target="ModelRegistry['VllmLongcatFlashForCausalLM']",
+        put="longcat_vllm.compat:register_own_model",
+        found="longcat_vllm.compat:registered_own_model",
+        why="What our class cannot serve yet and vLLM's own can, quantised weights on a GPU, is left to that one, for "
+        "which vLLM has no other name.",
+        remove_when="Our class serves all that vLLM's does.",
+    ),
+    Entry(
         name="configuration class",
         target="transformers.CONFIG_MAPPING['longcat_flash']",
         put="longcat_vllm.compat:register_config_class",
         found="longcat_vllm.compat:registered_config_class",
-        why="transformers 5.12 to 5.19 halve `num_hidden_layers` of a file without `num_layers`, and put the sizes of "
-        "the 560 B model in for whatever is missing.",
+        why="transformers 5.19 halves `num_hidden_layers` of a file without `num_layers`, 5.12 takes 28 layers for it, "
+        "and both put the sizes of the 560 B model in for whatever is missing.",
         remove_when="transformers' LongcatFlashConfig reads `num_hidden_layers` alone as the number of decoder layers, "
         "and has no default sizes.",
+    ),
+    Entry(
+        name="architecture of 2601",
+        target="vllm.transformers_utils.config._ARCHITECTURE_TO_MODEL_TYPE['LongcatCausalLM']",
+        put="longcat_vllm.compat:register_architecture",
+        found="longcat_vllm.compat:registered_architecture",
+        why="LongCat-Flash-Thinking-2601 is reported to be published with this architecture and no `model_type`, and "
+        "vLLM does not recognise it.",
+        remove_when="vLLM's table has it.",
+        upstream="vllm-project/vllm#48302 (open)",
     ),
     Entry(
         name="checkpoint check",
@@ -74,6 +93,18 @@ HOOKS: tuple[Hook, ...] = (
         why="On a CPU drafts of sampled requests are verified at whatever temperature, top-k and top-p lie in fresh "
         "memory: `cpu_triton_utils._expand_kernel_impl` writes into a copy of any tensor that is not int64.",
         remove_when="It writes into the tensor that it is given.",
+    ),
+    Wrapper(
+        name="constraints of no drafts",
+        target="vllm.v1.sample.rejection_sampler.apply_sampling_constraints",
+        around="longcat_vllm.compat:constrain_drafts_there_are",
+        concerns="longcat_vllm.engine:is_on_a_cpu",
+        stage=Stage.MODEL,
+        device="cpu",
+        why="On a CPU the first sampled request with top-k and without top-p ends an engine that speculates, whatever "
+        "the method: a step without drafts goes through the rejection sampler too, and `apply_top_k_only` takes the "
+        "greatest of no top-k (v1/sample/ops/topk_topp_sampler.py:529).",
+        remove_when="`apply_top_k_only` takes logits of no rows.",
     ),
     Wrapper(
         name="lengths of drafts",

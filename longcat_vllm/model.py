@@ -23,6 +23,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.interfaces import SupportsPP
 from vllm.model_executor.models.utils import (
@@ -39,10 +40,9 @@ from vllm.v1.attention.backend import AttentionBackend
 from longcat_core import checkpoint, rotary
 from longcat_core.config import LongcatConfig
 from longcat_core.hooks import Stage
-from longcat_vllm.compat import mend_for_longcat, require_supported
+from longcat_vllm.compat import mend_for_longcat
 from longcat_vllm.moe import LongcatMoE
 
-require_supported()
 FUSED_QKV_A = "fused_qkv_a_proj"
 
 
@@ -247,6 +247,7 @@ class LongcatCausalLM(nn.Module, ABC):
         super().__init__()
         self.config = config
         self.logits_processor = LogitsProcessor(config.vocab_size)
+        self._model_config = vllm_config.model_config
         # With dummy weights the first load is an update; with vLLM's filter the other ranks' experts are withheld.
         self._loads_are_partial = (
             vllm_config.load_config.load_format == "dummy" or vllm_config.parallel_config.enable_ep_weight_filter
@@ -264,10 +265,16 @@ class LongcatCausalLM(nn.Module, ABC):
         """
         parameters = dict(self.named_parameters())
         loaded: set[str] = set()
-        for name, tensor in checkpoint.audited(
-            weights, self.config, is_partial=self._loads_are_partial, requires_mtp=self._requires_mtp
-        ):
-            loaded |= self._load(parameters, name, tensor)
+        try:
+            for name, tensor in checkpoint.audited(
+                weights, self.config, is_partial=self._loads_are_partial, requires_mtp=self._requires_mtp
+            ):
+                loaded |= self._load(parameters, name, tensor)
+        except checkpoint.CheckpointError:
+            if any(parameter.is_meta for parameter in parameters.values()):
+                # vLLM has set the weights aside for a reload, and puts them back only if it succeeds.
+                finalize_layerwise_reload(self, self._model_config)
+            raise
         self._loads_are_partial = True
         return loaded
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from longcat_core import checkpoint
+from longcat_core.audit import SCALE_BLOCK, Audit
 from longcat_core.checkpoint import CheckpointError
 from longcat_core.config import LongcatConfig
 from longcat_core.reference import LongcatForCausalLM
@@ -84,7 +86,7 @@ def test_missing_extra_and_misshapen_tensors_are_all_listed(tensors: dict[str, T
     tensors[GATE] = tensors[GATE].T
     tensors["model.layers.0.mlp.router.classifier.weight"] = torch.zeros(CONFIG.n_routed_experts, CONFIG.hidden_size)
     tensors["model.layers.0.mlp.experts.12.up_proj.weight"] = torch.zeros(32, 200)
-    tensors["model.rotary_emb.inv_freq"] = torch.zeros(4)
+    tensors["model.rotary_emb.bias"] = torch.zeros(4)
     found = problems(tmp_path, tensors)
     assert len(found) == 6
     assert f"missing: {DOWN} [200, 32]" in found
@@ -92,7 +94,7 @@ def test_missing_extra_and_misshapen_tensors_are_all_listed(tensors: dict[str, T
     assert f"misshapen: {GATE} is [200, 96], wanted [96, 200]" in found
     assert "misshapen: model.layers.0.mlp.router.classifier.weight is [8, 200], wanted [12, 200]" in found
     assert any(line.startswith("extra: model.layers.0.mlp.experts.12.up_proj.weight [32, 200]") for line in found)
-    assert any(line.startswith("extra: model.rotary_emb.inv_freq [4]") for line in found)
+    assert any(line.startswith("extra: model.rotary_emb.bias [4]") for line in found)
 
 
 @pytest.mark.parametrize("kept", [0, 4, 100, -1])
@@ -129,7 +131,7 @@ def test_only_shards_that_the_index_names_are_read(tensors: dict[str, Tensor], t
 
 
 def scales(tensor: Tensor) -> Tensor:
-    return torch.ones([-(-size // checkpoint.SCALE_BLOCK) for size in tensor.shape])
+    return torch.ones([-(-size // SCALE_BLOCK) for size in tensor.shape])
 
 
 def test_fp8_weights_with_scales_of_their_blocks_are_accepted(tensors: dict[str, Tensor], tmp_path: Path) -> None:
@@ -212,7 +214,7 @@ def test_what_a_part_of_an_mtp_layer_lacks_is_listed(tmp_path: Path) -> None:
 
 
 def test_an_engine_that_loads_a_part_can_ask_only_for_what_is_unexpected() -> None:
-    audit = checkpoint.Audit(CONFIG)
+    audit = Audit(checkpoint.expected_tensors(CONFIG, with_mtp=True), CONFIG)
     shapes = checkpoint.expected_tensors(CONFIG, with_mtp=True)
     assert all(audit.accepts(name, shape, None) for name, shape in shapes.items() if checkpoint.expert_of(name) != 3)
     audit.raise_for_unexpected()
@@ -224,7 +226,7 @@ def test_an_engine_that_loads_a_part_can_ask_only_for_what_is_unexpected() -> No
 
 
 def test_a_tensor_with_a_problem_is_not_accepted() -> None:
-    audit = checkpoint.Audit(CONFIG)
+    audit = Audit(checkpoint.expected_tensors(CONFIG, with_mtp=True), CONFIG)
     assert not audit.accepts("model.norm.weight", (201,), torch.float32)
     assert not audit.accepts("model.norm.bias", (200,), torch.float32)
     assert audit.accepts("model.norm.weight", (200,), torch.float32)
@@ -243,3 +245,94 @@ def test_the_index_is_that_of_hugging_face(tensors: dict[str, Tensor], tmp_path:
     index = json.loads((tmp_path / checkpoint.INDEX_NAME).read_text())
     assert index["weight_map"].keys() == tensors.keys()
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+
+
+# -- what other software adds, and other layouts -------------------------------------------------------
+
+HARMLESS = [
+    "model.layers.0.self_attn.1.rotary_emb.inv_freq",
+    "model.rotary_emb.inv_freq",
+    "model.layers.0.self_attn.0.k_scale",
+    "model.layers.0.self_attn.0.attn.v_scale",
+    "model.layers.0.self_attn.0.kv_a_proj_with_mqa.kv_cache_scale",
+    "model.mtp.lm_head.weight",
+    "model.mtp.layers.0.shared_head.head.weight",
+]
+
+
+def test_tensors_that_do_no_harm_are_named_in_one_warning(
+    tensors: dict[str, Tensor], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint.save(tensors | {name: torch.zeros(2) for name in HARMLESS}, tmp_path)
+    assert checkpoint.load(tmp_path, CONFIG).keys() == tensors.keys()
+    (warning,) = [record.getMessage() for record in caplog.records if "does not read" in record.getMessage()]
+    assert warning.endswith("does not read 7 tensors of the checkpoint: " + ", ".join(sorted(HARMLESS)))
+
+
+def test_a_head_of_the_mtp_layer_alone_is_no_mtp_layer(tmp_path: Path) -> None:
+    checkpoint.save({**published(CONFIG, with_mtp=False), "model.mtp.lm_head.weight": torch.zeros(2)}, tmp_path)
+    checkpoint.verify(tmp_path, CONFIG)
+    with pytest.raises(CheckpointError, match="no MTP layer"):
+        checkpoint.verify(tmp_path, CONFIG, requires_mtp=True)
+
+
+def stacked(tensors: dict[str, Tensor], zero_expert_rows: int) -> dict[str, Tensor]:
+    """The same checkpoint with experts as transformers 5 holds them, some rows of zero experts included."""
+    kept = {name: tensor for name, tensor in tensors.items() if checkpoint.expert_of(name) is None}
+    for n in range(CONFIG.num_layers):
+        experts = f"model.layers.{n}.mlp.experts"
+        gate, up, down = (
+            torch.stack([tensors[f"{experts}.{e}.{part}_proj.weight"] for e in range(CONFIG.n_routed_experts)])
+            for part in ("gate", "up", "down")
+        )
+        gate_up = torch.cat((gate, up), dim=1)
+        unread = torch.full((zero_expert_rows, *gate_up.shape[1:]), torch.nan)
+        kept |= {f"{experts}.gate_up_proj": torch.cat((gate_up, unread)), f"{experts}.down_proj": down}
+    return kept
+
+
+@pytest.mark.parametrize("zero_expert_rows", [0, CONFIG.zero_expert_num])
+def test_stacked_experts_are_read_as_the_published_ones(
+    zero_expert_rows: int, tensors: dict[str, Tensor], tmp_path: Path
+) -> None:
+    given = stacked(tensors, zero_expert_rows)
+    checkpoint.save(given, tmp_path)
+    read = checkpoint.load(tmp_path, CONFIG)
+    brought = dict(checkpoint.audited(given.items(), CONFIG, is_partial=False))
+    for found in (read, brought):
+        assert found.keys() == tensors.keys()
+        assert all(found[name].equal(tensor) for name, tensor in tensors.items())
+
+
+def test_stacked_experts_of_another_size_are_named(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    given, name = stacked(tensors, 0), "model.layers.0.mlp.experts.gate_up_proj"
+    given[name] = given[name][:-1]
+    inner, hidden = CONFIG.expert_ffn_hidden_size, CONFIG.hidden_size
+    wanted = f"wanted [{CONFIG.n_routed_experts}, {2 * inner}, {hidden}]"
+    (problem,) = problems(tmp_path, given)
+    assert problem.startswith(f"misshapen: {name} is ")
+    assert problem.endswith(wanted)
+
+
+def test_an_update_with_an_unknown_name_is_refused_before_anything_is_written(tensors: dict[str, Tensor]) -> None:
+    update = {"model.norm.weight": tensors["model.norm.weight"], "model.norm.bias": torch.zeros(2)}
+    with pytest.raises(CheckpointError, match=r"extra: model\.norm\.bias"):
+        checkpoint.audited(update.items(), CONFIG, is_partial=True)
+
+
+@pytest.mark.parametrize("break_it", [lambda file: file.symlink_to(file.with_name("nowhere")), Path.mkdir])
+def test_a_file_that_cannot_be_read_is_named(
+    break_it: Callable[[Path], None], tensors: dict[str, Tensor], tmp_path: Path
+) -> None:
+    checkpoint.save(tensors, tmp_path)
+    break_it(tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match=r"other\.safetensors: (cannot be read|truncated or not safetensors)"):
+        checkpoint.verify(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize("part", ["q_a", "kv_a"])
+def test_a_scaled_norm_is_rounded_once_to_the_dtype_that_is_served(part: str) -> None:
+    name = f"model.layers.0.self_attn.0.{part}_layernorm.weight"
+    published_in_bf16 = published(CONFIG)[name].bfloat16()
+    scale = CONFIG.q_scale if part == "q_a" else CONFIG.kv_scale
+    assert checkpoint.folded(name, published_in_bf16, CONFIG).equal(published_in_bf16.float() * scale)

@@ -156,8 +156,8 @@ def test_all_missing_fields_are_listed_at_once() -> None:
         ({"zero_expert_type": "copy"}, "zero_expert_type: 'copy', wanted 'identity'"),
         ({"zero_expert_type": "drop"}, "zero_expert_type: 'drop', wanted 'identity'"),
         ({"routed_scaling_factor": "6"}, "routed_scaling_factor: '6'"),
-        ({"router_z_loss": 0.1}, "router_z_loss: 0.1 is an unknown router option"),
-        ({"rounter_noise": 1}, "rounter_noise: 1 is an unknown router option"),
+        ({"router_scale": 0.1}, "router_scale: 0.1 is an unknown router option"),
+        ({"rounter_groups": 1}, "rounter_groups: 1 is an unknown router option"),
         ({"router_bias": True}, "router_bias: True, wanted False"),
         ({"router_dtype": "bfloat16"}, "router_dtype: 'bfloat16', wanted 'float32'"),
         ({"rounter_params_dtype": "bfloat16"}, "rounter_params_dtype: 'bfloat16'"),
@@ -226,3 +226,11 @@ def test_a_value_that_should_be_a_collection_is_an_error_that_names_the_field(fi
 def test_a_config_that_is_no_object_is_refused(content: Any) -> None:
     with pytest.raises(ConfigError, match="wanted an object"):
         LongcatConfig.from_hf(content)
+
+
+def test_options_of_a_routers_training_are_ignored_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    raw = {**CHAT, "router_jitter_noise": 0.01, "router_aux_loss_coef": 0.001, "router_z_loss": 0.1}
+    for _ in range(2):
+        assert LongcatConfig.from_hf(raw) == LongcatConfig.from_hf(CHAT)
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert warning.endswith("router_jitter_noise, router_aux_loss_coef, router_z_loss")

@@ -221,14 +221,32 @@ def test_the_server_ends_with_a_bad_option_named_and_no_engine_started(good: Pat
 # -- weights that come from a loader -----------------------------------------------------------------
 
 
-def test_an_update_of_one_layer_of_a_running_model_is_in_the_next_token(
+def test_an_update_of_a_running_model_is_in_the_next_token_or_not_at_all(
     checkpoint_of: Callable[[Case], Path],
 ) -> None:
-    update = {name: tensor for name, tensor in CASE.published(seed=1).items() if name.startswith("model.layers.1.")}
+    """Of one layer, with its experts one by one or stacked, as trainers with transformers 5 send them."""
+    changed = {name: tensor for name, tensor in CASE.published(seed=1).items() if name.startswith("model.layers.1.")}
     prompt = CASE.prompts(1, 20)[0]
-    before, after = (greedy(oracle(CASE.config, tensors), prompt, 4) for tensors in (TENSORS, TENSORS | update))
+    before, after = (greedy(oracle(CASE.config, tensors), prompt, 4) for tensors in (TENSORS, TENSORS | changed))
     assert [choice.token for choice in before] != [choice.token for choice in after]
     with engine.serving(checkpoint_of(CASE), prefix_caching=False) as served:
         assert_greedy_equal(served.greedy([prompt], 4)[0], before)
-        served.update(update)
+        with pytest.raises(Exception, match=r"extra: model\.norm\.bias"):
+            served.update(changed | {"model.norm.bias": torch.zeros(64)})
+        assert_greedy_equal(served.greedy([prompt], 4)[0], before)
+        served.update(changed)
         assert_greedy_equal(served.greedy([prompt], 4)[0], after)
+        served.update(with_stacked_experts(TENSORS, layer=1))
+        assert_greedy_equal(served.greedy([prompt], 4)[0], before)
+
+
+def with_stacked_experts(tensors: dict[str, Tensor], layer: int) -> dict[str, Tensor]:
+    """A layer's tensors as transformers 5 holds them."""
+    prefix = f"model.layers.{layer}."
+    of_layer = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    gate, up, down = (
+        torch.stack([of_layer.pop(f"{prefix}mlp.experts.{e}.{part}_proj.weight") for e in range(8)])
+        for part in ("gate", "up", "down")
+    )
+    gate_up = torch.cat((gate, up), dim=1)
+    return of_layer | {f"{prefix}mlp.experts.gate_up_proj": gate_up, f"{prefix}mlp.experts.down_proj": down}

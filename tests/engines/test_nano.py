@@ -27,7 +27,7 @@ def test_nanos_tokens_and_accepted_drafts_are_the_references(prompts: list[list[
     model = LongcatForCausalLM.from_checkpoint(CHECKPOINT)
     gate = drafting.load(CHECKPOINT)
     assert gate is not None
-    with engine.serving(CHECKPOINT, draft_tokens=DRAFT_TOKENS) as served:
+    with engine.serving(CHECKPOINT, draft_tokens=DRAFT_TOKENS, **engine.GATED) as served:
         answers = served.speculated(prompts, NEW_TOKENS)
     for prompt, answer in zip(prompts, answers, strict=True):
         continuation = model.generate(prompt, NEW_TOKENS + DRAFT_TOKENS)

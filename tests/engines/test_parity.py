@@ -113,6 +113,17 @@ def test_bf16_is_no_further_off_than_twice_transformers_own(name: str, tmp_path:
     assert typical_error(ours, exact) <= 2 * typical_error(theirs, exact)
 
 
+def test_a_checkpoint_in_bf16_is_as_exact_in_fp32(tmp_path: Path) -> None:
+    """Nothing that follows from the weights is rounded to the checkpoint's dtype again."""
+    case = CASES["hidden_72"]
+    rounded = in_dtype(case.published(), torch.bfloat16)
+    prompt = case.prompts(1, 64)[0]
+    exact = oracle_logits(oracle(case.config, rounded, torch.float32), torch.tensor([prompt]))[0, :-1]
+    with engine.serving(write_checkpoint(tmp_path, case.config, rounded), dtype="float32") as served:
+        ours = served.log_softmax(prompt, case.config.vocab_size)
+    assert relative_error(ours, exact.log_softmax(dim=-1)) < 1e-4
+
+
 @pytest.mark.parametrize("scale", ["mla_scale_q_lora", "mla_scale_kv_lora"])
 def test_an_mla_scale_that_is_off_is_left_out(scale: str, tmp_path: Path) -> None:
     """transformers cannot turn a scale off, so the reference is the truth here."""

@@ -125,13 +125,13 @@ def test_with_a_gate_the_drafts_that_pass_it_are_verified_for_every_model(
     name: str, gated_checkpoint_of: Callable[[Case], Path]
 ) -> None:
     case = CASES[name]
-    with engine.serving(gated_checkpoint_of(case), draft_tokens=MOST_DRAFTS) as served:
+    with engine.serving(gated_checkpoint_of(case), draft_tokens=MOST_DRAFTS, **engine.GATED) as served:
         assert_drafts_pass_the_gate(served, MOST_DRAFTS, case)
 
 
 @pytest.mark.parametrize("draft_tokens", DRAFTS)
 def test_with_a_gate_the_drafts_that_pass_it_are_verified(draft_tokens: int, gated: Path) -> None:
-    with engine.serving(gated, draft_tokens=draft_tokens) as served:
+    with engine.serving(gated, draft_tokens=draft_tokens, **engine.GATED) as served:
         assert_drafts_pass_the_gate(served, draft_tokens)
 
 
@@ -141,22 +141,22 @@ HOW = {"chunks": {"chunk": 16}, "alone": {"max_running": 1}, "two ranks": {"tens
 @pytest.mark.parametrize("draft_tokens", DRAFTS)
 @pytest.mark.parametrize("how", HOW)
 def test_the_gate_judges_alike_however_requests_are_scheduled(how: str, draft_tokens: int, gated: Path) -> None:
-    with engine.serving(gated, draft_tokens=draft_tokens, **HOW[how]) as served:
+    with engine.serving(gated, draft_tokens=draft_tokens, **HOW[how], **engine.GATED) as served:
         assert_drafts_pass_the_gate(served, draft_tokens)
         assert_drafts_pass_the_gate(served, draft_tokens)  # from the prefix cache
 
 
 @pytest.mark.parametrize("has_gate", [False, True], ids=["no gate", "gate"])
-def test_speculation_with_experts_on_two_ranks(has_gate: bool, directory: Path, gated: Path) -> None:
-    where = gated if has_gate else directory
-    with engine.serving(where, draft_tokens=3, tensor_parallel=2, expert_parallel=True) as served:
+def test_speculation_with_experts_on_two_ranks(has_gate: bool, gated: Path) -> None:
+    asked = engine.GATED if has_gate else {}
+    with engine.serving(gated, draft_tokens=3, tensor_parallel=2, expert_parallel=True, **asked) as served:
         (assert_drafts_pass_the_gate if has_gate else assert_drafts_are_the_references)(served, 3)
 
 
 @pytest.mark.parametrize("draft_tokens", DRAFTS)
 def test_the_gate_under_preemption(draft_tokens: int, gated: Path) -> None:
     small = {"cache_tokens": 144, "block_size": 8 if ENGINE == "vllm" else None}
-    with engine.serving(gated, draft_tokens=draft_tokens, **small) as served:
+    with engine.serving(gated, draft_tokens=draft_tokens, **small, **engine.GATED) as served:
         assert_tokens(served)
         assert served.preemptions > 0
 
@@ -176,6 +176,13 @@ def test_a_gate_of_another_model_is_refused(gated: Path, tmp_path: Path) -> None
     with pytest.raises(Exception, match="belongs to another model"):
         engine.configure(directory, **engine.speculation(1))
     assert engine.configure(directory) == CASE.config, "without speculation it is not asked for"
+
+
+def test_a_gate_that_is_not_there_or_has_no_drafts_is_refused(directory: Path, gated: Path) -> None:
+    with pytest.raises(Exception, match="has no draft gate; train one with `longcat train-gate`"):
+        engine.configure(directory, **engine.speculation(1), **engine.GATED)
+    with pytest.raises(Exception, match="there are no drafts of the MTP layer"):
+        engine.configure(gated, **engine.GATED)
 
 
 def without(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -205,10 +212,10 @@ TEMPERATURE = 0.8
 
 @torch.no_grad()
 @pytest.mark.parametrize("has_gate", [False, True], ids=["no gate", "gate"])
-def test_sampled_tokens_have_the_targets_distribution(has_gate: bool, directory: Path, gated: Path) -> None:
+def test_sampled_tokens_have_the_targets_distribution(has_gate: bool, gated: Path) -> None:
     """The first token comes from the prompt, the second out of the verification of a draft."""
     prompt = prompts_of(CASE)[2]
-    with engine.serving(gated if has_gate else directory, draft_tokens=3) as served:
+    with engine.serving(gated, draft_tokens=3, **(engine.GATED if has_gate else {})) as served:
         drawn = torch.tensor(served.sampled(prompt, 2, [TEMPERATURE] * SAMPLES))
     model = reference_of(CASE)
 
@@ -226,10 +233,10 @@ def test_sampled_tokens_have_the_targets_distribution(has_gate: bool, directory:
 
 
 @pytest.mark.parametrize("has_gate", [False, True], ids=["no gate", "gate"])
-def test_requests_that_sample_leave_those_beside_them_greedy(has_gate: bool, directory: Path, gated: Path) -> None:
+def test_requests_that_sample_leave_those_beside_them_greedy(has_gate: bool, gated: Path) -> None:
     prompt = prompts_of(CASE)[2]
     wanted = truth(CASE, prompt, NEW_TOKENS, 3).tokens
-    with engine.serving(gated if has_gate else directory, draft_tokens=3) as served:
+    with engine.serving(gated, draft_tokens=3, **(engine.GATED if has_gate else {})) as served:
         greedy, hot, again = served.sampled(prompt, NEW_TOKENS, [0, 2.0, 0])
     assert greedy == again == wanted
     assert hot != wanted

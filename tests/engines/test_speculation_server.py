@@ -29,7 +29,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     (directory / checkpoint.INDEX_NAME).unlink()
     checkpoint.save(drafting_tensors(CASE.config), directory)
     drafting.save(the_gate(), directory, drafting.fingerprint(directory, CASE.config))
-    command = [*engine.command(directory, served_name=MODEL), *engine.speculation_flags(DRAFT_TOKENS)]
+    command = [
+        *engine.command(directory, served_name=MODEL),
+        *engine.speculation_flags(DRAFT_TOKENS),
+        *engine.GATED_FLAGS,
+    ]
     with serving(command, directory.with_name("server.log")) as server:
         yield server
     shutil.rmtree(directory)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from longcat_core.config import LongcatConfig
 from longcat_core.drafting import Step
-from longcat_sglang.compat import SGLANG
+from longcat_sglang.engine import SGLANG
 from tests.metrics import Metrics
 from tests.speculation import Speculated
 
@@ -111,8 +111,10 @@ class Engine:
     def update(self, tensors: dict[str, Tensor]) -> None:
         """Load these into the running model."""
         self.sglang.begin_weight_update()
-        succeeded, message = self.sglang.update_weights_from_tensor(list(tensors.items()))
-        self.sglang.end_weight_update()
+        try:
+            succeeded, message = self.sglang.update_weights_from_tensor(list(tensors.items()))
+        finally:
+            self.sglang.end_weight_update()
         assert succeeded, message
 
     def log_softmax(self, prompt: list[int], vocab_size: int) -> Tensor:
@@ -134,6 +136,12 @@ def speculation(draft_tokens: int) -> dict[str, Any]:
         "speculative_eagle_topk": 1,
         "speculative_num_draft_tokens": draft_tokens + 1,
     }
+
+
+GATED: dict[str, Any] = {"json_model_override_args": '{"longcat_draft_gate": true}'}
+"""Engine arguments: ask for the checkpoint's draft gate."""
+GATED_FLAGS = ["--json-model-override-args", GATED["json_model_override_args"]]
+"""What a user types for that."""
 
 
 def speculation_flags(draft_tokens: int) -> list[str]:

@@ -9,13 +9,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
 from longcat_core.engine import UnsupportedEngineError
-from longcat_sglang import compat
+from longcat_sglang import compat, deployment
+from longcat_sglang.engine import SGLANG, is_longcat
+from longcat_sglang.hooks import HOOKS
 from longcat_sglang.platform import read_cores
 from tests.cases import CASES, Case
 from tests.plugin import python, save_llama
@@ -39,19 +42,17 @@ def test_registering_again_changes_nothing() -> None:
         "from sglang.srt.plugins.hook_registry import HookRegistry\n"
         "load_plugins()\n"
         "def state():\n"
-        "    from longcat_sglang import compat\n"
-        "    return [compat.SGLANG.failures, compat.hooked(), {t: len(h) for t, h in HookRegistry._hooks.items()},\n"
+        "    from longcat_sglang.engine import SGLANG\n"
+        "    from longcat_sglang.hooks import HOOKS\n"
+        "    return [SGLANG.failures, {t: len(h) for t, h in HookRegistry._hooks.items()},\n"
         "            {n: len(h) for n, h in resolution_hooks._HOOKS.items()},\n"
         "            id(attention_registry.ATTENTION_BACKENDS['torch_native'])]\n"
         "before = state()\n"
         "longcat_sglang.register_platform(); longcat_sglang.register(); longcat_sglang.register()\n"
         "HookRegistry.apply_hooks()\n"
-        "print(json.dumps([before == state(), before[0], list(before[1].values())]))"
+        "print(json.dumps([before == state(), before[0]]))"
     )
-    same, failures, modules = json.loads(outcome)
-    assert same
-    assert failures == {}
-    assert all(module.startswith("longcat_sglang") for module in modules)
+    assert json.loads(outcome) == [True, {}]
 
 
 def test_registering_imports_no_model_code() -> None:
@@ -83,10 +84,10 @@ def test_a_hook_that_is_not_in_place_is_an_error_for_longcat_and_for_nothing_els
     name: str, llama: Path, checkpoint_of: Callable[[Case], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     configure(llama)
-    hooked = compat.hooked() | {name: "none"}
-    monkeypatch.setattr(compat, "hooked", lambda: hooked)
+    (hook,) = (hook for hook in HOOKS if hook.name == name)
+    monkeypatch.setattr(type(hook), "module", lambda self: "none" if self.name == name else "longcat_sglang")
     assert configure(llama) is None
-    with pytest.raises(UnsupportedEngineError, match=rf"not in place: {name}"):
+    with pytest.raises(UnsupportedEngineError, match=rf"could not hook into SGLang .*: {name}: none is in its place"):
         configure(checkpoint_of(CASE))
 
 
@@ -96,8 +97,8 @@ def test_a_hook_that_fails_is_named(checkpoint_of: Callable[[Case], Path], monke
     def broken() -> None:
         raise ImportError("no such table")
 
-    monkeypatch.setattr(compat, "install_config_check", broken)
-    monkeypatch.setattr(compat.SGLANG, "failures", {})
+    monkeypatch.setattr(compat, "register_config_check", broken)
+    monkeypatch.setattr(SGLANG, "failures", {})
     longcat_sglang.register()
     with pytest.raises(UnsupportedEngineError, match=r"could not hook into SGLang .*checkpoint check.*no such table"):
         configure(checkpoint_of(CASE))
@@ -168,7 +169,37 @@ def test_flash_lite_stays_sglangs_own() -> None:
 
     config = LongcatFlashConfig.from_dict({"architectures": ["LongcatFlashNgramForCausalLM"], "num_layers": 3})
     assert type(config) is Stock
-    assert not compat.is_longcat(config)
+    assert not is_longcat(config)
+
+
+def test_quantised_weights_on_a_gpu_are_left_to_sglangs_own_class(
+    checkpoint_of: Callable[[Case], Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a warning that says what it lacks, in every process; on a CPU, where it does not run, they are refused."""
+    from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.model_loader.utils import get_model_architecture
+    from sglang.srt.models.longcat_flash import LongcatFlashForCausalLM
+    from sglang.srt.server_args import ServerArgs
+
+    with pytest.raises(ValueError, match="quantization: 'fp8', wanted none so far"):
+        configure(checkpoint_of(CASE), quantization="fp8")
+    server_args = ServerArgs(model_path=str(checkpoint_of(CASE)), skip_tokenizer_init=True)
+    monkeypatch.setattr(deployment, "_quantization", lambda settings, hf_config: "fp8")
+    monkeypatch.setattr(deployment, "reasons_for_sglangs_own_class", lambda settings, hf_config: ["it is quantised"])
+    with caplog.at_level("WARNING"):
+        compat._check_after_adjustments(server_args, lambda server_args: None)
+    assert "is served by SGLang's own class: it is quantised. It lacks: zero experts scaled" in caplog.text
+    of_another_process = ModelConfig.from_server_args(resolving_view(server_args))
+    assert not is_longcat(of_another_process.hf_config)
+    assert get_model_architecture(of_another_process)[0] is LongcatFlashForCausalLM
+
+
+@pytest.mark.parametrize(("device", "reasons"), [("cpu", 0), ("cuda", 1)])
+def test_quantised_weights_are_a_reason_on_a_gpu_alone(device: str, reasons: int) -> None:
+    settings = SimpleNamespace(device=device, quantization="fp8")
+    hf_config = SimpleNamespace(longcat=CASE.config)
+    assert len(deployment.reasons_for_sglangs_own_class(settings, hf_config)) == reasons
 
 
 # -- a CPU -------------------------------------------------------------------------------------------
@@ -215,14 +246,14 @@ def test_sglang_still_does_not_start_on_a_cpu_by_itself() -> None:
 
 
 def test_sglang_still_takes_transformers_doubled_layers() -> None:
-    """If this fails, `compat.install_config_class` may have become unnecessary: see its docstring."""
+    """If this fails, the hook 'configuration class' may have become unnecessary."""
     from sglang.srt.configs import LongcatFlashConfig as Stock
 
     assert Stock.from_dict({"num_hidden_layers": 56, "num_layers": 28}).num_hidden_layers == 56
 
 
 def test_sglang_still_leaves_zero_experts_unscaled() -> None:
-    """If this fails, SGLang's own model may have become right (sglang#10019): see `compat.install_model_class`."""
+    """If this fails, SGLang's own model may have become right (sglang#10019): see the hook 'model class'."""
     from sglang.srt.models.longcat_flash import LongcatFlashMoE
 
     source = inspect.getsource(LongcatFlashMoE.forward)
@@ -230,7 +261,7 @@ def test_sglang_still_leaves_zero_experts_unscaled() -> None:
 
 
 def test_sglang_still_does_not_look_for_tokens_outside_the_vocabulary() -> None:
-    """If this fails, `compat.install_prompt_check` may have become unnecessary."""
+    """If this fails, the hook 'prompt check' may have become unnecessary."""
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
     check = inspect.unwrap(TokenizerManager._validate_one_request)
@@ -239,7 +270,7 @@ def test_sglang_still_does_not_look_for_tokens_outside_the_vocabulary() -> None:
 
 
 def test_sglangs_attention_for_cpus_still_has_no_mla() -> None:
-    """If this fails, `compat.install_attention_backend` may have become unnecessary."""
+    """If this fails, the hook 'attention backend' may have become unnecessary."""
     from sglang.srt.layers.attention import torch_native_backend
 
     assert "mla" not in inspect.getsource(torch_native_backend).lower()

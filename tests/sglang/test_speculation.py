@@ -22,7 +22,7 @@ from tests.engines.test_speculation import (
     assert_tokens,
 )
 from tests.plugin import save_llama
-from tests.sglang.engine import Engine, configure, serving, settled, speculation
+from tests.sglang.engine import GATED, Engine, configure, serving, settled, speculation
 from tests.speculation import CASE, NEW_TOKENS, prompts_of, steps_of, the_gate, truth
 
 
@@ -246,34 +246,46 @@ def note_widths(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_target_runs_on_no_draft_of_a_lone_request_that_is_held_back(gated: Path, tmp_path: Path) -> None:
     prompt, file = prompts_of(CASE)[2], tmp_path / "widths"
-    with serving(gated, draft_tokens=3, broken=partial(note_widths, file)) as served:
+    with serving(gated, draft_tokens=3, broken=partial(note_widths, file), **GATED) as served:
         served.greedy([prompt], NEW_TOKENS)
     steps = steps_of(CASE, prompt, NEW_TOKENS, 3, the_gate())
     assert [int(line) - 1 for line in file.read_text().split()] == [step.verified for step in steps]
 
 
-def no_gate_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longcat_core.drafting.GATE_FILE", Path("nowhere"))
+def sglangs_own_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "gated_worker", lambda original, *args, **kwargs: original(*args, **kwargs))
 
 
 def test_sglangs_own_worker_verifies_all_drafts(gated: Path) -> None:
-    """If this fails, `compat.install_draft_gate` may have become unnecessary, or a gate's tests cannot fail."""
-    with serving(gated, draft_tokens=3, broken=no_gate_is_found) as served:
+    """If this fails, the hook 'draft gate' may have become unnecessary, or a gate's tests cannot fail."""
+    with serving(gated, draft_tokens=3, broken=sglangs_own_worker, **GATED) as served:
         with pytest.raises(AssertionError, match="accepted drafts"):
             assert_drafts_pass_the_gate(served, 3)
         assert_drafts_are_the_references(served, 3)
 
 
-def test_where_a_gate_cannot_be_used_all_drafts_are_verified(gated: Path, tmp_path: Path) -> None:
+def test_a_gate_with_something_in_its_way_is_refused(gated: Path) -> None:
     """With SGLang's rejection sampling, drafts are drawn at random."""
-    file, option = tmp_path / "widths", {"speculative_use_rejection_sampling": True}
-    with serving(gated, draft_tokens=3, broken=partial(note_widths, file), **option) as served:
-        assert_tokens(served)
+    option = {"speculative_use_rejection_sampling": True}
+    with pytest.raises(ValueError, match="leave --speculative-use-rejection-sampling out; or leave the draft gate out"):
+        configure(gated, **speculation(3), **GATED, **option)
+    configure(gated, **speculation(3), **option)
+
+
+def test_a_gate_that_is_not_asked_for_changes_nothing(gated: Path, tmp_path: Path) -> None:
+    file = tmp_path / "widths"
+    with serving(gated, draft_tokens=3, broken=partial(note_widths, file)) as served:
+        assert_drafts_are_the_references(served, 3)
     assert {int(line) - 1 for line in file.read_text().split()} == {3}
 
 
 def test_what_is_in_the_way_of_a_gate_is_named() -> None:
-    options = {"speculative_adaptive": False, "speculative_use_rejection_sampling": True, "speculative_eagle_topk": 2}
+    options = {
+        "speculative_algorithm": "NEXTN",
+        "speculative_adaptive": False,
+        "speculative_use_rejection_sampling": True,
+        "speculative_eagle_topk": 2,
+    }
     assert deployment.obstacles_to_gate(SimpleNamespace(device="cuda", **options)) == [
         "device is 'cuda', where graphs verify a fixed number of drafts",
         "speculative_eagle_topk is 2, wanted 1, as it judges chains",

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from longcat_core.config import LongcatConfig
 from longcat_core.drafting import Step
-from longcat_vllm.compat import VLLM
+from longcat_vllm.engine import VLLM
 from tests.cases import DEFAULT
 from tests.metrics import Metrics
 from tests.speculation import Speculated
@@ -126,6 +126,12 @@ class Engine:
 def speculation(draft_tokens: int) -> dict[str, Any]:
     """Engine arguments: so many drafts a step."""
     return {"speculative_config": {"method": "mtp", "num_speculative_tokens": draft_tokens}}
+
+
+GATED: dict[str, Any] = {"additional_config": {"longcat": {"draft_gate": True}}}
+"""Engine arguments: ask for the checkpoint's draft gate."""
+GATED_FLAGS = ["--additional-config", json.dumps(GATED["additional_config"])]
+"""What a user types for that."""
 
 
 def speculation_flags(draft_tokens: int) -> list[str]:

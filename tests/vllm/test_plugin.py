@@ -14,7 +14,7 @@ import torch
 from longcat_core.config import LongcatConfig
 from tests.cases import CASES, DEFAULT, write_checkpoint
 from tests.plugin import python, save_llama
-from tests.vllm.engine import serving
+from tests.vllm.engine import configure, serving
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +23,12 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_register_twice_is_harmless() -> None:
-    from longcat_vllm import compat, register
+    from longcat_vllm import register
+    from longcat_vllm.engine import VLLM
 
     register()
     register()
-    assert compat.VLLM.failures == {}
+    assert VLLM.failures == {}
 
 
 def test_register_loads_no_model_code() -> None:
@@ -60,10 +61,23 @@ if __name__ == "__main__":
     print(json.dumps([type(current_platform).__name__, settings, tokens]))
 """
     in_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
-    platform, *with_plugin = json.loads(python(script, **in_process))
-    stock, *without = json.loads(python(script, VLLM_PLUGINS="", **in_process))
-    assert (platform, stock) == ("LongcatCpuPlatform", "CpuPlatform")
-    assert with_plugin == without
+    assert json.loads(python(script, **in_process)) == json.loads(python(script, VLLM_PLUGINS="", **in_process))
+
+
+def test_another_platform_plugin_is_activated_as_without_ours(tmp_path: Path) -> None:
+    """vLLM takes one at most, and ends over a second, whatever it serves."""
+    (tmp_path / "other_platform.py").write_text("def register():\n    return 'vllm.platforms.cpu.CpuPlatform'\n")
+    metadata = tmp_path / "other_platform-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: other-platform\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[vllm.platform_plugins]\nother = other_platform:register\n")
+    script = (
+        "from vllm.platforms import current_platform\n"
+        "from vllm.plugins import PLATFORM_PLUGINS_GROUP, load_plugins_by_group\n"
+        "current_platform.device_type\n"
+        "print(sorted(load_plugins_by_group(PLATFORM_PLUGINS_GROUP)))"
+    )
+    assert python(script, PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])) == "['other']"
 
 
 def test_a_hook_that_fails_is_an_error_for_longcat_and_for_nothing_else(
@@ -73,12 +87,13 @@ def test_a_hook_that_fails_is_an_error_for_longcat_and_for_nothing_else(
 
     import longcat_vllm
     from longcat_vllm import compat
+    from longcat_vllm.engine import VLLM
 
     def broken() -> None:
         raise ImportError("no such table")
 
-    monkeypatch.setattr(compat, "install_config_check", broken)
-    monkeypatch.setattr(compat.VLLM, "failures", {})
+    monkeypatch.setattr(compat, "register_config_check", broken)
+    monkeypatch.setattr(VLLM, "failures", {})
     longcat_vllm.register()
     longcat_vllm.register()
     assert caplog.text.count("could not hook its checkpoint check") == 1
@@ -90,7 +105,7 @@ def test_a_hook_that_fails_is_an_error_for_longcat_and_for_nothing_else(
 
 
 def test_transformers_still_halves_the_layers_of_a_config_without_num_layers() -> None:
-    """If this fails, `compat.install_config_class` may have become unnecessary: see its docstring."""
+    """If this fails, the hook 'configuration class' may have become unnecessary"""
     layers = python(
         "from transformers import LongcatFlashConfig\n"
         "print(LongcatFlashConfig.from_dict({'num_hidden_layers': 28}).num_layers)"
@@ -99,7 +114,7 @@ def test_transformers_still_halves_the_layers_of_a_config_without_num_layers() -
 
 
 def test_vllm_still_has_no_configuration_hook_for_longcat() -> None:
-    """If this fails, vLLM has an entry of its own, which `compat.install_config_check` must call."""
+    """If this fails, vLLM has an entry of its own, which the hook 'checkpoint check' must call."""
     present = python(
         "from vllm.model_executor.models.config import MODELS_CONFIG_MAP\n"
         "print('LongcatFlashForCausalLM' in MODELS_CONFIG_MAP)",
@@ -109,7 +124,7 @@ def test_vllm_still_has_no_configuration_hook_for_longcat() -> None:
 
 
 def test_vllm_still_turns_chunked_prefill_off_for_mla_on_a_cpu(tmp_path: Path) -> None:
-    """If this fails, `platform.LongcatCpuPlatform` may have become unnecessary."""
+    """If this fails, the hook 'CPU platform settings' may have become unnecessary."""
     case = CASES["default"]
     directory = write_checkpoint(tmp_path, case.config, case.published())
     script = (
@@ -129,6 +144,45 @@ def test_the_model_that_vllm_builds_is_ours(tmp_path: Path) -> None:
     case = CASES["default"]
     with serving(write_checkpoint(tmp_path, case.config, case.published())) as engine:
         assert isinstance(engine.model, LongcatFlashForCausalLM)
+
+
+def test_quantised_weights_on_a_gpu_are_left_to_vllms_own_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a warning that says what that lacks; on a CPU they are refused, as vLLM's class does not run there."""
+    from vllm import ModelRegistry
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.models.longcat_flash import LongcatFlashForCausalLM
+    from vllm.platforms import current_platform
+
+    from longcat_vllm import deployment
+    from longcat_vllm.engine import is_longcat
+
+    case = CASES["default"]
+    directory = write_checkpoint(tmp_path, case.config, case.published())
+    vllm_config = EngineArgs(str(directory), skip_tokenizer_init=True).create_engine_config()
+    model = vllm_config.model_config
+    monkeypatch.setattr(model, "quantization", "fp8")
+    with pytest.raises(ValueError, match="quantization: 'fp8', wanted none so far"):
+        deployment.check(vllm_config)
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    with caplog.at_level("WARNING"):
+        deployment.check(vllm_config)
+    assert not is_longcat(model)
+    built, _ = ModelRegistry.resolve_model_cls(model.hf_config.architectures, model)
+    assert built is LongcatFlashForCausalLM
+
+
+@pytest.mark.parametrize("fields", [{"index_topk": 2048}, {"oe_vocab_size_ratio": 78}])
+@pytest.mark.parametrize("architecture", ["LongcatCausalLM", "LongcatFlashForCausalLM"])
+def test_another_longcat_under_a_name_of_flash_is_refused(
+    architecture: str, fields: dict[str, int], tmp_path: Path
+) -> None:
+    case = CASES["default"]
+    raw = case.config.to_hf() | fields | {"architectures": [architecture]}
+    directory = write_checkpoint(tmp_path, case.config, case.published(), raw)
+    with pytest.raises((ValueError, RuntimeError), match=r"with fields of LongCat-.*: wanted LongCat-Flash"):
+        configure(directory)
 
 
 def test_doctor_finds_nothing_wrong_here_and_what_is_wrong_elsewhere(tmp_path: Path) -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from longcat_vllm import compat, deployment
+from longcat_vllm import compat
 from tests.cases import CASES, Case, drafting_tensors, write_checkpoint
 from tests.engines.test_speculation import assert_drafts_are_the_references, assert_drafts_pass_the_gate
+from tests.plugin import python
 from tests.speculation import CASE, NEW_TOKENS, prompts_of, steps_of, truth
-from tests.vllm.engine import serving, speculation_metrics
+from tests.vllm.engine import GATED, configure, serving, speculation, speculation_metrics
 
 
 @pytest.fixture
@@ -64,15 +66,15 @@ def test_a_seed_draws_the_same_tokens_when_its_prompt_comes_in_chunks(checkpoint
     assert drawn[0] == drawn[1]
 
 
+def as_the_original(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return original(*args, **kwargs)
+
+
 def test_vllm_still_ends_over_a_seed_whose_prompt_comes_in_chunks(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If this fails, `compat._keep_generators_out_of_discarded_chunks` may have become unnecessary."""
-    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-    monkeypatch.setattr(compat, "_keep_generators_out_of_discarded_chunks", lambda: None)
-    monkeypatch.setattr(CPUModelRunner, "sample_tokens", GPUModelRunner.sample_tokens)
+    """If this fails, the hook 'generators of discarded chunks' may have become unnecessary."""
+    monkeypatch.setattr(compat, "sample_without_discarded_requests", as_the_original)
     with (
         serving(directory, chunk=16, prefix_caching=False) as served,
         pytest.raises(RuntimeError, match="does not use offset"),
@@ -81,22 +83,52 @@ def test_vllm_still_ends_over_a_seed_whose_prompt_comes_in_chunks(
 
 
 def test_vllm_still_loses_the_temperatures_of_drafts() -> None:
-    """If this fails, `compat._expand_sampling_parameters_to_drafts` may have become unnecessary."""
+    """If this fails, the hook 'sampling parameters of drafts' may have become unnecessary."""
     from vllm.utils.cpu_triton_utils import _expand_kernel_impl
 
     values, ends = torch.tensor([0.5, 0.0, 2.0]), torch.tensor([2, 2, 3])
     expanded = torch.full((3,), -1.0)
     _expand_kernel_impl(expanded, values, ends, 0, 1)
     assert expanded.tolist() == [-1.0, -1.0, -1.0]
-    compat.expand(expanded, values, ends, 0, 1, 0)
-    assert expanded.tolist() == [0.5, 0.5, 2.0]
+    assert compat.expand_on_a_cpu(_expand_kernel_impl, values, ends, 3, 0, 1).tolist() == [0.5, 0.5, 2.0]
+
+
+def test_vllm_still_cannot_constrain_no_drafts_to_top_k() -> None:
+    """If this fails, the hook 'constraints of no drafts' may have become unnecessary."""
+    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+
+    def constrain(logits: torch.Tensor) -> torch.Tensor:
+        return apply_top_k_top_p(logits, torch.tensor([2] * len(logits), dtype=torch.int32), None)
+
+    nothing, row = torch.empty(0, 4), torch.tensor([[1.0, 4.0, 3.0, 2.0]])
+    with pytest.raises(RuntimeError, match="Expected reduction dim"):
+        constrain(nothing)
+    assert compat.constrain_drafts_there_are(constrain, nothing) is nothing
+    assert compat.constrain_drafts_there_are(constrain, row).isfinite().tolist() == [[False, True, True, False]]
+
+
+def test_a_request_with_top_k_alone_is_answered_beside_others(directory: Path) -> None:
+    """Also as the first of all, whose step has no drafts; without one draft of a greedy request being another."""
+    from vllm import SamplingParams
+
+    prompt = {"prompt_token_ids": prompts_of(CASE)[2]}
+    alike = {"max_tokens": NEW_TOKENS, "ignore_eos": True, "detokenize": False, "seed": 0}
+    sampled = [
+        SamplingParams(top_k=2, **alike),
+        SamplingParams(top_k=1, **alike),
+        SamplingParams(temperature=0, **alike),
+    ]
+    with serving(directory, draft_tokens=3) as served:
+        (first,) = served.llm.generate([prompt], sampled[:1], use_tqdm=False)
+        together = served.llm.generate([prompt] * 3, sampled, use_tqdm=False)
+    answers = [list(each.outputs[0].token_ids) for each in (first, *together)]
+    assert [len(answer) for answer in answers] == [NEW_TOKENS] * 4
+    assert answers[2] == answers[3] == truth(CASE, prompts_of(CASE)[2], NEW_TOKENS, 3).tokens
 
 
 def test_vllm_still_drafts_from_another_token_after_a_chunk(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If this fails, the platform may leave padded batches on."""
-    from longcat_vllm import platform
-
-    monkeypatch.setattr(platform, "drafts_with_mtp", lambda config: False)
+    """If this fails, `compat.keep_scheduling_settings` may leave padded batches on."""
+    monkeypatch.setattr(compat, "drafts_with_mtp", lambda config: False)
     with (
         serving(directory, draft_tokens=2, chunk=16, prefix_caching=False) as served,
         pytest.raises(AssertionError, match="accepted drafts"),
@@ -105,37 +137,40 @@ def test_vllm_still_drafts_from_another_token_after_a_chunk(directory: Path, mon
 
 
 def test_vllm_still_has_no_place_for_a_gate(gated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If this fails, `compat.install_draft_gate` may have become unnecessary."""
-    from vllm.v1.spec_decode.eagle import EagleProposer
-    from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
-
-    monkeypatch.setattr("longcat_vllm.mtp.install_draft_gate", lambda: None)
+    """If this fails, the hook 'draft gate' may have become unnecessary."""
+    monkeypatch.setattr(compat, "propose_what_passes", as_the_original)
     monkeypatch.setattr("longcat_vllm.speculation.GatedDrafts.observe", lambda self, logits: None)
-    monkeypatch.setattr(EagleProposer, "propose", SpecDecodeBaseProposer.propose)
     with (
-        serving(gated, draft_tokens=3) as served,
+        serving(gated, draft_tokens=3, **GATED) as served,
         pytest.raises(AssertionError, match="accepted drafts"),
     ):
         assert_drafts_pass_the_gate(served, 3)
 
 
-def test_where_a_gate_cannot_be_used_all_drafts_are_verified(gated: Path) -> None:
+def test_a_gate_with_something_in_its_way_is_refused(gated: Path) -> None:
     stock = "vllm.v1.core.sched.scheduler.Scheduler"
-    with serving(gated, draft_tokens=3, scheduler_cls=stock) as served:
-        config = served.llm.llm_engine.vllm_config
-        assert deployment.obstacles_to_gate(config) == [f"scheduler_cls is {stock!r}, wanted none; leave it out"]
+    with pytest.raises(ValueError, match=f"scheduler_cls is {stock!r}, wanted none; leave it out; or leave the draft"):
+        configure(gated, **speculation(3), **GATED, scheduler_cls=stock)
+    configure(gated, **speculation(3), scheduler_cls=stock)
+
+
+def test_a_gate_that_is_not_asked_for_changes_nothing(gated: Path) -> None:
+    with serving(gated, draft_tokens=3) as served:
+        assert served.llm.llm_engine.vllm_config.scheduler_config.scheduler_cls is None
         assert_drafts_are_the_references(served, 3)
+
+
+@pytest.mark.parametrize("given", [{"draft_gate": "yes"}, {"gate": True}, True])
+def test_what_is_no_option_of_ours_is_named(given: object, gated: Path) -> None:
+    with pytest.raises(ValueError, match=r"additional_config: .* for longcat, wanted {'draft_gate': true}"):
+        configure(gated, additional_config={"longcat": given})
 
 
 def test_vllm_still_makes_one_tensor_of_lengths_and_of_their_bound(
     drafting_checkpoint_of: Callable[[Case], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If this fails, `compat._give_drafts_lengths_of_their_own` may have become unnecessary."""
-    from vllm.v1.spec_decode.eagle import EagleProposer
-    from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
-
-    monkeypatch.setattr(compat, "_give_drafts_lengths_of_their_own", lambda: None)
-    monkeypatch.setattr(EagleProposer, "prepare_inputs", SpecDecodeBaseProposer.prepare_inputs)
+    """If this fails, the hook 'lengths of drafts' may have become unnecessary."""
+    monkeypatch.setattr(compat, "prepare_with_lengths_of_its_own", as_the_original)
     case = CASES["latent_512_rope_64"]  # of which a draft changes for it
     with (
         serving(drafting_checkpoint_of(case), draft_tokens=3) as served,
@@ -154,11 +189,9 @@ def test_answers_with_drafts_reach_the_end_of_the_context(draft_tokens: int, dir
 
 
 def test_another_longcats_drafter_stays_vllms(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flash-Lite's, which has the same architecture: where ours is loaded, and where it could not be."""
-    from vllm import ModelRegistry
+    """Flash-Lite's, which has the same architecture."""
     from vllm.model_executor.models import longcat_flash_mtp
 
-    from longcat_vllm import _register_draft_model
     from longcat_vllm.mtp import LongcatFlashMTP
 
     monkeypatch.setattr(longcat_flash_mtp, "LongCatFlashMTP", lambda **given: given)
@@ -166,11 +199,13 @@ def test_another_longcats_drafter_stays_vllms(monkeypatch: pytest.MonkeyPatch) -
         model_config=SimpleNamespace(hf_config=SimpleNamespace(architectures=["LongcatFlashNgramForCausalLM"]))
     )
     assert LongcatFlashMTP(vllm_config=other, prefix="draft") == {"vllm_config": other, "prefix": "draft"}
-    registered: list[str] = []
-    monkeypatch.setattr(ModelRegistry, "register_model", lambda name, where: registered.append(name))
-    monkeypatch.setattr(compat.VLLM, "failures", {"checkpoint check": "KeyError"})
-    _register_draft_model()
-    monkeypatch.setattr(compat.VLLM, "failures", {})
-    monkeypatch.setattr(type(compat.VLLM), "is_supported", lambda self: False)
-    _register_draft_model()
-    assert registered == []
+
+
+def test_another_longcats_drafter_stays_vllms_where_a_hook_has_failed() -> None:
+    failed = (
+        "from longcat_vllm.engine import VLLM\n"
+        "VLLM.failures['checkpoint check'] = 'KeyError'\n"
+        "import longcat_vllm.mtp\n"
+        "print('imported')"
+    )
+    assert python(failed) == "imported"

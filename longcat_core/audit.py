@@ -1,0 +1,151 @@
+"""Compares the tensors of a checkpoint, as they come by, with those that its configuration calls for."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+
+import torch
+
+from longcat_core.config import LongcatConfig
+
+logger = logging.getLogger(__name__)
+
+MTP_PREFIX = "model.mtp."
+SCALE_SUFFIX = "_scale_inv"
+SCALE_BLOCK = 128
+"""FP8 releases scale weights by blocks of 128 x 128 (report, section 5)."""
+
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_STACKED = re.compile(r"(?P<experts>.*\.mlp\.experts)\.(?P<part>gate_up|down)_proj")
+_HARMLESS = re.compile(
+    r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)"  # follow from the configuration
+    r"|.*\.self_attn(\.\d)?(\.\w+)?\.(q|k|v|kv|kv_cache|prob|output)_scale"  # of a cache in FP8, which has its own here
+    r"|model\.mtp\.(layers\.\d+\.)?(lm_head|shared_head\.head)\.weight"  # the drafter has the model's
+)
+"""Tensors that other software leaves in a checkpoint and no LongCat-Flash reads."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that does not belong to its configuration; the message lists every problem."""
+
+
+class Audit:
+    """One pass over a checkpoint's tensors. `expected`: name and shape of all that there can be."""
+
+    def __init__(self, expected: Mapping[str, tuple[int, ...]], config: LongcatConfig) -> None:
+        self._expected, self._config = expected, config
+        # transformers also saves a tied head, which is the embedding, and rows for zero experts, which are never read.
+        zero_experts = range(config.n_routed_experts, config.num_experts)
+        self._redundant = {
+            f"model.layers.{n}.mlp.experts.{e}.{part}_proj.weight"
+            for n in range(config.num_layers)
+            for e in zero_experts
+            for part in ("gate", "up")
+        }
+        if config.tie_word_embeddings:
+            self._redundant.add("lm_head.weight")
+        self._seen: dict[str, torch.dtype | None] = {}
+        self._ignored: list[str] = []
+        self._problems: list[str] = []
+
+    def accepts(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> bool:
+        """Note one tensor; False if it is not to be loaded, for a reason that is kept for the end."""
+        if stacked_experts(name):
+            return self._accepts_stacked(name, shape, dtype)
+        weight = name.removesuffix(SCALE_SUFFIX)
+        self._seen[name] = dtype
+        if name in self._redundant:
+            return False
+        if weight not in self._expected:
+            if _HARMLESS.fullmatch(name):
+                self._ignored.append(name)
+            else:
+                self._problems.append(f"extra: {name} {list(shape)}; remove it, or check config.json")
+            return False
+        wanted = self._expected[weight]
+        if name != weight:
+            wanted = tuple(-(-size // SCALE_BLOCK) for size in wanted)
+        if shape != wanted:
+            self._problems.append(f"misshapen: {name} is {list(shape)}, wanted {list(wanted)}")
+            return False
+        return True
+
+    def _accepts_stacked(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> bool:
+        config = self._config
+        parts = expert_parts(name, config)
+        if parts[0] not in self._expected:
+            self._problems.append(f"extra: {name} {list(shape)}; remove it, or check config.json")
+            return False
+        self._seen |= dict.fromkeys(parts, dtype)
+        inner, hidden = config.expert_ffn_hidden_size, config.hidden_size
+        one = (hidden, inner) if name.endswith("down_proj") else (2 * inner, hidden)
+        if shape not in ((config.n_routed_experts, *one), (config.num_experts, *one)):
+            self._problems.append(f"misshapen: {name} is {list(shape)}, wanted {[config.n_routed_experts, *one]}")
+            return False
+        return True
+
+    def warn_of_ignored(self) -> None:
+        """Say once which tensors are not read and do no harm, if there are any."""
+        if self._ignored:
+            listed = ", ".join(sorted(self._ignored))
+            logger.warning("LongCat-Flash does not read %d tensors of the checkpoint: %s", len(self._ignored), listed)
+
+    def raise_for_unexpected(self) -> None:
+        """Raise CheckpointError, listing every extra and misshapen tensor so far, if there are any."""
+        self._raise(self._problems)
+
+    def raise_for_all(self, requires_mtp: bool = False) -> None:
+        """Raise CheckpointError if, all having come by, tensors were extra, misshapen or missing; all are listed.
+
+        The MTP layer is there as a whole or not at all; `requires_mtp`: it has to be there.
+        """
+        has_mtp = any(
+            name.startswith(MTP_PREFIX) and name.removesuffix(SCALE_SUFFIX) in self._expected for name in self._seen
+        )
+        if requires_mtp and not has_mtp:
+            raise CheckpointError(
+                f"the checkpoint has no MTP layer (no tensor is called {MTP_PREFIX}*), which speculation drafts with; "
+                "serve it without speculation, or give a checkpoint that has one"
+            )
+        missing = [
+            f"missing: {name} {list(shape)}"
+            for name, shape in self._expected.items()
+            if name not in self._seen and (has_mtp or not name.startswith(MTP_PREFIX))
+        ]
+        in_fp8 = [name for name, dtype in self._seen.items() if dtype in _FP8]
+        unscaled = [
+            f"missing: {name}{SCALE_SUFFIX}, the scales of an FP8 weight; convert the checkpoint with its scales"
+            for name in in_fp8
+            if name + SCALE_SUFFIX not in self._seen
+        ]
+        undeclared = (
+            [f"missing: quantization_config in config.json, while {len(in_fp8)} tensors are FP8, {in_fp8[0]} the first"]
+            if in_fp8 and not unscaled and not self._config.is_quantized
+            else []
+        )
+        self._raise(self._problems + missing + unscaled + undeclared)
+
+    @staticmethod
+    def _raise(problems: list[str]) -> None:
+        if problems:
+            listed = "\n  ".join(problems)
+            raise CheckpointError(
+                f"the checkpoint does not match its config.json ({len(problems)} problems):\n  {listed}"
+            )
+
+
+def stacked_experts(name: str) -> bool:
+    """Whether a tensor has all experts of a layer, as transformers 5 holds them: `gate_up_proj` [E, 2 I, H], the gate
+    above the up projection, or `down_proj` [E, H, I]."""
+    return _STACKED.fullmatch(name) is not None
+
+
+def expert_parts(name: str, config: LongcatConfig) -> list[str]:
+    """The published names of what a tensor of stacked experts holds, expert by expert, the gate before the up
+    projection. Rows of zero experts, which transformers keeps, have none."""
+    match = _STACKED.fullmatch(name)
+    assert match is not None, name
+    parts = ("gate", "up") if match["part"] == "gate_up" else ("down",)
+    return [f"{match['experts']}.{e}.{part}_proj.weight" for e in range(config.n_routed_experts) for part in parts]
