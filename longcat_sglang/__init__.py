@@ -18,12 +18,11 @@ def register() -> None:
 
 
 def register_platform() -> None:
-    """Entry point `sglang.srt.platforms`: leaves the choice of the platform to SGLang, and prepares a CPU where this
-    process was started to serve a LongCat model. No other process is changed (`platform.prepare_process`).
+    """Entry point `sglang.srt.platforms`: prepares a CPU, and leaves the choice of the platform to SGLang.
 
-    SGLang calls it while it is imported; a platform of our own would turn its speculation off
-    (speculative/eagle_worker_v2.py in 0.5.21).
+    SGLang calls it when it is imported, before anything that needs what is prepared; a platform of our own would
+    turn its speculation off (speculative/eagle_worker_v2.py in 0.5.21).
     """
-    from longcat_sglang.platform import prepare_process
+    from longcat_sglang.platform import prepare_cpu
 
-    prepare_process()
+    prepare_cpu()

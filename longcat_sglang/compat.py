@@ -36,9 +36,11 @@ def require_supported() -> None:
 
 def mend_for_longcat(stage: Stage) -> None:
     """Called when a LongCat model is about to be served, or is built in this process."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
     from sglang.srt.utils import get_device
 
     SGLANG.install(HOOKS, stage, get_device().partition(":")[0])
+    HookRegistry.apply_hooks()  # as SGLang has done with what was registered while it loaded its plugins
     require_supported()
 
 
@@ -167,13 +169,6 @@ def our_model_class(
     from longcat_sglang.model import LongcatFlashForCausalLM
 
     return LongcatFlashForCausalLM, architecture
-
-
-def prepare_cpu_first(original: Callable[..., None], server_args: ServerArgs, *args: Any, **kwargs: Any) -> None:
-    from longcat_sglang.platform import prepare_cpu
-
-    prepare_cpu()
-    original(server_args, *args, **kwargs)
 
 
 def read_again_as_overridden(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

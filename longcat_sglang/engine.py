@@ -35,14 +35,6 @@ def configures_longcat(model_config: Any, *_: Any, **__: Any) -> bool:
     return is_longcat(model_config.hf_config)
 
 
-def serves_longcat_on_no_accelerator(server_args: Any, *_: Any, **__: Any) -> bool:
-    import torch
-
-    from longcat_sglang.platform import is_longcats_directory
-
-    return not torch.accelerator.is_available() and is_longcats_directory(server_args.model_path)
-
-
 def overrides_fields(*_: Any, model_override_args: Any = None, **__: Any) -> bool:
     """Of which model is only known when its configuration has been read."""
     return bool(model_override_args)

@@ -9,7 +9,8 @@ from longcat_core.hooks import Entry, Hook, Stage, Wrapper
 _Registered = partial(
     Wrapper, wrap="longcat_sglang.compat:register_around", wrapped_by="longcat_sglang.compat:module_around"
 )
-"""Wrapped through SGLang's own registry of hooks, after all plugins have been called."""
+"""Wrapped through SGLang's own registry of hooks, after all plugins have been called: of `Stage.PROCESS` only what no
+process needs an accelerator or `sgl_kernel` to import."""
 
 HOOKS: tuple[Hook, ...] = (
     _Registered(
@@ -50,15 +51,6 @@ HOOKS: tuple[Hook, ...] = (
         remove_when="It has MLA, in latent space and for any sizes.",
     ),
     _Registered(
-        name="CPU",
-        target="sglang.srt.server_args.ServerArgs.resolve_once",
-        around="longcat_sglang.compat:prepare_cpu_first",
-        concerns="longcat_sglang.engine:serves_longcat_on_no_accelerator",
-        why="Without `sgl_kernel` and a variable of its own SGLang does not start on a CPU. Here it is known which "
-        "model is to be served, and SGLang has not yet imported or started what needs them.",
-        remove_when="SGLang starts on a CPU without `sgl_kernel`.",
-    ),
-    _Registered(
         name="overridden configuration",
         target="sglang.srt.utils.hf_transformers.config.get_config",
         around="longcat_sglang.compat:read_again_as_overridden",
@@ -72,6 +64,7 @@ HOOKS: tuple[Hook, ...] = (
         target="sglang.srt.managers.scheduler.Scheduler._add_request_to_queue",
         around="longcat_sglang.compat:refuse_tokens_outside_the_vocabulary",
         concerns="longcat_sglang.engine:schedules_longcat",
+        stage=Stage.MODEL,
         why="A prompt with a token outside the vocabulary ends the server: SGLang checks the number of tokens only, "
         "and the embedding of a token that is not there is an error in the scheduler (on CUDA, in the device). Here, "
         "as every request passes, whichever process has taken it.",
@@ -99,6 +92,7 @@ HOOKS: tuple[Hook, ...] = (
         target="sglang.srt.speculative.eagle_utils.eagle_sample",
         around="longcat_sglang.compat:sample_where_requests_do",
         concerns="longcat_sglang.engine:verifies_longcat",
+        stage=Stage.MODEL,
         why="On a CPU requests that sample are answered greedily while drafting, whatever their temperature: "
         "`_verify_uses_greedy` takes the greedy path for every request there.",
         remove_when="`eagle_sample` samples on a CPU.",
