@@ -68,7 +68,8 @@ def test_a_token_outside_the_vocabulary_does_not_end_a_server_with_several_worke
 def test_bench_serving_measures_a_server_that_drafts(
     server: Server, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    words = ["--backend", "sglang", "--base-url", str(server.http.base_url), "--model", "nano", "--tokenizer", NANO]
+    words = ["--backend", "sglang", "--base-url", str(server.http.base_url), "--model", NANO]
+    words += ["--served-model-name", "nano"]
     sizes = [
         "--dataset-name",
         "random-ids",
