@@ -10,6 +10,7 @@ from longcat_core import checkpoint, drafting
 from longcat_core.config import LongcatConfig
 from longcat_core.engine import refuse, tell_of_gate, unsupported_cpu_cache, unsupported_quantization
 from longcat_core.hooks import Stage
+from longcat_vllm import adapters
 from longcat_vllm.compat import mend_for_longcat
 from longcat_vllm.engine import drafts_with_mtp
 
@@ -26,6 +27,7 @@ def check(vllm_config: VllmConfig) -> None:
     model = vllm_config.model_config
     config = LongcatConfig.from_hf(model.hf_config)
     refuse(_unsupported(vllm_config))
+    adapters.restrict(vllm_config.lora_config)
     directory = Path(model.model)
     if directory.is_dir() and vllm_config.load_config.load_format != "dummy":
         checkpoint.verify(directory, config, requires_mtp=drafts_with_mtp(vllm_config))
@@ -89,6 +91,7 @@ def _unsupported(vllm_config: VllmConfig) -> list[str]:
             f"pipeline_parallel_size: {parallel.pipeline_parallel_size}, wanted 1 with drafts, which this model runner "
             "makes on one stage only; leave --pipeline-parallel-size or --speculative-config out"
         )
+    problems += adapters.unsupported(vllm_config.lora_config)
     if parallel.enable_eplb:
         problems.append("expert load balancing (EPLB) is not there yet; leave --enable-eplb out")
     return problems
