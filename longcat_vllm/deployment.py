@@ -6,11 +6,11 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longcat_core import checkpoint, drafting
+from longcat_core import drafting
 from longcat_core.config import LongcatConfig
 from longcat_core.engine import refuse, tell_of_gate, unsupported_cpu_cache, unsupported_quantization
 from longcat_core.hooks import Stage
-from longcat_vllm import adapters
+from longcat_vllm import adapters, loading, options
 from longcat_vllm.compat import mend_for_longcat
 from longcat_vllm.engine import drafts_with_mtp
 
@@ -28,10 +28,8 @@ def check(vllm_config: VllmConfig) -> None:
     config = LongcatConfig.from_hf(model.hf_config)
     refuse(_unsupported(vllm_config))
     adapters.restrict(vllm_config.lora_config)
-    directory = Path(model.model)
-    if directory.is_dir() and vllm_config.load_config.load_format != "dummy":
-        checkpoint.verify(directory, config, requires_mtp=drafts_with_mtp(vllm_config))
-    gate = drafting.load(directory) if drafts_with_mtp(vllm_config) else None
+    loading.check(vllm_config, config)
+    gate = drafting.load(Path(model.model)) if drafts_with_mtp(vllm_config) else None
     if gate is not None:
         _make_room_for(gate, vllm_config)
 
@@ -92,8 +90,8 @@ def _unsupported(vllm_config: VllmConfig) -> list[str]:
             "makes on one stage only; leave --pipeline-parallel-size or --speculative-config out"
         )
     problems += adapters.unsupported(vllm_config.lora_config)
-    if parallel.enable_eplb:
-        problems.append("expert load balancing (EPLB) is not there yet; leave --enable-eplb out")
+    problems += loading.unsupported(vllm_config)
+    problems += options.unsupported(vllm_config)
     return problems
 
 

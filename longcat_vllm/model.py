@@ -101,6 +101,7 @@ class LongcatAttention(nn.Module):
             prefix=f"{prefix}.attn",
             attn_backend=_attention_backend(),
         )
+        self.attn.register_state_dict_post_hook(_leave_derived_weights_out)
 
     def forward(self, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """hidden_states: [T, H]; cos and sin: fp32 [T, 1, rope / 2]."""
@@ -117,6 +118,12 @@ class LongcatAttention(nn.Module):
         attended = self.attn(query, self.kv_a_layernorm(latent), k_rope, output_shape=output_shape)
         output, _ = self.o_proj(attended)
         return output
+
+
+def _leave_derived_weights_out(attention: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
+    """What attention makes of `kv_b_proj` after loading is no state: a model that is loaded from it has none yet."""
+    for name in ("W_UK_T", "W_UV"):
+        state.pop(f"{prefix}{name}", None)
 
 
 def _attention_backend() -> type[AttentionBackend] | None:
