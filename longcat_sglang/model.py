@@ -17,6 +17,7 @@ from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from sglang.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
+from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_loader.weight_utils import default_weight_loader
@@ -32,6 +33,7 @@ from longcat_sglang.compat import mend_for_longcat
 from longcat_sglang.config import LongcatFlashConfig
 from longcat_sglang.moe import LongcatMoE
 from longcat_sglang.platform import bind_rank_to_its_cores
+from longcat_sglang.rotary import LongcatRotaryEmbedding
 
 FUSED_QKV_A = "fused_qkv_a_proj_with_mqa"
 
@@ -49,6 +51,7 @@ class LongcatAttention(DeepseekV2AttentionMLA):
         quant_config: QuantizationConfig | None,
         prefix: str,
         alt_stream: torch.cuda.Stream | None,
+        rotary_embedding: LongcatRotaryEmbedding | None,
     ) -> None:
         config = hf_config.longcat
         super().__init__(
@@ -68,13 +71,17 @@ class LongcatAttention(DeepseekV2AttentionMLA):
             layer_id=layer_id,
             prefix=prefix,
             alt_stream=alt_stream,
-            skip_rope=is_cpu(),
+            skip_rope=True,
         )
+        self.rotary_emb = rotary_embedding
         self.w_kc: Tensor
         self.w_vc: Tensor
         for norm in (self.q_a_layernorm, self.kv_a_layernorm):
             norm.variance_epsilon = config.mla_norm_eps
-        self.scaling = self.attn_mqa.scaling = self.attn_mha.scaling = config.softmax_scale
+        self.scaling = config.softmax_scale
+        for module in self.modules():
+            if isinstance(module, RadixAttention):
+                module.scaling = config.softmax_scale
 
     def forward(
         self,
@@ -108,6 +115,11 @@ class LongcatAttention(DeepseekV2AttentionMLA):
         w_kc, w_vc = parts.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
         self.w_kc = bind_or_assign(self.w_kc, w_kc.transpose(1, 2).contiguous().transpose(1, 2))
         self.w_vc = bind_or_assign(self.w_vc, w_vc.contiguous().transpose(1, 2))
+
+
+def rotary_embedding_of(config: LongcatConfig) -> LongcatRotaryEmbedding | None:
+    """One for all attentions of a model, as its table is large; none on a CPU, where `LongcatAttention` rotates."""
+    return None if is_cpu() else LongcatRotaryEmbedding(config)
 
 
 class LongcatFFN(nn.Module):
@@ -146,6 +158,7 @@ class LongcatDecoderLayer(nn.Module):
         quant_config: QuantizationConfig | None,
         prefix: str,
         alt_stream: torch.cuda.Stream | None,
+        rotary_embedding: LongcatRotaryEmbedding | None,
     ) -> None:
         super().__init__()
         config = hf_config.longcat
@@ -154,7 +167,12 @@ class LongcatDecoderLayer(nn.Module):
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = nn.ModuleList(
             LongcatAttention(
-                hf_config, 2 * layer_id + i, attention_quant, add_prefix(f"self_attn.{i}", prefix), alt_stream
+                hf_config,
+                2 * layer_id + i,
+                attention_quant,
+                add_prefix(f"self_attn.{i}", prefix),
+                alt_stream,
+                rotary_embedding,
             )
             for i in range(2)
         )
@@ -209,9 +227,11 @@ class LongcatModel(nn.Module):
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size, config.hidden_size, use_attn_tp_group=is_dp_attention_enabled()
         )
-        alt_stream = get_stream("alt")
+        alt_stream, rotary_embedding = get_stream("alt"), rotary_embedding_of(config)
         self.layers = nn.ModuleList(
-            LongcatDecoderLayer(hf_config, n, quant_config, add_prefix(f"layers.{n}", prefix), alt_stream)
+            LongcatDecoderLayer(
+                hf_config, n, quant_config, add_prefix(f"layers.{n}", prefix), alt_stream, rotary_embedding
+            )
             for n in range(config.num_layers)
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
