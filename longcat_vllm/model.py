@@ -249,7 +249,7 @@ class LongcatCausalLM(nn.Module, ABC):
         "gate_up_proj": ["gate_proj", "up_proj"],
         FUSED_QKV_A: ["q_a_proj", "kv_a_proj_with_mqa"],
     }
-    _requires_mtp = False
+    _audited = staticmethod(checkpoint.audited)
 
     def __init__(self, vllm_config: VllmConfig, config: LongcatConfig) -> None:
         super().__init__()
@@ -275,9 +275,7 @@ class LongcatCausalLM(nn.Module, ABC):
         parameters = {name.replace(".base_layer.", "."): parameter for name, parameter in self.named_parameters()}
         loaded: set[str] = set()
         try:
-            for name, tensor in checkpoint.audited(
-                weights, self.config, is_partial=self._loads_are_partial, requires_mtp=self._requires_mtp
-            ):
+            for name, tensor in self._audited(weights, self.config, is_partial=self._loads_are_partial):
                 loaded |= self._load(parameters, name, tensor)
         except checkpoint.CheckpointError:
             if any(parameter.is_meta for parameter in parameters.values()):
