@@ -288,6 +288,11 @@ def canonical_hf(raw: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def field_of(spelling: str) -> str:
+    """Our name of the field that is published under this one; any other name as it is."""
+    return next((field for field, spellings in _NEEDED.items() if spelling in spellings), spelling)
+
+
 def _accepted_twins(name: str, value: int) -> tuple[int, ...]:
     return (value, 2 * value) if name == "num_layers" else (value,)
 

@@ -35,8 +35,13 @@ def configures_longcat(model_config: Any, *_: Any, **__: Any) -> bool:
     return is_longcat(model_config.hf_config)
 
 
-def manages_longcat(manager: Any, *_: Any, **__: Any) -> bool:
-    return is_longcat(manager.model_config.hf_config)
+def overrides_fields(*_: Any, model_override_args: Any = None, **__: Any) -> bool:
+    """Of which model is only known when its configuration has been read."""
+    return bool(model_override_args)
+
+
+def schedules_longcat(scheduler: Any, *_: Any, **__: Any) -> bool:
+    return is_longcat(scheduler.model_config.hf_config)
 
 
 def drafts_for_longcat(factory: Any, *_: Any, **__: Any) -> bool:
