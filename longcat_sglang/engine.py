@@ -52,10 +52,6 @@ def verifies_longcat(_draft: Any, batch: Any, *_: Any, **__: Any) -> bool:
     return is_longcat(batch.model_config.hf_config)
 
 
-def schedules_longcat(scheduler: Any, *_: Any, **__: Any) -> bool:
-    return is_longcat(scheduler.model_config.hf_config)
-
-
 def samples_longcat(sampling: Any, *_: Any, **__: Any) -> bool:
     return is_longcat(sampling.penalizer_orchestrator.batch.model_config.hf_config)
 
