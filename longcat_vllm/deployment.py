@@ -16,15 +16,25 @@ from longcat_core.engine import (
     uses_gate,
 )
 from longcat_core.hooks import Stage
-from longcat_vllm import adapters, loading, options
+from longcat_vllm import adapters, loading
 from longcat_vllm.compat import mend_for_longcat
 from longcat_vllm.engine import OWN_ARCHITECTURE, drafts_with_mtp
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
+    from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
 
 logger = logging.getLogger(f"vllm.{__name__}")
 """Among vLLM's own, whose handlers it takes."""
+
+MOE_BACKENDS = ("auto", "triton", "flashinfer_cutlass", "humming")
+"""Values of --moe-backend with which unquantised experts get a kernel of `moe.SKIP_ZERO_EXPERTS`."""
+TRANSPORTS_WITHOUT_A_KERNEL = {
+    "deepep_low_latency": "it has room for 11 experts a token where LongCat has 12, and brings experts in batches, "
+    "whose kernel is not known to skip zero experts",
+    "nixl_ep": "it brings experts in batches, whose kernel is not known to skip zero experts",
+    "moonep": "its kernel is not known to skip zero experts",
+}
+"""Values of --all2all-backend that bind experts to a kernel of their own."""
 
 
 def check(vllm_config: VllmConfig) -> None:
@@ -130,7 +140,8 @@ def _unsupported(vllm_config: VllmConfig) -> list[str]:
         )
     problems += adapters.unsupported(vllm_config.lora_config)
     problems += loading.unsupported(vllm_config)
-    problems += options.unsupported(vllm_config)
+    problems += _unsupported_parallelism(parallel)
+    problems += _unsupported_experts(vllm_config)
     return problems
 
 
@@ -148,4 +159,44 @@ def _unsupported_speculation(speculation: SpeculativeConfig, model: ModelConfig)
                 f"speculative_config.{option}: {value!r}, wanted none, as the MTP layer is served as the model is; "
                 f"leave {option} out of --speculative-config"
             )
+    return problems
+
+
+def _unsupported_parallelism(parallel: ParallelConfig) -> list[str]:
+    from vllm.platforms import current_platform
+
+    problems = []
+    if parallel.enable_eplb:
+        problems.append("expert load balancing (EPLB) is not there yet; leave --enable-eplb out")
+    contexts = parallel.decode_context_parallel_size
+    if current_platform.is_cpu() and contexts > 1:
+        problems.append(
+            f"decode_context_parallel_size: {contexts}, wanted 1 on a CPU, where every rank attends to the whole "
+            "context; leave --decode-context-parallel-size out"
+        )
+    # Elsewhere vLLM has no use for a transport (`FusedMoEParallelConfig.use_all2all_kernels` in 0.32).
+    shares_experts = parallel.data_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
+    if parallel.enable_expert_parallel and shares_experts:
+        transport = parallel.all2all_backend
+        if reason := TRANSPORTS_WITHOUT_A_KERNEL.get(transport):
+            problems.append(
+                f"all2all_backend: {transport!r}, wanted allgather_reducescatter or deepep_high_throughput, as "
+                f"{reason}; leave --all2all-backend out"
+            )
+    return problems
+
+
+def _unsupported_experts(vllm_config: VllmConfig) -> list[str]:
+    problems = []
+    backend = vllm_config.kernel_config.moe_backend
+    if backend not in MOE_BACKENDS:
+        problems.append(
+            f"moe_backend: {backend!r}, wanted one of {', '.join(MOE_BACKENDS)}, whose kernels are known to skip zero "
+            "experts; leave --moe-backend out"
+        )
+    if vllm_config.aux_output_config.enable_return_routed_experts:
+        problems.append(
+            "enable_return_routed_experts: vLLM returns experts as numbers without a sign, in which a zero expert (-1) "
+            "would be expert 255 or 65535; leave --enable-return-routed-experts out"
+        )
     return problems
