@@ -10,34 +10,14 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from longcat_core.rope import RopeConfig as RopeConfig
+from longcat_core.rope import number, read_rope, rope_to_hf, yarn_mscale
+
 logger = logging.getLogger(__name__)
 
 
 class ConfigError(ValueError):
     """A configuration that is not a LongCat-Flash model this package can run; the message lists every problem."""
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary embedding of the `qk_rope_head_dim` part of queries and keys, interleaved pairs.
-
-    `factor` 1 alone is plain RoPE; anything else is YaRN (arXiv 2309.00071) as transformers'
-    `_compute_yarn_parameters` has it. LongCat-Flash-Thinking-2601 uses YaRN, the other releases plain RoPE.
-    """
-
-    theta: float
-    factor: float = 1.0
-    original_max_position_embeddings: int = 0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 0.0
-    mscale_all_dim: float = 0.0
-    attention_factor: float | None = None
-    truncate: bool = True
-
-    @property
-    def is_yarn(self) -> bool:
-        return self.factor != 1.0 or self.attention_factor is not None
 
 
 # The names under which each needed field is published, our own name first.
@@ -227,15 +207,15 @@ class LongcatConfig:
             problems.append(f"zero_expert_num: {zero_expert_num!r}, wanted an integer of at least 0")
         elif zero_expert_num and zero_expert_type not in (None, "identity"):
             problems.append(f"zero_expert_type: {zero_expert_type!r}, wanted 'identity', the only one published")
-        scaling = _number(raw, "routed_scaling_factor", problems)
-        eps = _number(raw, "rms_norm_eps", problems, default=1e-5)
+        scaling = number(raw, "routed_scaling_factor", problems)
+        eps = number(raw, "rms_norm_eps", problems, default=1e-5)
         unquantized = raw.get("disable_quant_module") or ()
         if not isinstance(unquantized, (list, tuple)) or not all(isinstance(kind, str) for kind in unquantized):
             problems.append(f"disable_quant_module: {unquantized!r}, wanted a list of module kinds")
             unquantized = ()
         scales_q, scales_kv = (_boolean(raw, f"mla_scale_{part}_lora", problems, True) for part in ("q", "kv"))
         ties = _boolean(raw, "tie_word_embeddings", problems, False)
-        rope = _read_rope(raw, problems)
+        rope = read_rope(raw, problems)
         if not problems:
             problems += _check_sizes(values, zero_expert_num)
         if problems:
@@ -258,7 +238,7 @@ class LongcatConfig:
         """The fields of a `config.json` as LongCat-Flash-Chat is published; `from_hf` reads it back unchanged."""
         rope: dict[str, Any] = {"rope_theta": self.rope.theta}
         if self.rope.is_yarn:
-            rope["rope_scaling"] = _rope_to_hf(self.rope)
+            rope["rope_scaling"] = rope_to_hf(self.rope)
         sizes = {name: getattr(self, name) for name in _NEEDED}
         return {
             "architectures": ["LongcatFlashForCausalLM"],
@@ -279,11 +259,6 @@ class LongcatConfig:
         }
 
 
-def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
-    """YaRN's attention temperature (arXiv 2309.00071, equation 22, with DeepSeek's multiplier)."""
-    return 1.0 if factor <= 1.0 else 0.1 * mscale * math.log(factor) + 1.0
-
-
 def canonical_hf(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The same configuration in the one spelling that transformers 5 reads without loss.
 
@@ -302,7 +277,7 @@ def canonical_hf(raw: Mapping[str, Any]) -> dict[str, Any]:
         **kept,
         **sizes,
         "head_dim": config.qk_rope_head_dim,  # transformers takes the rotary dimension from it
-        "rope_parameters": {"rope_theta": config.rope.theta, **_rope_to_hf(config.rope)},
+        "rope_parameters": {"rope_theta": config.rope.theta, **rope_to_hf(config.rope)},
         "zero_expert_num": config.zero_expert_num,
         "rms_norm_eps": config.rms_norm_eps,
         "model_type": "longcat_flash",
@@ -311,6 +286,11 @@ def canonical_hf(raw: Mapping[str, Any]) -> dict[str, Any]:
         "mla_scale_q_lora": config.mla_scale_q_lora,
         "mla_scale_kv_lora": config.mla_scale_kv_lora,
     }
+
+
+def field_of(spelling: str) -> str:
+    """Our name of the field that is published under this one; any other name as it is."""
+    return next((field for field, spellings in _NEEDED.items() if spelling in spellings), spelling)
 
 
 def _accepted_twins(name: str, value: int) -> tuple[int, ...]:
@@ -349,19 +329,6 @@ def _check_sizes(values: Mapping[str, int], zero_expert_num: int) -> list[str]:
     return problems
 
 
-def _number(
-    raw: Mapping[str, Any], name: str, problems: list[str], *, default: float | None = None, above: float = 0.0
-) -> float:
-    """A number above `above`, or the default where the field is absent; else a problem is noted."""
-    value = raw.get(name)
-    if value is None and default is not None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not above < value < math.inf:
-        problems.append(f"{name}: {value!r}, wanted a number above {above:g}")
-        return 0.0
-    return float(value)
-
-
 def _boolean(raw: Mapping[str, Any], name: str, problems: list[str], default: bool) -> bool:
     value = raw.get(name)
     if value is None:
@@ -369,49 +336,3 @@ def _boolean(raw: Mapping[str, Any], name: str, problems: list[str], default: bo
     if not isinstance(value, bool):
         problems.append(f"{name}: {value!r}, wanted true or false")
     return bool(value)
-
-
-def _read_rope(raw: Mapping[str, Any], problems: list[str]) -> RopeConfig | None:
-    """`rope_theta` with `rope_scaling` (published) or `rope_parameters` (transformers 5)."""
-    found: dict[str, Any] = {"rope_theta": raw.get("rope_theta")}
-    for name in ("rope_scaling", "rope_parameters"):
-        given = raw.get(name) or {}
-        if not isinstance(given, Mapping):
-            problems.append(f"{name}: {given!r}, wanted an object")
-            return None
-        found |= given
-    known = len(problems)
-    theta = _number(found, "rope_theta", problems)
-    kind = found.get("rope_type") or found.get("type") or "default"
-    if kind == "default":
-        return RopeConfig(theta=theta) if len(problems) == known else None
-    if kind not in ("yarn", "deepseek_yarn"):
-        problems.append(f"rope_type: {kind!r}, wanted 'default' or 'yarn'")
-        return None
-    context = raw.get("max_position_embeddings")
-    context = context if isinstance(context, int) else None
-    rope = RopeConfig(
-        theta=theta,
-        factor=1.0 if found.get("factor") == 1 else _number(found, "factor", problems, above=1.0),
-        original_max_position_embeddings=int(
-            _number(found, "original_max_position_embeddings", problems, default=context or 1.0)
-        ),
-        beta_fast=_number(found, "beta_fast", problems, default=32.0),
-        beta_slow=_number(found, "beta_slow", problems, default=1.0),
-        mscale=_number(found, "mscale", problems, default=0.0, above=-1.0),
-        mscale_all_dim=_number(found, "mscale_all_dim", problems, default=0.0, above=-1.0),
-        attention_factor=None
-        if found.get("attention_factor") is None
-        else _number(found, "attention_factor", problems),
-        truncate=found.get("truncate") is not False,
-    )
-    if len(problems) > known:
-        return None
-    return rope if rope.is_yarn else RopeConfig(theta=theta)
-
-
-def _rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
-    """In the terms of transformers' `rope_parameters`, but for `rope_theta`."""
-    if not rope.is_yarn:
-        return {"rope_type": "default"}
-    return {"rope_type": "yarn", **{k: v for k, v in vars(rope).items() if k != "theta" and v is not None}}

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from longcat_core.audit import CheckpointError
 from longcat_core.config import ConfigError
 from longcat_core.engine import UnsupportedEngineError, tell_of_own_class
 from longcat_core.hooks import Around, Stage
@@ -16,9 +17,8 @@ if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
     from sglang.srt.layers.logits_processor import LogitsProcessorOutput
-    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.managers.scheduler import Scheduler
-    from sglang.srt.managers.tokenizer_manager import TokenizerManager
     from sglang.srt.model_executor.model_runner import ModelRunner
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
     from sglang.srt.server_args import ServerArgs
@@ -38,9 +38,11 @@ def require_supported() -> None:
 
 def mend_for_longcat(stage: Stage) -> None:
     """Called when a LongCat model is about to be served, or is built in this process."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
     from sglang.srt.utils import get_device
 
     SGLANG.install(HOOKS, stage, get_device().partition(":")[0])
+    HookRegistry.apply_hooks()  # as SGLang has done with what was registered while it loaded its plugins
     require_supported()
 
 
@@ -171,19 +173,20 @@ def our_model_class(
     return LongcatFlashForCausalLM, architecture
 
 
+def read_again_as_overridden(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    config = original(*args, **kwargs)
+    return config.overridden(kwargs["model_override_args"]) if is_longcat(config) else config
+
+
 def refuse_tokens_outside_the_vocabulary(
-    original: Callable[..., Any],
-    manager: TokenizerManager,
-    request: Any,
-    input_ids: list[int] | None,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    size = manager.model_config.vocab_size
-    for token in (min(input_ids), max(input_ids)) if input_ids else ():
-        if not 0 <= token < size:
-            raise ValueError(f"Token id {token} is out of vocabulary, wanted one of 0 to {size - 1}")
-    return original(manager, request, input_ids, *args, **kwargs)
+    original: Callable[..., None], scheduler: Scheduler, request: Req, *args: Any, **kwargs: Any
+) -> None:
+    """As SGLang refuses a prompt that is too long: the request ends with a status of 400 before it runs."""
+    size, tokens = scheduler.model_config.vocab_size, request.origin_input_ids
+    wrong = [token for token in (min(tokens), max(tokens)) if not 0 <= token < size] if tokens else []
+    if wrong and request.to_finish is None:
+        request.set_finish_with_abort(f"Token id {wrong[0]} is out of vocabulary, wanted one of 0 to {size - 1}")
+    original(scheduler, request, *args, **kwargs)
 
 
 def our_drafting_backend(original: Callable[..., Any], factory: DraftBackendFactory, *args: Any, **kwargs: Any) -> Any:
@@ -291,6 +294,16 @@ def gated_worker(
     from longcat_sglang.speculation import GatedWorker
 
     return GatedWorker
+
+
+def say_that_an_update_is_refused(
+    original: Callable[..., tuple[bool, str]], updater: Any, *args: Any, **kwargs: Any
+) -> tuple[bool, str]:
+    """False, and the reason, where an update is not of the model's tensors."""
+    try:
+        return original(updater, *args, **kwargs)
+    except CheckpointError as error:
+        return False, str(error)
 
 
 def count_what_is_reserved(original: Callable[..., int], *args: Any, **kwargs: Any) -> int:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from sglang.srt import configs
 
 from longcat_core.config import LongcatConfig
 from longcat_core.family import Member, member_of
+from longcat_core.overrides import overridden
+from longcat_core.rope import rope_to_hf
 from longcat_sglang.compat import require_supported
 
 
@@ -36,10 +39,25 @@ class LongcatFlashConfig(configs.LongcatFlashConfig):
         config.rope_scaling = longcat.to_hf().get("rope_scaling")
         return result
 
+    def overridden(self, overrides: Mapping[str, Any]) -> Any:
+        """This model with fields of its `config.json`, in any published spelling, replaced by others.
+
+        Raises:
+            ConfigError: if that is no LongCat-Flash that can be served.
+        """
+        canonical = {**self.to_dict(), **self.longcat.to_hf(), "rope_parameters": _rope_parameters(self.longcat)}
+        for doubled in ("num_hidden_layers", "rope_scaling"):  # said by `num_layers` and `rope_parameters`
+            canonical.pop(doubled, None)
+        return type(self).from_dict({**canonical, **overridden(canonical, overrides)})
+
     def to_dict(self) -> dict[str, Any]:
         fields = super().to_dict()
         fields.pop("_longcat", None)
         return fields
+
+
+def _rope_parameters(longcat: LongcatConfig) -> dict[str, Any]:
+    return {"rope_theta": longcat.rope.theta, **rope_to_hf(longcat.rope)}
 
 
 def _sglang_spelling(raw: dict[str, Any], longcat: LongcatConfig) -> dict[str, Any]:

@@ -6,7 +6,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
 from longcat_core import checkpoint, drafting
+from longcat_core.config import LongcatConfig
 from longcat_core.engine import refuse, unsupported_cpu_cache, unsupported_quantization, uses_gate
 from longcat_sglang.compat import require_supported
 from longcat_sglang.engine import CPU_ATTENTION
@@ -27,13 +31,45 @@ def check(server_args: Any, settings: Any, hf_config: Any) -> None:
     """
     require_supported()
     refuse(_unsupported(server_args, settings, hf_config))
-    directory = Path(settings.model_path)
-    if directory.is_dir() and settings.load_format != "dummy":
-        checkpoint.verify(directory, hf_config.longcat, requires_mtp=drafts_with_mtp(settings))
+    directory = local_directory(settings)
+    _check_checkpoint(directory, settings, hf_config.longcat)
     if is_gate_asked_for(hf_config) or drafts_with_mtp(settings):
-        gate = drafting.load(directory)
+        gate = drafting.load(directory) if directory is not None else None
         threshold = None if gate is None else gate.threshold
         uses_gate(threshold, is_gate_asked_for(hf_config), obstacles_to_gate(settings), GATE_OPTION, logger)
+
+
+def local_directory(settings: Any) -> Path | None:
+    """Where the checkpoint is on this machine, if it is: its directory, or its snapshot in the cache of the Hub."""
+    if Path(settings.model_path).is_dir():
+        return Path(settings.model_path)
+    try:
+        return Path(
+            snapshot_download(
+                settings.model_path, revision=settings.revision, cache_dir=settings.download_dir, local_files_only=True
+            )
+        )
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None
+
+
+READS_PUBLISHED_TENSORS = ("auto", "safetensors", "fastsafetensors", "runai_streamer", "presharded")
+"""Load formats whose safetensors have the published names. Others have files or names of their own."""
+
+
+def _check_checkpoint(directory: Path | None, settings: Any, longcat: LongcatConfig) -> None:
+    """Check what can be before it is loaded, and say in the log what is not."""
+    unchecked = ""
+    if settings.load_format not in READS_PUBLISHED_TENSORS:
+        unchecked = f"--load-format {settings.load_format} does not read published safetensors"
+    elif directory is None:
+        unchecked = f"{settings.model_path} is not on this machine yet"
+    elif not any(directory.glob("*.safetensors")) and (found := [*directory.glob("*.bin"), *directory.glob("*.pt")]):
+        unchecked = f"{found[0].name} is not safetensors"
+    if unchecked or directory is None:
+        logger.info("The checkpoint is not checked before it is loaded: %s.", unchecked)
+        return
+    checkpoint.verify(directory, longcat, requires_mtp=drafts_with_mtp(settings))
 
 
 def reasons_for_sglangs_own_class(settings: Any, hf_config: Any) -> list[str]:

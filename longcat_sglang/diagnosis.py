@@ -9,6 +9,7 @@ from longcat_core.diagnosis import Finding, checkpoint_findings, hook_findings, 
 from longcat_sglang import deployment
 from longcat_sglang.engine import SGLANG
 from longcat_sglang.hooks import HOOKS
+from longcat_sglang.platform import prepare_cpu_as_for_longcat
 
 
 def diagnose(checkpoint: Path | None = None) -> list[Finding]:
@@ -24,6 +25,7 @@ def diagnose(checkpoint: Path | None = None) -> list[Finding]:
         return [*findings, Finding("SGLANG_PLUGINS", plugins, "leaves the plugin out; unset it or add 'longcat'")]
     from sglang.srt.plugins import load_plugins
 
+    prepare_cpu_as_for_longcat()
     load_plugins()
     findings += hook_findings(SGLANG, HOOKS, "longcat_sglang", "sglang.srt.plugins", left_out="")
     findings.append(_platform())

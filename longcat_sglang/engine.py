@@ -35,8 +35,13 @@ def configures_longcat(model_config: Any, *_: Any, **__: Any) -> bool:
     return is_longcat(model_config.hf_config)
 
 
-def manages_longcat(manager: Any, *_: Any, **__: Any) -> bool:
-    return is_longcat(manager.model_config.hf_config)
+def overrides_fields(*_: Any, model_override_args: Any = None, **__: Any) -> bool:
+    """Of which model is only known when its configuration has been read."""
+    return bool(model_override_args)
+
+
+def schedules_longcat(scheduler: Any, *_: Any, **__: Any) -> bool:
+    return is_longcat(scheduler.model_config.hf_config)
 
 
 def drafts_for_longcat(factory: Any, *_: Any, **__: Any) -> bool:
@@ -59,6 +64,10 @@ def works_for_longcat(_algorithm: Any, server_args: Any, *_: Any, **__: Any) -> 
     from sglang.srt.arg_groups.overrides import model_config_of
 
     return is_longcat(model_config_of(server_args).hf_config)
+
+
+def updates_longcat(updater: Any, *_: Any, **__: Any) -> bool:
+    return type(updater.get_model()).__module__.startswith("longcat_sglang")
 
 
 def is_longcats_process(*_: Any, **__: Any) -> bool:

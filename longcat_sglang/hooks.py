@@ -9,7 +9,8 @@ from longcat_core.hooks import Entry, Hook, Stage, Wrapper
 _Registered = partial(
     Wrapper, wrap="longcat_sglang.compat:register_around", wrapped_by="longcat_sglang.compat:module_around"
 )
-"""Wrapped through SGLang's own registry of hooks, after all plugins have been called."""
+"""Wrapped through SGLang's own registry of hooks, after all plugins have been called: of `Stage.PROCESS` only what no
+process needs an accelerator or `sgl_kernel` to import."""
 
 HOOKS: tuple[Hook, ...] = (
     _Registered(
@@ -50,13 +51,24 @@ HOOKS: tuple[Hook, ...] = (
         remove_when="It has MLA, in latent space and for any sizes.",
     ),
     _Registered(
+        name="overridden configuration",
+        target="sglang.srt.utils.hf_transformers.config.get_config",
+        around="longcat_sglang.compat:read_again_as_overridden",
+        concerns="longcat_sglang.engine:overrides_fields",
+        why="SGLang sets the fields of `--json-model-override-args` on a configuration that has been read, so that "
+        "nothing that is derived from them follows.",
+        remove_when="SGLang overrides the fields before its configuration class reads them.",
+    ),
+    _Registered(
         name="prompt check",
-        target="sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
+        target="sglang.srt.managers.scheduler.Scheduler._add_request_to_queue",
         around="longcat_sglang.compat:refuse_tokens_outside_the_vocabulary",
-        concerns="longcat_sglang.engine:manages_longcat",
+        concerns="longcat_sglang.engine:schedules_longcat",
+        stage=Stage.MODEL,
         why="A prompt with a token outside the vocabulary ends the server: SGLang checks the number of tokens only, "
-        "and the embedding of a token that is not there is an error in the scheduler (on CUDA, in the device).",
-        remove_when="`TokenizerManager._validate_one_request` checks it.",
+        "and the embedding of a token that is not there is an error in the scheduler (on CUDA, in the device). Here, "
+        "as every request passes, whichever process has taken it.",
+        remove_when="The scheduler checks it where it checks the length.",
     ),
     _Registered(
         name="draft attention",
@@ -80,6 +92,7 @@ HOOKS: tuple[Hook, ...] = (
         target="sglang.srt.speculative.eagle_utils.eagle_sample",
         around="longcat_sglang.compat:sample_where_requests_do",
         concerns="longcat_sglang.engine:verifies_longcat",
+        stage=Stage.MODEL,
         why="On a CPU requests that sample are answered greedily while drafting, whatever their temperature: "
         "`_verify_uses_greedy` takes the greedy path for every request there. On every device all drafts of a request "
         "get the penalties of the token before them ('a relaxed version of penalties'), and no custom logit processor. "
@@ -116,6 +129,16 @@ HOOKS: tuple[Hook, ...] = (
         why="All drafts are verified, worth it or not. A worker for an algorithm of our own would need another flag "
         "than the stock one.",
         remove_when="A draft model can say how many of its drafts are to be verified.",
+    ),
+    _Registered(
+        name="refused update",
+        target="sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
+        ".update_weights_from_tensor",
+        around="longcat_sglang.compat:say_that_an_update_is_refused",
+        concerns="longcat_sglang.engine:updates_longcat",
+        why="An update whose tensors are not the model's ends the server: only updates from a disk and from another "
+        "process's group are tried.",
+        remove_when="`update_weights_from_tensor` answers with what a model's `load_weights` raises.",
     ),
     Wrapper(
         name="slots that drafts reserve",

@@ -108,7 +108,7 @@ class LongcatFlashMTP(LongcatCausalLM):
     Its head is the target's, which SGLang's worker hands over.
     """
 
-    _requires_mtp = True
+    _audited = staticmethod(checkpoint.audited_mtp)
 
     def __init__(
         self, config: LongcatFlashConfig, quant_config: QuantizationConfig | None = None, prefix: str = ""

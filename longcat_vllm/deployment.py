@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longcat_core import checkpoint, drafting
+from longcat_core import drafting
 from longcat_core.config import LongcatConfig
 from longcat_core.engine import (
     refuse,
@@ -16,6 +16,7 @@ from longcat_core.engine import (
     uses_gate,
 )
 from longcat_core.hooks import Stage
+from longcat_vllm import adapters, loading, options
 from longcat_vllm.compat import mend_for_longcat
 from longcat_vllm.engine import OWN_ARCHITECTURE, drafts_with_mtp
 
@@ -36,11 +37,10 @@ def check(vllm_config: VllmConfig) -> None:
     mend_for_longcat(Stage.DEPLOYMENT)
     config = LongcatConfig.from_hf(model.hf_config)
     refuse(_unsupported(vllm_config))
-    directory = Path(model.model)
-    if directory.is_dir() and vllm_config.load_config.load_format != "dummy":
-        checkpoint.verify(directory, config, requires_mtp=drafts_with_mtp(vllm_config))
+    adapters.restrict(vllm_config.lora_config)
+    loading.check(vllm_config, config)
     if _is_gate_asked_for(vllm_config) or drafts_with_mtp(vllm_config):
-        _check_gate(directory, vllm_config)
+        _check_gate(Path(model.model), vllm_config)
 
 
 def reasons_for_vllms_own_class(vllm_config: VllmConfig) -> list[str]:
@@ -128,8 +128,9 @@ def _unsupported(vllm_config: VllmConfig) -> list[str]:
             f"pipeline_parallel_size: {parallel.pipeline_parallel_size}, wanted 1 with drafts, which this model runner "
             "makes on one stage only; leave --pipeline-parallel-size or --speculative-config out"
         )
-    if parallel.enable_eplb:
-        problems.append("expert load balancing (EPLB) is not there yet; leave --enable-eplb out")
+    problems += adapters.unsupported(vllm_config.lora_config)
+    problems += loading.unsupported(vllm_config)
+    problems += options.unsupported(vllm_config)
     return problems
 
 

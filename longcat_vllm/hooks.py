@@ -27,8 +27,8 @@ HOOKS: tuple[Hook, ...] = (
         target="transformers.CONFIG_MAPPING['longcat_flash']",
         put="longcat_vllm.compat:register_config_class",
         found="longcat_vllm.compat:registered_config_class",
-        why="transformers 5.12 to 5.19 halve `num_hidden_layers` of a file without `num_layers`, and put the sizes of "
-        "the 560 B model in for whatever is missing.",
+        why="transformers 5.19 halves `num_hidden_layers` of a file without `num_layers`, 5.12 takes 28 layers for it, "
+        "and both put the sizes of the 560 B model in for whatever is missing.",
         remove_when="transformers' LongcatFlashConfig reads `num_hidden_layers` alone as the number of decoder layers, "
         "and has no default sizes.",
     ),
@@ -95,6 +95,18 @@ HOOKS: tuple[Hook, ...] = (
         remove_when="It writes into the tensor that it is given.",
     ),
     Wrapper(
+        name="constraints of no drafts",
+        target="vllm.v1.sample.rejection_sampler.apply_sampling_constraints",
+        around="longcat_vllm.compat:constrain_drafts_there_are",
+        concerns="longcat_vllm.engine:is_on_a_cpu",
+        stage=Stage.MODEL,
+        device="cpu",
+        why="On a CPU the first sampled request with top-k and without top-p ends an engine that speculates, whatever "
+        "the method: a step without drafts goes through the rejection sampler too, and `apply_top_k_only` takes the "
+        "greatest of no top-k (v1/sample/ops/topk_topp_sampler.py:529).",
+        remove_when="`apply_top_k_only` takes logits of no rows.",
+    ),
+    Wrapper(
         name="lengths of drafts",
         target="vllm.v1.spec_decode.eagle.EagleProposer.prepare_inputs",
         around="longcat_vllm.compat:prepare_with_lengths_of_its_own",
@@ -105,6 +117,18 @@ HOOKS: tuple[Hook, ...] = (
         "a rejected draft has: a batch's lengths and the host's upper bound of them are one tensor, as there is "
         "nothing to copy (`async_tensor_h2d`), and each step of a chain adds one to either.",
         remove_when="They are two tensors on a CPU too.",
+    ),
+    Wrapper(
+        name="requests without an adapter",
+        target="vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU._shrink_prefill",
+        around="longcat_vllm.compat:shrink_with_adapters_only",
+        concerns="longcat_vllm.engine:has_tokens_without_adapter",
+        stage=Stage.MODEL,
+        device="cpu",
+        why="On a CPU the requests of a batch that name no adapter are answered with the last one that is loaded: "
+        "their index is -1, which `lora/ops/torch_ops/lora_ops.py` takes for the last place.",
+        remove_when="Rows with an index of -1 are left as they are, as the Triton kernels leave them.",
+        upstream="https://github.com/vllm-project/vllm/pull/48421",
     ),
     Wrapper(
         name="draft gate",

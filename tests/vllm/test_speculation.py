@@ -93,6 +93,39 @@ def test_vllm_still_loses_the_temperatures_of_drafts() -> None:
     assert compat.expand_on_a_cpu(_expand_kernel_impl, values, ends, 3, 0, 1).tolist() == [0.5, 0.5, 2.0]
 
 
+def test_vllm_still_cannot_constrain_no_drafts_to_top_k() -> None:
+    """If this fails, the hook 'constraints of no drafts' may have become unnecessary."""
+    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+
+    def constrain(logits: torch.Tensor) -> torch.Tensor:
+        return apply_top_k_top_p(logits, torch.tensor([2] * len(logits), dtype=torch.int32), None)
+
+    nothing, row = torch.empty(0, 4), torch.tensor([[1.0, 4.0, 3.0, 2.0]])
+    with pytest.raises(RuntimeError, match="Expected reduction dim"):
+        constrain(nothing)
+    assert compat.constrain_drafts_there_are(constrain, nothing) is nothing
+    assert compat.constrain_drafts_there_are(constrain, row).isfinite().tolist() == [[False, True, True, False]]
+
+
+def test_a_request_with_top_k_alone_is_answered_beside_others(directory: Path) -> None:
+    """Also as the first of all, whose step has no drafts; without one draft of a greedy request being another."""
+    from vllm import SamplingParams
+
+    prompt = {"prompt_token_ids": prompts_of(CASE)[2]}
+    alike = {"max_tokens": NEW_TOKENS, "ignore_eos": True, "detokenize": False, "seed": 0}
+    sampled = [
+        SamplingParams(top_k=2, **alike),
+        SamplingParams(top_k=1, **alike),
+        SamplingParams(temperature=0, **alike),
+    ]
+    with serving(directory, draft_tokens=3) as served:
+        (first,) = served.llm.generate([prompt], sampled[:1], use_tqdm=False)
+        together = served.llm.generate([prompt] * 3, sampled, use_tqdm=False)
+    answers = [list(each.outputs[0].token_ids) for each in (first, *together)]
+    assert [len(answer) for answer in answers] == [NEW_TOKENS] * 4
+    assert answers[2] == answers[3] == truth(CASE, prompts_of(CASE)[2], NEW_TOKENS, 3).tokens
+
+
 def test_vllm_still_drafts_from_another_token_after_a_chunk(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If this fails, `compat.keep_scheduling_settings` may leave padded batches on."""
     monkeypatch.setattr(compat, "drafts_with_mtp", lambda config: False)
