@@ -14,6 +14,8 @@ class LongcatRotaryEmbedding(RotaryEmbedding):
     """For every RoPE that core reads. Of YaRN's settings, SGLang's own class for DeepSeek has no `attention_factor` and
     no `truncate`, and takes a missing `mscale` for 1 and a given one of 0 for no factor on cos and sin."""
 
+    cos_sin_cache: Tensor
+
     def __init__(self, config: LongcatConfig) -> None:
         self._longcat = config
         super().__init__(
@@ -26,17 +28,17 @@ class LongcatRotaryEmbedding(RotaryEmbedding):
         )
 
     def _compute_cos_sin_cache(self) -> Tensor:
-        return self._rows(0, self.max_position_embeddings)
+        return self._rows(0, self.max_position_embeddings, torch.get_default_device())
 
     def _ensure_cos_sin_cache_length(self, needed_max_pos: int) -> None:
         """SGLang asks for more where a server's context, with drafts, is longer than the model's."""
         have = len(self.cos_sin_cache)
         if needed_max_pos >= have:
-            self.cos_sin_cache = torch.cat((self.cos_sin_cache, self._rows(have, needed_max_pos + 1)))
+            more = self._rows(have, needed_max_pos + 1, self.cos_sin_cache.device)
+            self.cos_sin_cache = torch.cat((self.cos_sin_cache, more))
 
-    def _rows(self, first: int, last: int) -> Tensor:
+    def _rows(self, first: int, last: int, device: torch.device) -> Tensor:
         """fp32 [last - first, rotary_dim]: of each position the cosines, then the sines."""
-        device = self.cos_sin_cache.device if hasattr(self, "cos_sin_cache") else torch.get_default_device()
         frequencies = rotary.inverse_frequencies(self._longcat).to(device)
         factor = rotary.attention_factor(self._longcat.rope)
         return torch.cat(rotary.cos_sin(torch.arange(first, last, device=device), frequencies, factor), dim=-1)

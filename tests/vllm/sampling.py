@@ -1,0 +1,18 @@
+"""What vLLM's completions take beside OpenAI's parameters, for `tests/engines/test_sampling_with_drafts.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+PARAMETERS: dict[str, list[Any]] = {
+    "prompt_logprobs": [1],
+    "bad_words": [["a", "the"]],
+    "allowed_token_ids": [list(range(8, 200, 3))],
+    "include_stop_str_in_output": [True],
+}
+REFUSED_WITH_DRAFTS = {"min_p": 0.0, "logit_bias": None}
+"""By vLLM's `SamplingParams._validate_spec_decode`, unless they are so."""
+
+
+def guided(kind: str, value: Any) -> dict[str, Any]:
+    return {"structured_outputs": {kind: value}}
