@@ -12,6 +12,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from longcat_core import checkpoint, drafting
 from longcat_core.config import LongcatConfig
 from longcat_core.engine import refuse, unsupported_cpu_cache, unsupported_quantization, uses_gate
+from longcat_sglang import options
 from longcat_sglang.compat import require_supported
 from longcat_sglang.engine import CPU_ATTENTION
 
@@ -19,9 +20,6 @@ logger = logging.getLogger(__name__)
 
 MTP_ALGORITHMS = ("NEXTN", "EAGLE")
 """SGLang's names for drafting with a layer that takes the target's hidden states."""
-
-SKIP_ZERO_EXPERTS = ("auto", "triton", "deep_gemm")
-"""SGLang's MoE runners that were read to skip ids of -1."""
 
 
 def check(server_args: Any, settings: Any, hf_config: Any) -> None:
@@ -74,10 +72,13 @@ def _check_checkpoint(directory: Path | None, settings: Any, longcat: LongcatCon
 
 def reasons_for_sglangs_own_class(settings: Any, hf_config: Any) -> list[str]:
     """What our class cannot serve yet, and SGLang's own can, which runs on GPUs only."""
-    quantization = _quantization(settings, hf_config)
-    if quantization is None or settings.device == "cpu":
-        return []
-    return [f"quantization {quantization!r} is not there yet in longcat-serving"]
+    reasons, quantization = (
+        options.reasons_for_own_class(settings, hf_config.longcat),
+        _quantization(settings, hf_config),
+    )
+    if quantization is not None and settings.device != "cpu":
+        reasons.append(f"quantization {quantization!r} is not there yet in longcat-serving")
+    return reasons
 
 
 LOST = (
@@ -115,26 +116,23 @@ def _unsupported(server_args: Any, settings: Any, hf_config: Any) -> list[str]:
             problems.append("data-parallel attention on a CPU is not there yet; leave --enable-dp-attention out")
         if settings.enable_torch_compile:
             problems.append("torch.compile on a CPU is not there yet; leave --enable-torch-compile out")
-    elif settings.moe_runner_backend not in SKIP_ZERO_EXPERTS:
-        problems.append(
-            f"moe_runner_backend: {settings.moe_runner_backend!r} is not known to skip zero experts, "
-            f"wanted one of {', '.join(SKIP_ZERO_EXPERTS)}"
-        )
     if settings.pp_size > 1:
         problems.append(
-            f"pp_size: {settings.pp_size}, wanted 1; SGLang's layer boundaries have no pipeline for LongCat"
+            f"pp_size: {settings.pp_size}, wanted 1, as SGLang's layer boundaries have no pipeline for LongCat; "
+            "leave --pp-size out"
         )
     if longcat.num_attention_heads % settings.tp_size:
-        problems.append(f"tp_size: {settings.tp_size}, wanted a divisor of the {longcat.num_attention_heads} heads")
-    if longcat.n_routed_experts % settings.ep_size:
-        problems.append(f"ep_size: {settings.ep_size}, wanted a divisor of the {longcat.n_routed_experts} FFN experts")
-    problems += _unsupported_speculation(server_args, settings)
-    if settings.enable_eplb:
         problems.append(
-            "expert load balancing (EPLB) is not there yet: SGLang looks each id up in tables of FFN experts, "
-            "where a zero expert's -1 is the last one; leave --enable-eplb out"
+            f"tp_size: {settings.tp_size}, wanted a divisor of the {longcat.num_attention_heads} heads; "
+            "give --tp-size one"
         )
-    return problems
+    if longcat.n_routed_experts % settings.ep_size:
+        problems.append(
+            f"ep_size: {settings.ep_size}, wanted a divisor of the {longcat.n_routed_experts} FFN experts; "
+            "give --ep-size one"
+        )
+    problems += _unsupported_speculation(server_args, settings)
+    return problems + options.refusals(settings, longcat)
 
 
 def _unsupported_speculation(server_args: Any, settings: Any) -> list[str]:
@@ -143,6 +141,7 @@ def _unsupported_speculation(server_args: Any, settings: Any) -> list[str]:
         problems.append(
             f"speculative_algorithm: {algorithm!r}, wanted NEXTN, which drafts with LongCat's own MTP layer"
             + (", or NGRAM" if settings.device != "cpu" else "; NGRAM on a CPU needs sgl_kernel")
+            + "; change --speculative-algorithm"
         )
     if not drafts_with_mtp(settings):
         return problems

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,7 +112,6 @@ TREE = {"speculative_algorithm": "NEXTN", "speculative_num_steps": 3, "speculati
         ({"page_size": 8}, "page_size: 8, wanted 1 on a CPU"),
         ({"pp_size": 2}, "pp_size: 2, wanted 1"),
         ({"tp_size": 3}, "tp_size: 3, wanted a divisor of the 4 heads"),
-        ({"enable_eplb": True}, "expert load balancing (EPLB) is not there yet"),
         ({"attention_backend": "triton"}, "attention_backend: 'triton', wanted our own on a CPU"),
         ({"kv_cache_dtype": "fp8_e4m3"}, "kv_cache_dtype: 'fp8_e4m3', wanted 'auto' on a CPU"),
         (
@@ -193,13 +191,6 @@ def test_quantised_weights_on_a_gpu_are_left_to_sglangs_own_class(
     of_another_process = ModelConfig.from_server_args(resolving_view(server_args))
     assert not is_longcat(of_another_process.hf_config)
     assert get_model_architecture(of_another_process)[0] is LongcatFlashForCausalLM
-
-
-@pytest.mark.parametrize(("device", "reasons"), [("cpu", 0), ("cuda", 1)])
-def test_quantised_weights_are_a_reason_on_a_gpu_alone(device: str, reasons: int) -> None:
-    settings = SimpleNamespace(device=device, quantization="fp8")
-    hf_config = SimpleNamespace(longcat=CASE.config)
-    assert len(deployment.reasons_for_sglangs_own_class(settings, hf_config)) == reasons
 
 
 # -- a CPU -------------------------------------------------------------------------------------------
