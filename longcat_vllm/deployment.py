@@ -6,8 +6,10 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from transformers import LongcatFlashConfig
+
 from longcat_core import checkpoint, drafting
-from longcat_core.config import LongcatConfig
+from longcat_core.config import LongcatConfig, is_read
 from longcat_core.engine import (
     refuse,
     tell_of_own_class,
@@ -20,7 +22,7 @@ from longcat_vllm.compat import mend_for_longcat
 from longcat_vllm.engine import OWN_ARCHITECTURE, drafts_with_mtp
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
+    from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
 
 logger = logging.getLogger(f"vllm.{__name__}")
 """Among vLLM's own, whose handlers it takes."""
@@ -36,11 +38,31 @@ def check(vllm_config: VllmConfig) -> None:
     mend_for_longcat(Stage.DEPLOYMENT)
     config = LongcatConfig.from_hf(model.hf_config)
     refuse(_unsupported(vllm_config))
+    _tell_of_overrides_that_nothing_reads(model)
+    if drafts_with_mtp(vllm_config):
+        _give_drafts_the_targets_context(vllm_config)
     directory = Path(model.model)
     if directory.is_dir() and vllm_config.load_config.load_format != "dummy":
         checkpoint.verify(directory, config, requires_mtp=drafts_with_mtp(vllm_config))
     if _is_gate_asked_for(vllm_config) or drafts_with_mtp(vllm_config):
         _check_gate(directory, vllm_config)
+
+
+def _tell_of_overrides_that_nothing_reads(model: ModelConfig) -> None:
+    given = {} if callable(model.hf_overrides) else model.hf_overrides
+    known = vars(LongcatFlashConfig()).keys() - {"head_dim", "qk_head_dim", "num_key_value_heads"}  # which follow
+    unread = sorted(name for name in given if not is_read(name) and name not in known)
+    if unread:
+        logger.warning(
+            "hf_overrides: LongCat-Flash reads no field %s; check the spelling of --hf-overrides", " or ".join(unread)
+        )
+
+
+def _give_drafts_the_targets_context(vllm_config: VllmConfig) -> None:
+    """vLLM reads `config.json` again for the MTP layer, without --hf-overrides that are a dictionary."""
+    speculation, target = vllm_config.speculative_config, vllm_config.model_config
+    if speculation.max_model_len is None:
+        speculation.draft_model_config.max_model_len = target.max_model_len
 
 
 def reasons_for_vllms_own_class(vllm_config: VllmConfig) -> list[str]:
@@ -128,8 +150,26 @@ def _unsupported(vllm_config: VllmConfig) -> list[str]:
             f"pipeline_parallel_size: {parallel.pipeline_parallel_size}, wanted 1 with drafts, which this model runner "
             "makes on one stage only; leave --pipeline-parallel-size or --speculative-config out"
         )
+    if current_platform.is_cpu():
+        problems += _unsupported_parallelism_of_a_cpu(parallel)
     if parallel.enable_eplb:
         problems.append("expert load balancing (EPLB) is not there yet; leave --enable-eplb out")
+    return problems
+
+
+def _unsupported_parallelism_of_a_cpu(parallel: ParallelConfig) -> list[str]:
+    """Ranks that vLLM starts on a CPU and that end at the first request."""
+    problems = []
+    if parallel.data_parallel_size > 1:
+        problems.append(
+            f"data_parallel_size: {parallel.data_parallel_size}, wanted 1 on a CPU, on which ranks of vLLM's "
+            "experts cannot exchange tokens (no all_gatherv); start a server for each, or take --tensor-parallel-size"
+        )
+    if parallel.decode_context_parallel_size > 1:
+        problems.append(
+            f"decode_context_parallel_size: {parallel.decode_context_parallel_size}, wanted 1 on a CPU, on which vLLM "
+            "has no context parallelism; leave --decode-context-parallel-size out"
+        )
     return problems
 
 

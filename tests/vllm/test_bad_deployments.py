@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +54,30 @@ def test_drafts_on_two_pipeline_stages_are_refused(good: Path) -> None:
     speculation = {"method": "mtp", "num_speculative_tokens": 1}
     message = refusal(good, speculative_config=speculation, pipeline_parallel_size=2)
     assert "pipeline_parallel_size: 2, wanted 1 with drafts" in message
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM has these on a GPU")
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"data_parallel_size": 2}, "data_parallel_size: 2, wanted 1 on a CPU"),
+        ({"data_parallel_size": 2, "enable_expert_parallel": True}, "data_parallel_size: 2, wanted 1 on a CPU"),
+        ({"data_parallel_size": 2, "data_parallel_rank": 1}, "data_parallel_size: 2, wanted 1 on a CPU"),
+        (
+            {"data_parallel_size": 2, "data_parallel_size_local": 1, "data_parallel_hybrid_lb": True}
+            | {"data_parallel_start_rank": 0, "data_parallel_address": "127.0.0.1"},
+            "data_parallel_size: 2, wanted 1 on a CPU",
+        ),
+        (
+            {"decode_context_parallel_size": 2, "tensor_parallel_size": 2},
+            "decode_context_parallel_size: 2, wanted 1 on a CPU",
+        ),
+        ({"prefill_context_parallel_size": 2}, "prefill context parallel"),
+        ({"ubatch_size": 2}, "Microbatching"),
+    ],
+)
+def test_ranks_that_a_cpu_cannot_have_are_refused(options: dict[str, Any], wanted: str, good: Path) -> None:
+    assert wanted in refusal(good, **options)
 
 
 def test_extra_and_misshapen_tensors_of_a_loader_are_all_listed(checkpoint_of: Callable[[Case], Path]) -> None:
