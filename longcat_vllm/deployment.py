@@ -6,8 +6,10 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from transformers import LongcatFlashConfig
+
 from longcat_core import drafting
-from longcat_core.config import LongcatConfig
+from longcat_core.config import LongcatConfig, is_read
 from longcat_core.engine import (
     refuse,
     tell_of_own_class,
@@ -49,8 +51,28 @@ def check(vllm_config: VllmConfig) -> None:
     refuse(_unsupported(vllm_config))
     adapters.restrict(vllm_config.lora_config)
     loading.check(vllm_config, config)
+    _tell_of_overrides_that_nothing_reads(model)
+    if drafts_with_mtp(vllm_config):
+        _give_drafts_the_targets_context(vllm_config)
     if _is_gate_asked_for(vllm_config) or drafts_with_mtp(vllm_config):
         _check_gate(Path(model.model), vllm_config)
+
+
+def _tell_of_overrides_that_nothing_reads(model: ModelConfig) -> None:
+    given = {} if callable(model.hf_overrides) else model.hf_overrides
+    known = vars(LongcatFlashConfig()).keys() - {"head_dim", "qk_head_dim", "num_key_value_heads"}  # which follow
+    unread = sorted(name for name in given if not is_read(name) and name not in known)
+    if unread:
+        logger.warning(
+            "hf_overrides: LongCat-Flash reads no field %s; check the spelling of --hf-overrides", " or ".join(unread)
+        )
+
+
+def _give_drafts_the_targets_context(vllm_config: VllmConfig) -> None:
+    """vLLM reads `config.json` again for the MTP layer, without --hf-overrides that are a dictionary."""
+    speculation, target = vllm_config.speculative_config, vllm_config.model_config
+    if speculation.max_model_len is None:
+        speculation.draft_model_config.max_model_len = target.max_model_len
 
 
 def reasons_for_vllms_own_class(vllm_config: VllmConfig) -> list[str]:
@@ -168,6 +190,11 @@ def _unsupported_parallelism(parallel: ParallelConfig) -> list[str]:
     problems = []
     if parallel.enable_eplb:
         problems.append("expert load balancing (EPLB) is not there yet; leave --enable-eplb out")
+    if current_platform.is_cpu() and parallel.data_parallel_size > 1:
+        problems.append(
+            f"data_parallel_size: {parallel.data_parallel_size}, wanted 1 on a CPU, on which ranks of vLLM's "
+            "experts cannot exchange tokens (no all_gatherv); start a server for each, or take --tensor-parallel-size"
+        )
     contexts = parallel.decode_context_parallel_size
     if current_platform.is_cpu() and contexts > 1:
         problems.append(

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -58,12 +59,6 @@ def test_drafts_on_two_pipeline_stages_are_refused(good: Path) -> None:
     assert "pipeline_parallel_size: 2, wanted 1 with drafts" in message
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's MLA backends split contexts over ranks")
-def test_a_context_that_is_split_over_ranks_is_refused_on_a_cpu(good: Path) -> None:
-    message = refusal(good, tensor_parallel_size=2, decode_context_parallel_size=2)
-    assert "decode_context_parallel_size: 2, wanted 1 on a CPU" in message
-
-
 def test_routed_experts_that_cannot_be_told_from_zero_experts_are_not_returned() -> None:
     """vLLM's runner for CPUs returns none at all."""
     from longcat_vllm.deployment import _unsupported_experts
@@ -74,6 +69,30 @@ def test_routed_experts_that_cannot_be_told_from_zero_experts_are_not_returned()
     )
     (problem,) = _unsupported_experts(asked)
     assert "a zero expert (-1) would be expert 255 or 65535" in problem
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM has these on a GPU")
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"data_parallel_size": 2}, "data_parallel_size: 2, wanted 1 on a CPU"),
+        ({"data_parallel_size": 2, "enable_expert_parallel": True}, "data_parallel_size: 2, wanted 1 on a CPU"),
+        ({"data_parallel_size": 2, "data_parallel_rank": 1}, "data_parallel_size: 2, wanted 1 on a CPU"),
+        (
+            {"data_parallel_size": 2, "data_parallel_size_local": 1, "data_parallel_hybrid_lb": True}
+            | {"data_parallel_start_rank": 0, "data_parallel_address": "127.0.0.1"},
+            "data_parallel_size: 2, wanted 1 on a CPU",
+        ),
+        (
+            {"decode_context_parallel_size": 2, "tensor_parallel_size": 2},
+            "decode_context_parallel_size: 2, wanted 1 on a CPU",
+        ),
+        ({"prefill_context_parallel_size": 2}, "prefill context parallel"),
+        ({"ubatch_size": 2}, "Microbatching"),
+    ],
+)
+def test_ranks_that_a_cpu_cannot_have_are_refused(options: dict[str, Any], wanted: str, good: Path) -> None:
+    assert wanted in refusal(good, **options)
 
 
 def test_extra_and_misshapen_tensors_of_a_loader_are_all_listed(checkpoint_of: Callable[[Case], Path]) -> None:
