@@ -63,9 +63,7 @@ def _tell_of_overrides_that_nothing_reads(model: ModelConfig) -> None:
     known = vars(LongcatFlashConfig()).keys() - {"head_dim", "qk_head_dim", "num_key_value_heads"}  # which follow
     unread = sorted(name for name in given if not is_read(name) and name not in known)
     if unread:
-        logger.warning(
-            "hf_overrides: LongCat-Flash reads no field %s; check the spelling of --hf-overrides", " or ".join(unread)
-        )
+        logger.warning("hf_overrides: LongCat-Flash reads no field %s; check the spelling", " or ".join(unread))
 
 
 def _give_drafts_the_targets_context(vllm_config: VllmConfig) -> None:
@@ -193,7 +191,7 @@ def _unsupported_parallelism(parallel: ParallelConfig) -> list[str]:
     if current_platform.is_cpu() and parallel.data_parallel_size > 1:
         problems.append(
             f"data_parallel_size: {parallel.data_parallel_size}, wanted 1 on a CPU, on which ranks of vLLM's "
-            "experts cannot exchange tokens (no all_gatherv); start a server for each, or take --tensor-parallel-size"
+            "experts cannot exchange tokens (no all_gatherv); leave --data-parallel-size out, and start a server for each"
         )
     contexts = parallel.decode_context_parallel_size
     if current_platform.is_cpu() and contexts > 1:

@@ -116,7 +116,12 @@ OPTIONS: tuple[Option, ...] = (
         "On a CPU, where every rank attends to the whole context; untried on GPUs.",
         TESTED,
     ),
-    Option("--data-parallel-size", Outcome.UNTRIED, "", READ),
+    Option(
+        "--data-parallel-size",
+        Outcome.REFUSED,
+        "On a CPU, where vLLM's ranks have no way to exchange tokens; elsewhere it is vLLM's, and not tried.",
+        TESTED,
+    ),
     # -- how steps are run
     Option("--async-scheduling", Outcome.SERVED, "With drafts too.", RUN),
     Option("--enforce-eager", Outcome.SERVED, "With and without.", TESTED),
