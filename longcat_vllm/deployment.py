@@ -191,7 +191,7 @@ def _unsupported_parallelism(parallel: ParallelConfig) -> list[str]:
     if current_platform.is_cpu() and parallel.data_parallel_size > 1:
         problems.append(
             f"data_parallel_size: {parallel.data_parallel_size}, wanted 1 on a CPU, on which ranks of vLLM's "
-            "experts cannot exchange tokens (no all_gatherv); leave --data-parallel-size out, and start a server for each"
+            "experts cannot exchange tokens; leave --data-parallel-size out, and start a server for each"
         )
     contexts = parallel.decode_context_parallel_size
     if current_platform.is_cpu() and contexts > 1:
