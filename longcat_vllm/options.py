@@ -103,7 +103,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("--kv-offloading-size", Outcome.UNTRIED, "vLLM has it on GPUs only.", RUN),
     Option("--enable-sleep-mode", Outcome.UNTRIED, "vLLM has it on GPUs only.", RUN),
     # -- parallelism
-    Option("--tensor-parallel-size", Outcome.SERVED, "", TESTED),
+    Option("--tensor-parallel-size", Outcome.SERVED, "It splits heads, dense FFNs and experts.", TESTED),
     Option(
         "--pipeline-parallel-size",
         Outcome.REFUSED,
@@ -125,8 +125,12 @@ OPTIONS: tuple[Option, ...] = (
     # -- how steps are run
     Option("--async-scheduling", Outcome.SERVED, "With drafts too.", RUN),
     Option("--enforce-eager", Outcome.SERVED, "With and without.", TESTED),
-    Option("-O", Outcome.SERVED, "Every level.", "0 and 3 run on a CPU, 2 in the tests"),
+    Option("-O", Outcome.SERVED, "Compiled or not.", "0 run on a CPU, 2, the default, in the tests"),
     Option("--enable-prompt-embeds", Outcome.SERVED, "The same tokens as from the prompt itself.", RUN),
     Option("--scheduling-policy", Outcome.SERVED, "It is the scheduler's.", RUN),
-    Option("--model-impl transformers", Outcome.UNTRIED, "", READ),
+    Option("--attention-backend", Outcome.SERVED, "A CPU has one backend, whatever is asked for.", RUN),
+    Option("--linear-backend", Outcome.SERVED, "For projections and dense FFNs.", "`torch` run on a CPU"),
+    Option(
+        "--model-impl transformers", Outcome.UNTRIED, "vLLM ends with it on a CPU, whose MLA wants other sizes.", RUN
+    ),
 )

@@ -150,3 +150,22 @@ def test_drafts_from_a_saved_state_are_refused(checkpoint_of: Callable[[Case], P
     speculation = {"method": "mtp", "num_speculative_tokens": 1}
     message = refusal(checkpoint_of(CASE), load_format="sharded_state", speculative_config=speculation)
     assert "load_format: 'sharded_state', wanted one that reads a published checkpoint with drafts" in message
+
+
+@pytest.mark.parametrize(
+    ("kernel", "is_set_up", "is_saved"),
+    [("TritonExperts", True, True), ("FlashInferExperts", True, False), ("FlashInferExperts", False, True)],
+)
+def test_experts_that_a_gpus_kernel_has_rearranged_are_not_saved(kernel: str, is_set_up: bool, is_saved: bool) -> None:
+    """FlashInfer's has the up projections above the gates."""
+    from longcat_vllm.moe import ZeroExpertAwareExperts
+
+    experts = ZeroExpertAwareExperts.__new__(ZeroExpertAwareExperts)
+    torch.nn.Module.__init__(experts)
+    experts.quant_method = SimpleNamespace(experts_cls=type(kernel, (), {}), moe_kernel=object() if is_set_up else None)
+    experts.w2_weight = torch.nn.Parameter(torch.zeros(1))
+    if is_saved:
+        assert list(experts.state_dict()) == ["w2_weight"]
+    else:
+        with pytest.raises(RuntimeError, match="packed for this device's kernel"):
+            experts.state_dict()
