@@ -10,8 +10,11 @@ PARAMETERS: dict[str, list[Any]] = {
     "allowed_token_ids": [list(range(8, 200, 3))],
     "include_stop_str_in_output": [True],
 }
-REFUSED_WITH_DRAFTS = {"min_p": 0.0, "logit_bias": None}
-"""By vLLM's `SamplingParams._validate_spec_decode`, unless they are so."""
+
+
+def is_refused_with_drafts(request: dict[str, Any]) -> bool:
+    """By vLLM's `SamplingParams._validate_spec_decode`; a greedy request has no `min_p`, whatever it says."""
+    return "logit_bias" in request or ("min_p" in request and request["temperature"] > 0)
 
 
 def guided(kind: str, value: Any) -> dict[str, Any]:
