@@ -1,0 +1,112 @@
+"""SGLang's own benchmarks measure our model, with drafts and without, as the README says to run them.
+
+They share one server, which drafts and takes its requests in two processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from longcat_sglang.one_batch import BENCHMARK, measures_longcat
+from tests.plugin import save_llama
+from tests.server import Server, serving
+from tests.sglang.engine import command, speculation_flags
+
+NANO = Path(__file__).parents[2] / "longcat_nano" / "checkpoint"
+WORKERS_START_IN_S = "120"
+"""A worker imports SGLang first, and is ended if that takes longer than SGLang's 60 s, as on a machine in use."""
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """SGLang's benchmarks import these, whatever they measure; here from a file where they are not installed."""
+    directory = tmp_path_factory.mktemp("modules")
+    for module, stand_in in {
+        "datasets": "load_dataset = None\n",
+        "tabulate": "def tabulate(rows, **_): return str(rows)\n",
+    }.items():
+        if find_spec(module) is None:
+            (directory / f"{module}.py").write_text(stand_in)
+    path = os.pathsep.join([str(Path(__file__).parents[2]), str(directory)])
+    return {**os.environ, "PYTHONPATH": path}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SGLANG_UVICORN_WORKER_HEALTHCHECK_TIMEOUT", WORKERS_START_IN_S)
+        flags = ["--tokenizer-worker-num", "2", *speculation_flags(2)]
+        with serving([*command(NANO, served_name="nano"), *flags], log) as running:
+            yield running
+
+
+def measured(module: str, *arguments: str | Path, environment: dict[str, str], output: Path) -> str:
+    """What a benchmark prints, when it has ended well."""
+    words = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=output, timeout=300)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
+    return done.stdout + done.stderr
+
+
+def test_a_token_outside_the_vocabulary_does_not_end_a_server_with_several_workers(server: Server) -> None:
+    for _ in range(4):  # whichever of the workers takes it
+        refused = server.http.post("/v1/completions", json={"model": "nano", "prompt": [5, 2048], "max_tokens": 2})
+        assert (refused.status_code, "Token id 2048 is out of vocabulary" in refused.text) == (400, True)
+    answered = server.http.post("/v1/completions", json={"model": "nano", "prompt": [5, 6], "max_tokens": 2})
+    assert answered.status_code == 200
+
+
+def test_bench_serving_measures_a_server_that_drafts(
+    server: Server, environment: dict[str, str], tmp_path: Path
+) -> None:
+    words = ["--backend", "sglang", "--base-url", str(server.http.base_url), "--model", "nano", "--tokenizer", NANO]
+    sizes = [
+        "--dataset-name",
+        "random-ids",
+        "--random-input-len",
+        "8",
+        "--random-output-len",
+        "4",
+        "--num-prompts",
+        "2",
+    ]
+    printed = measured("sglang.bench_serving", *words, *sizes, environment=environment, output=tmp_path)
+    assert "Successful requests:                     2" in printed
+    assert "Accept length:" in printed
+
+
+def test_one_batch_server_measures_a_server_that_drafts(
+    server: Server, environment: dict[str, str], tmp_path: Path
+) -> None:
+    words = ["--model-path", NANO, "--base-url", str(server.http.base_url), "--skip-warmup"]
+    sizes = ["--batch-size", "2", "--input-len", "8", "--output-len", "4", "--result-filename", tmp_path / "r.jsonl"]
+    measured("sglang.bench_one_batch_server", *words, *sizes, environment=environment, output=tmp_path)
+    (line,) = (tmp_path / "r.jsonl").read_text().splitlines()
+    assert json.loads(line)["batch_size"] == 2
+
+
+def test_one_batch_measures_our_class(environment: dict[str, str], tmp_path: Path) -> None:
+    """SGLang's own is given tokens that Nano's vocabulary does not have, and ends with an error."""
+    words = ["--model-path", NANO, "--dtype", "float32", "--mem-fraction-static", "0.1", "--max-total-tokens", "1024"]
+    sizes = ["--batch-size", "2", "--input-len", "16", "--output-len", "3", "--result-filename", tmp_path / "r.jsonl"]
+    measured(BENCHMARK, *words, *sizes, environment=environment, output=tmp_path)
+    (line,) = (tmp_path / "r.jsonl").read_text().splitlines()
+    assert json.loads(line)["batch_size"] == 2
+
+
+def test_plugins_are_loaded_for_the_benchmark_of_a_longcat_alone(tmp_path: Path) -> None:
+    python = ["python", "-m"]
+    assert measures_longcat([*python, BENCHMARK, "--model-path", str(NANO)])
+    assert measures_longcat(["-c", f"/site-packages/{BENCHMARK.replace('.', '/')}.py", f"--model={NANO}"]), "a rank"
+    assert not measures_longcat([*python, BENCHMARK, "--model-path", str(save_llama(tmp_path))])
+    assert not measures_longcat([*python, "sglang.bench_serving", "--model", str(NANO)])
+    assert not measures_longcat([*python, BENCHMARK])
