@@ -218,7 +218,7 @@ SERVED: tuple[Option, ...] = (
     Option("--load-format auto", Outcome.SERVED, "Checked before any worker starts, where there are safetensors.", RUN),
     Option("--load-format sharded_state", Outcome.SERVED, "What `save_sharded_model` wrote; not checked before.", RUN),
     Option("--enable-return-routed-experts", Outcome.SERVED, "-1 stands for a zero expert.", READ),
-    Option("--expert-distribution-recorder-mode stat", Outcome.SERVED, "FFN experts are counted, no zero ones.", RUN),
+    Option("--expert-distribution-recorder-mode stat", Outcome.SERVED, "FFN experts are counted, no zero ones.", READ),
 )
 
 UNTRIED: tuple[Option, ...] = tuple(

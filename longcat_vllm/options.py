@@ -33,7 +33,12 @@ OPTIONS: tuple[Option, ...] = (
         "--moe-backend triton, as the kernels of a CPU and FlashInfer's repack the weights.",
         TESTED,
     ),
-    Option("--quantization", Outcome.REFUSED, "Weights are bfloat16, float16 or float32 so far.", TESTED),
+    Option(
+        "--quantization",
+        Outcome.REFUSED,
+        "On a CPU, where weights are bfloat16, float16 or float32 so far; on a GPU it is left to vLLM's own class.",
+        TESTED,
+    ),
     Option("--enable-ep-weight-filter", Outcome.SERVED, "A rank reads its own experts.", RUN),
     Option("--cpu-offload-gb", Outcome.SERVED, "A CPU has nothing to move.", RUN),
     # -- adapters
