@@ -6,6 +6,7 @@ ENGINE ?= vllm
 
 DEVICE := $(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu)
 PIP = $(@D)/bin/python -m pip --disable-pip-version-check install
+SITE = $$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 
 .PHONY: vllm sglang demo test test-vllm test-sglang lint bench
 
@@ -53,6 +54,8 @@ endef
 define install-sglang-cpu
 $(PIP) torch==2.13.0
 $(PIP) --no-deps -r requirements/sglang-cpu.txt
+cp requirements/torchvision-operators/torchvision_operators.py $(SITE)
+echo "import torchvision_operators" > $(SITE)/torchvision_operators.pth
 $(PIP) -c requirements/sglang-cpu.txt --editable ".[test]"
 endef
 
@@ -67,7 +70,7 @@ endef
 	$(install-vllm-$(DEVICE))
 	touch $@
 
-.venv-sglang/.installed: pyproject.toml requirements/sglang-cpu.txt
+.venv-sglang/.installed: pyproject.toml requirements/sglang-cpu.txt $(wildcard requirements/torchvision-operators/*)
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(install-sglang-$(DEVICE))
 	touch $@

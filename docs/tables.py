@@ -25,8 +25,7 @@ def pages() -> dict[str, str]:
         f"options-{ENGINE}.md": (
             f"# Options of {NAME}, and what becomes of them with LongCat-Flash\n\n"
             f"Made from `{ours}/options.py` by `python -m docs.tables`. An option that is not listed was not looked "
-            "at.\n\n"
-            + options.markdown_table(import_module(f"{ours}.options").OPTIONS)
+            "at.\n\n" + options.markdown_table(import_module(f"{ours}.options").OPTIONS)
         ),
     }
 

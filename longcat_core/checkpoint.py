@@ -136,28 +136,48 @@ def read_config(directory: Path) -> LongcatConfig:
 
 
 def audited(
-    weights: Iterable[tuple[str, Tensor]], config: LongcatConfig, *, is_partial: bool, requires_mtp: bool = False
+    weights: Iterable[tuple[str, Tensor]], config: LongcatConfig, *, is_partial: bool
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors that are to be loaded, one at a time, by their published names: stacked experts come one by one.
 
-    is_partial: none is missed, as in an update of a running model; requires_mtp: see `Audit.raise_for_all`.
+    is_partial: none is missed, as in an update of a running model.
 
     Raises:
         CheckpointError: listing every tensor that is extra, misshapen, or missing: after the last one, or, for an
             update whose tensors are there already (not read while they are iterated over), at once.
     """
-    if is_partial and isinstance(weights, Collection):
-        audit = Audit(_all_tensors(config), config)
-        for name, tensor in weights:
-            audit.accepts(name, tuple(tensor.shape), tensor.dtype)
-        audit.raise_for_unexpected()
-    return _audited(weights, config, is_partial, requires_mtp)
+    return _audited(weights, _all_tensors(config), config, is_partial)
+
+
+def audited_mtp(
+    weights: Iterable[tuple[str, Tensor]], config: LongcatConfig, *, is_partial: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """As `audited`, where the MTP layer is a model of its own: the model's tensors are passed over without a look, and
+    the layer has to be there."""
+    mine: Iterable[tuple[str, Tensor]] = (each for each in weights if each[0].startswith(MTP_PREFIX))
+    if isinstance(weights, Collection):
+        mine = list(mine)
+    return _audited(mine, _mtp(config), config, is_partial, requires_mtp=True)
 
 
 def _audited(
-    weights: Iterable[tuple[str, Tensor]], config: LongcatConfig, is_partial: bool, requires_mtp: bool
+    weights: Iterable[tuple[str, Tensor]],
+    expected: Mapping[str, tuple[int, ...]],
+    config: LongcatConfig,
+    is_partial: bool,
+    requires_mtp: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
-    audit = Audit(_all_tensors(config), config)
+    if is_partial and isinstance(weights, Collection):
+        audit = Audit(expected, config)
+        for name, tensor in weights:
+            audit.accepts(name, tuple(tensor.shape), tensor.dtype)
+        audit.raise_for_unexpected()
+    return _accepted(weights, Audit(expected, config), config, is_partial, requires_mtp)
+
+
+def _accepted(
+    weights: Iterable[tuple[str, Tensor]], audit: Audit, config: LongcatConfig, is_partial: bool, requires_mtp: bool
+) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in weights:
         if not audit.accepts(name, tuple(tensor.shape), tensor.dtype):
             continue

@@ -6,7 +6,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any
 
@@ -291,6 +291,16 @@ def canonical_hf(raw: Mapping[str, Any]) -> dict[str, Any]:
 def field_of(spelling: str) -> str:
     """Our name of the field that is published under this one; any other name as it is."""
     return next((field for field, spellings in _NEEDED.items() if spelling in spellings), spelling)
+
+
+def is_read(name: str) -> bool:
+    """Whether a field of this name in a `config.json` says something of the model."""
+    return (
+        field_of(name) in {field.name for field in fields(LongcatConfig)}
+        or name in _ROUTER_OPTIONS
+        or name in _FIXED_OPTIONS
+        or name in ("rope_theta", "rope_scaling", "rope_parameters", "zero_expert_type", "quantization_config")
+    )
 
 
 def _accepted_twins(name: str, value: int) -> tuple[int, ...]:

@@ -57,13 +57,15 @@ class PagedBatch:
         block_table: Tensor,
         block_size: int,
         trees: Tensor | None = None,
+        table_rows: Sequence[int] | None = None,
     ) -> PagedBatch:
         """Group the requests of a step.
 
         query_starts: R + 1 offsets into the query tensor; seq_lens: R context lengths, new tokens included;
-        block_table: integer [R, blocks], the cache blocks of each request; block_size: tokens a block; trees: bool
-        [R, Q, Q], where all requests have Q new tokens that are nodes of a tree: a node sees itself and those before it
-        on its path.
+        block_table: integer [rows, blocks], cache blocks of a request in each row, of which only those that its tokens
+        are in are looked at; block_size: tokens a block; trees: bool [R, Q, Q], where all requests have Q new tokens
+        that are nodes of a tree: a node sees itself and those before it on its path; table_rows: R rows of the table,
+        if they are not its first ones, in order.
 
         Raises:
             ValueError: if a request has more new tokens than its context is long.
@@ -88,7 +90,9 @@ class PagedBatch:
                 lengths = torch.tensor([seq_lens[r] for r in requests]).unsqueeze(1)
                 starts = torch.tensor([query_starts[r] for r in requests]).unsqueeze(1)
                 positions = torch.arange(longest)
-                blocks = block_table[torch.tensor(requests)].long()[:, positions // block_size]
+                rows = torch.tensor(requests if table_rows is None else [table_rows[r] for r in requests])
+                # Cut first: an engine's table is as wide as the longest context that there may be.
+                blocks = block_table[:, : (longest - 1) // block_size + 1][rows].long()[:, positions // block_size]
                 slots = blocks * block_size + positions % block_size
                 groups.append(
                     RequestGroup(

@@ -12,7 +12,7 @@ from typing import Any
 class RopeConfig:
     """Rotary embedding of the `qk_rope_head_dim` part of queries and keys, interleaved pairs.
 
-    `factor` 1 is plain RoPE; anything else is YaRN (arXiv 2309.00071) as transformers'
+    `factor` 1 alone is plain RoPE; anything else is YaRN (arXiv 2309.00071) as transformers'
     `_compute_yarn_parameters` has it. LongCat-Flash-Thinking-2601 uses YaRN, the other releases plain RoPE.
     """
 
@@ -28,7 +28,7 @@ class RopeConfig:
 
     @property
     def is_yarn(self) -> bool:
-        return self.factor != 1.0
+        return self.factor != 1.0 or self.attention_factor is not None
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
@@ -57,7 +57,7 @@ def read_rope(raw: Mapping[str, Any], problems: list[str]) -> RopeConfig | None:
     context = context if isinstance(context, int) else None
     rope = RopeConfig(
         theta=theta,
-        factor=number(found, "factor", problems, above=1.0),
+        factor=1.0 if found.get("factor") == 1 else number(found, "factor", problems, above=1.0),
         original_max_position_embeddings=int(
             number(found, "original_max_position_embeddings", problems, default=context or 1.0)
         ),
@@ -68,7 +68,9 @@ def read_rope(raw: Mapping[str, Any], problems: list[str]) -> RopeConfig | None:
         attention_factor=None if found.get("attention_factor") is None else number(found, "attention_factor", problems),
         truncate=found.get("truncate") is not False,
     )
-    return rope if len(problems) == known else None
+    if len(problems) > known:
+        return None
+    return rope if rope.is_yarn else RopeConfig(theta=theta)
 
 
 def rope_to_hf(rope: RopeConfig) -> dict[str, Any]:

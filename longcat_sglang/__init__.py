@@ -18,7 +18,7 @@ def register() -> None:
 
 
 def register_platform() -> None:
-    """Entry point `sglang.srt.platforms`: prepares a CPU, and leaves the choice of the platform to SGLang.
+    """Entry point `sglang.srt.platforms`: prepares a CPU for a LongCat, and leaves the platform's choice to SGLang.
 
     SGLang calls it when it is imported, before anything that needs what is prepared; a platform of our own would
     turn its speculation off (speculative/eagle_worker_v2.py in 0.5.21).

@@ -46,9 +46,10 @@ class LatentAttentionBackend(AttentionBackend):
         self.forward_metadata = PagedBatch.build(
             query_starts=[0, *accumulate(new)],
             seq_lens=seq_lens,
-            block_table=self._slots_of.req_to_token[forward_batch.req_pool_indices],
+            block_table=self._slots_of.req_to_token,
             block_size=1,
             trees=trees,
+            table_rows=forward_batch.req_pool_indices.tolist(),
         )
 
     def support_triton(self) -> bool:
@@ -96,7 +97,9 @@ class DraftingBackend:
         `generate_draft_decode_kv_indices`).
         """
         seq_lens = forward_batch.seq_lens.repeat_interleave(self._branches)
-        table = self._slots_of.req_to_token[forward_batch.req_pool_indices].repeat_interleave(self._branches, dim=0)
+        written = int(seq_lens.max()) + self._branches * self._steps
+        table = self._slots_of.req_to_token[:, :written][forward_batch.req_pool_indices]
+        table = table.repeat_interleave(self._branches, dim=0)
         first = torch.arange(self._branches).repeat(len(forward_batch.seq_lens)) * self._steps
         own = seq_lens.unsqueeze(1) + torch.arange(self._steps - 1)
         table.scatter_(1, own, table.gather(1, own + first.unsqueeze(1)))

@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
     from sglang.srt.server_args import ServerArgs
     from sglang.srt.speculative.draft_utils import DraftBackendFactory
     from sglang.srt.speculative.eagle_info import EagleVerifyInput
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+    from torch import Tensor
 
 _RESOLUTION_STEP = "handle_model_specific_adjustments"
 
@@ -230,13 +232,51 @@ def sample_where_requests_do(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """`original` also applies penalties, biases and grammars, in place, so that it is called in any case."""
+    """`original` also applies biases and grammars, in place, so that it is called in any case."""
+    if not batch.forward_mode.is_idle():
+        _transform_at_every_node(draft, batch.sampling_info, logits_output.next_token_logits)
     greedy = original(draft, batch, logits_output, *args, **kwargs)
     if batch.device != "cpu" or batch.forward_mode.is_idle() or batch.sampling_info.is_all_greedy:
         return greedy
     from longcat_sglang.sampled_verification import verify_sampled
 
     return verify_sampled(draft, batch, logits_output)
+
+
+def _transform_at_every_node(draft: EagleVerifyInput, sampling: SamplingBatchInfo, logits: Tensor) -> None:
+    """Penalties and custom processors, which `eagle_sample` applies as to the root of the drafts, or not at all."""
+    from sglang.srt.layers.sampler import apply_custom_logit_processor
+
+    from longcat_sglang.penalties import GeneratedTokenPenalties
+
+    if isinstance(sampling.penalizer_orchestrator, GeneratedTokenPenalties):
+        sampling.penalizer_orchestrator.apply(logits, draft)
+    if sampling.has_custom_logit_processor:
+        apply_custom_logit_processor(logits, sampling, num_tokens_in_batch=draft.draft_token_num)
+
+
+def penalties_of_what_was_generated(
+    original: Callable[..., SamplingBatchInfo], sampling: SamplingBatchInfo, *args: Any, **kwargs: Any
+) -> SamplingBatchInfo:
+    """The copy that a batch runs with. SGLang's has penalties that are added up already; this one has the tokens."""
+    copy = original(sampling, *args, **kwargs)
+    if not sampling.penalizer_orchestrator.is_required:
+        return copy
+    from longcat_sglang.penalties import GeneratedTokenPenalties
+
+    copy.penalizer_orchestrator = GeneratedTokenPenalties.of(sampling.penalizer_orchestrator)
+    copy.acc_additive_penalties = copy.acc_scaling_penalties = None
+    return copy
+
+
+def process_what_is_penalised(
+    original: Callable[..., bool], scheduler: Scheduler, batch: ScheduleBatch | None, *args: Any, **kwargs: Any
+) -> bool:
+    """Whether to process the last batch's tokens before this batch runs, as SGLang does for some grammars."""
+    sampling = batch.sampling_info if batch else None
+    if sampling is not None and sampling.penalizer_orchestrator.is_required and scheduler.result_queue:
+        return True
+    return original(scheduler, batch, *args, **kwargs)
 
 
 def gated_worker(

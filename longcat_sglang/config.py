@@ -64,4 +64,5 @@ def _sglang_spelling(raw: dict[str, Any], longcat: LongcatConfig) -> dict[str, A
     """In SGLang's class `num_hidden_layers` is the number of decoder layers, which transformers saves doubled."""
     dropped = {"num_hidden_layers", "intermediate_size", "moe_intermediate_size", "rope_parameters", "head_dim"}
     kept = {key: value for key, value in raw.items() if key not in dropped}
-    return {**kept, **longcat.to_hf(), "rope_scaling": None, "model_type": "longcat_flash"}
+    renamed = {"rope_scaling": None, "model_type": "longcat_flash", "num_experts_per_tok": longcat.moe_topk}
+    return {**kept, **longcat.to_hf(), **renamed}

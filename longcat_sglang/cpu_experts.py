@@ -19,23 +19,36 @@ class CompactedRowsMethod(UnquantizedFusedMoEMethod):
     """Unquantised experts on a CPU, over rows of local FFN experts only.
 
     SGLang's path without `sgl_kernel` (moe/fused_moe_native.py) indexes with ids, so it cannot take -1.
+
+    A layer's weights are in its parameters, where SGLang reads and writes them, or packed for the kernel. SGLang has
+    loaders that pack before they load, and others that never do, so weights are packed, if they are not, when they are
+    used, and unpacked when someone asks for the layer's state.
     """
 
-    ffn: ExpertFFN
+    ffn: ExpertFFN | None = None
+
+    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
+        super().create_weights(layer, *args, **kwargs)
+        layer.register_state_dict_pre_hook(lambda layer, *_: self.restore_weights_before_loading(layer))
 
     def process_weights_after_loading(self, layer: Any) -> None:
+        if isinstance(self.ffn, PackedExperts):
+            return
         kernel = select_cpu_kernel(layer.w13_weight.dtype)
         self.ffn = CPU_KERNELS[kernel](layer.w13_weight.data, layer.w2_weight.data)
         if isinstance(self.ffn, PackedExperts):  # which has copies
             layer.w13_weight.data, layer.w2_weight.data = layer.w13_weight.new_empty(0), layer.w2_weight.new_empty(0)
 
     def restore_weights_before_loading(self, layer: Any) -> None:
-        """Undo `process_weights_after_loading`, for an update of a running model."""
-        if not layer.w13_weight.numel():
-            assert isinstance(self.ffn, PackedExperts)
+        """Undo `process_weights_after_loading`."""
+        if isinstance(self.ffn, PackedExperts):
             layer.w13_weight.data, layer.w2_weight.data = self.ffn.unpack()
+        self.ffn = None
 
     def apply(self, layer: Any, dispatch_output: StandardDispatchOutput) -> StandardCombineInput:
+        if self.ffn is None:
+            self.process_weights_after_loading(layer)
+        assert self.ffn is not None
         weights, ids, _ = dispatch_output.topk_output
         return StandardCombineInput(routed_experts(dispatch_output.hidden_states, ids, weights, self.ffn))
 

@@ -6,8 +6,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
 from longcat_core import checkpoint, drafting
+from longcat_core.config import LongcatConfig
 from longcat_core.engine import refuse, unsupported_cpu_cache, unsupported_quantization, uses_gate
+from longcat_sglang import options
 from longcat_sglang.compat import require_supported
 from longcat_sglang.engine import CPU_ATTENTION
 
@@ -15,9 +20,6 @@ logger = logging.getLogger(__name__)
 
 MTP_ALGORITHMS = ("NEXTN", "EAGLE")
 """SGLang's names for drafting with a layer that takes the target's hidden states."""
-
-SKIP_ZERO_EXPERTS = ("auto", "triton", "deep_gemm")
-"""SGLang's MoE runners that were read to skip ids of -1."""
 
 
 def check(server_args: Any, settings: Any, hf_config: Any) -> None:
@@ -27,21 +29,56 @@ def check(server_args: Any, settings: Any, hf_config: Any) -> None:
     """
     require_supported()
     refuse(_unsupported(server_args, settings, hf_config))
-    directory = Path(settings.model_path)
-    if directory.is_dir() and settings.load_format != "dummy":
-        checkpoint.verify(directory, hf_config.longcat, requires_mtp=drafts_with_mtp(settings))
+    directory = local_directory(settings)
+    _check_checkpoint(directory, settings, hf_config.longcat)
     if is_gate_asked_for(hf_config) or drafts_with_mtp(settings):
-        gate = drafting.load(directory)
+        gate = drafting.load(directory) if directory is not None else None
         threshold = None if gate is None else gate.threshold
         uses_gate(threshold, is_gate_asked_for(hf_config), obstacles_to_gate(settings), GATE_OPTION, logger)
 
 
+def local_directory(settings: Any) -> Path | None:
+    """Where the checkpoint is on this machine, if it is: its directory, or its snapshot in the cache of the Hub."""
+    if Path(settings.model_path).is_dir():
+        return Path(settings.model_path)
+    try:
+        return Path(
+            snapshot_download(
+                settings.model_path, revision=settings.revision, cache_dir=settings.download_dir, local_files_only=True
+            )
+        )
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None
+
+
+READS_PUBLISHED_TENSORS = ("auto", "safetensors", "fastsafetensors", "runai_streamer", "presharded")
+"""Load formats whose safetensors have the published names. Others have files or names of their own."""
+
+
+def _check_checkpoint(directory: Path | None, settings: Any, longcat: LongcatConfig) -> None:
+    """Check what can be before it is loaded, and say in the log what is not."""
+    unchecked = ""
+    if settings.load_format not in READS_PUBLISHED_TENSORS:
+        unchecked = f"--load-format {settings.load_format} does not read published safetensors"
+    elif directory is None:
+        unchecked = f"{settings.model_path} is not on this machine yet"
+    elif not any(directory.glob("*.safetensors")) and (found := [*directory.glob("*.bin"), *directory.glob("*.pt")]):
+        unchecked = f"{found[0].name} is not safetensors"
+    if unchecked or directory is None:
+        logger.info("The checkpoint is not checked before it is loaded: %s.", unchecked)
+        return
+    checkpoint.verify(directory, longcat, requires_mtp=drafts_with_mtp(settings))
+
+
 def reasons_for_sglangs_own_class(settings: Any, hf_config: Any) -> list[str]:
     """What our class cannot serve yet, and SGLang's own can, which runs on GPUs only."""
-    quantization = _quantization(settings, hf_config)
-    if quantization is None or settings.device == "cpu":
-        return []
-    return [f"quantization {quantization!r} is not there yet in longcat-serving"]
+    reasons, quantization = (
+        options.reasons_for_own_class(settings, hf_config.longcat),
+        _quantization(settings, hf_config),
+    )
+    if quantization is not None and settings.device != "cpu":
+        reasons.append(f"quantization {quantization!r} is not there yet in longcat-serving")
+    return reasons
 
 
 LOST = (
@@ -79,26 +116,23 @@ def _unsupported(server_args: Any, settings: Any, hf_config: Any) -> list[str]:
             problems.append("data-parallel attention on a CPU is not there yet; leave --enable-dp-attention out")
         if settings.enable_torch_compile:
             problems.append("torch.compile on a CPU is not there yet; leave --enable-torch-compile out")
-    elif settings.moe_runner_backend not in SKIP_ZERO_EXPERTS:
-        problems.append(
-            f"moe_runner_backend: {settings.moe_runner_backend!r} is not known to skip zero experts, "
-            f"wanted one of {', '.join(SKIP_ZERO_EXPERTS)}"
-        )
     if settings.pp_size > 1:
         problems.append(
-            f"pp_size: {settings.pp_size}, wanted 1; SGLang's layer boundaries have no pipeline for LongCat"
+            f"pp_size: {settings.pp_size}, wanted 1, as SGLang's layer boundaries have no pipeline for LongCat; "
+            "leave --pp-size out"
         )
     if longcat.num_attention_heads % settings.tp_size:
-        problems.append(f"tp_size: {settings.tp_size}, wanted a divisor of the {longcat.num_attention_heads} heads")
-    if longcat.n_routed_experts % settings.ep_size:
-        problems.append(f"ep_size: {settings.ep_size}, wanted a divisor of the {longcat.n_routed_experts} FFN experts")
-    problems += _unsupported_speculation(server_args, settings)
-    if settings.enable_eplb:
         problems.append(
-            "expert load balancing (EPLB) is not there yet: SGLang looks each id up in tables of FFN experts, "
-            "where a zero expert's -1 is the last one; leave --enable-eplb out"
+            f"tp_size: {settings.tp_size}, wanted a divisor of the {longcat.num_attention_heads} heads; "
+            "give --tp-size one"
         )
-    return problems
+    if longcat.n_routed_experts % settings.ep_size:
+        problems.append(
+            f"ep_size: {settings.ep_size}, wanted a divisor of the {longcat.n_routed_experts} FFN experts; "
+            "give --ep-size one"
+        )
+    problems += _unsupported_speculation(server_args, settings)
+    return problems + options.refusals(settings, longcat)
 
 
 def _unsupported_speculation(server_args: Any, settings: Any) -> list[str]:
@@ -107,6 +141,7 @@ def _unsupported_speculation(server_args: Any, settings: Any) -> list[str]:
         problems.append(
             f"speculative_algorithm: {algorithm!r}, wanted NEXTN, which drafts with LongCat's own MTP layer"
             + (", or NGRAM" if settings.device != "cpu" else "; NGRAM on a CPU needs sgl_kernel")
+            + "; change --speculative-algorithm"
         )
     if not drafts_with_mtp(settings):
         return problems

@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 
 from longcat_core.diagnosis import Finding, checkpoint_findings, hook_findings, version_of
-from longcat_sglang import deployment
+from longcat_sglang import options
 from longcat_sglang.engine import SGLANG
 from longcat_sglang.hooks import HOOKS
+from longcat_sglang.platform import prepare_cpu_as_for_longcat
 
 
 def diagnose(checkpoint: Path | None = None) -> list[Finding]:
@@ -24,6 +25,7 @@ def diagnose(checkpoint: Path | None = None) -> list[Finding]:
         return [*findings, Finding("SGLANG_PLUGINS", plugins, "leaves the plugin out; unset it or add 'longcat'")]
     from sglang.srt.plugins import load_plugins
 
+    prepare_cpu_as_for_longcat()
     load_plugins()
     findings += hook_findings(SGLANG, HOOKS, "longcat_sglang", "sglang.srt.plugins", left_out="")
     findings.append(_platform())
@@ -52,7 +54,7 @@ def _implementations() -> list[Finding]:
     if not is_cpu():
         return [
             Finding("attention", "SGLang's MLA backend of its choice (--attention-backend)"),
-            Finding("MoE", f"zero experts as id -1, skipped by one of {', '.join(deployment.SKIP_ZERO_EXPERTS)}"),
+            Finding("MoE", f"zero experts as id -1, skipped by one of {', '.join(options.SKIP_ZERO_EXPERTS)}"),
         ]
     from longcat_sglang.attention import LatentAttentionBackend
     from longcat_sglang.cpu_experts import select_cpu_kernel

@@ -52,6 +52,10 @@ def verifies_longcat(_draft: Any, batch: Any, *_: Any, **__: Any) -> bool:
     return is_longcat(batch.model_config.hf_config)
 
 
+def samples_longcat(sampling: Any, *_: Any, **__: Any) -> bool:
+    return is_longcat(sampling.penalizer_orchestrator.batch.model_config.hf_config)
+
+
 def works_for_longcat(_algorithm: Any, server_args: Any, *_: Any, **__: Any) -> bool:
     from sglang.srt.arg_groups.overrides import model_config_of
 

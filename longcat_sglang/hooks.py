@@ -94,8 +94,32 @@ HOOKS: tuple[Hook, ...] = (
         concerns="longcat_sglang.engine:verifies_longcat",
         stage=Stage.MODEL,
         why="On a CPU requests that sample are answered greedily while drafting, whatever their temperature: "
-        "`_verify_uses_greedy` takes the greedy path for every request there.",
-        remove_when="`eagle_sample` samples on a CPU.",
+        "`_verify_uses_greedy` takes the greedy path for every request there. On every device all drafts of a request "
+        "get the penalties of the token before them ('a relaxed version of penalties'), and no custom logit processor. "
+        "So for every model. A processor that looks at the request sees it as it was before the drafts.",
+        remove_when="`eagle_sample` samples on a CPU, penalises a draft for those before it, and applies processors.",
+    ),
+    Wrapper(
+        name="penalties",
+        target="sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.copy_for_forward",
+        around="longcat_sglang.compat:penalties_of_what_was_generated",
+        concerns="longcat_sglang.engine:samples_longcat",
+        stage=Stage.MODEL,
+        why="Penalties (frequency, presence, repetition, min_new_tokens) count one token a step, whatever number of "
+        "drafts is accepted, and are lost when a request loses its place in the cache. With overlapping steps, which "
+        "is the default, they also come a token late without drafts, and take the prompt's last token for a generated "
+        "one (`ScheduleBatch.cumulate_penalty_output_tokens`). So for every model.",
+        remove_when="All tokens are counted, before the next is sampled.",
+    ),
+    Wrapper(
+        name="order of steps under penalties",
+        target="sglang.srt.managers.scheduler.Scheduler.is_disable_overlap_for_batch",
+        around="longcat_sglang.compat:process_what_is_penalised",
+        concerns="longcat_sglang.engine:schedules_longcat",
+        stage=Stage.MODEL,
+        why="As penalties: with overlapping steps the scheduler does not know the last step's tokens when the next "
+        "begins. A batch with penalties waits for them, as one with a grammar does.",
+        remove_when="As penalties.",
     ),
     _Registered(
         name="draft gate",

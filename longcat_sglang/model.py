@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from sglang.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
+from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.model_loader.utils import maybe_executor_submit, should_async_load
 from sglang.srt.model_loader.weight_utils import default_weight_loader
 from sglang.srt.models.deepseek_v2 import DeepseekV2AttentionMLA
 from sglang.srt.runtime_context import get_parallel, get_stream
@@ -32,8 +35,11 @@ from longcat_sglang.compat import mend_for_longcat
 from longcat_sglang.config import LongcatFlashConfig
 from longcat_sglang.moe import LongcatMoE
 from longcat_sglang.platform import bind_rank_to_its_cores
+from longcat_sglang.rotary import LongcatRotaryEmbedding
 
 FUSED_QKV_A = "fused_qkv_a_proj_with_mqa"
+WORTH_A_THREAD = 2**18
+"""Bytes of a tensor that another thread loads; a smaller one is loaded sooner than handed over."""
 
 
 class LongcatAttention(DeepseekV2AttentionMLA):
@@ -49,6 +55,7 @@ class LongcatAttention(DeepseekV2AttentionMLA):
         quant_config: QuantizationConfig | None,
         prefix: str,
         alt_stream: torch.cuda.Stream | None,
+        rotary_embedding: LongcatRotaryEmbedding | None,
     ) -> None:
         config = hf_config.longcat
         super().__init__(
@@ -68,13 +75,17 @@ class LongcatAttention(DeepseekV2AttentionMLA):
             layer_id=layer_id,
             prefix=prefix,
             alt_stream=alt_stream,
-            skip_rope=is_cpu(),
+            skip_rope=True,
         )
+        self.rotary_emb = rotary_embedding
         self.w_kc: Tensor
         self.w_vc: Tensor
         for norm in (self.q_a_layernorm, self.kv_a_layernorm):
             norm.variance_epsilon = config.mla_norm_eps
-        self.scaling = self.attn_mqa.scaling = self.attn_mha.scaling = config.softmax_scale
+        self.scaling = config.softmax_scale
+        for module in self.modules():
+            if isinstance(module, RadixAttention):
+                module.scaling = config.softmax_scale
 
     def forward(
         self,
@@ -108,6 +119,11 @@ class LongcatAttention(DeepseekV2AttentionMLA):
         w_kc, w_vc = parts.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
         self.w_kc = bind_or_assign(self.w_kc, w_kc.transpose(1, 2).contiguous().transpose(1, 2))
         self.w_vc = bind_or_assign(self.w_vc, w_vc.contiguous().transpose(1, 2))
+
+
+def rotary_embedding_of(config: LongcatConfig) -> LongcatRotaryEmbedding | None:
+    """One for all attentions of a model, as its table is large; none on a CPU, where `LongcatAttention` rotates."""
+    return None if is_cpu() else LongcatRotaryEmbedding(config)
 
 
 class LongcatFFN(nn.Module):
@@ -146,6 +162,7 @@ class LongcatDecoderLayer(nn.Module):
         quant_config: QuantizationConfig | None,
         prefix: str,
         alt_stream: torch.cuda.Stream | None,
+        rotary_embedding: LongcatRotaryEmbedding | None,
     ) -> None:
         super().__init__()
         config = hf_config.longcat
@@ -154,7 +171,12 @@ class LongcatDecoderLayer(nn.Module):
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = nn.ModuleList(
             LongcatAttention(
-                hf_config, 2 * layer_id + i, attention_quant, add_prefix(f"self_attn.{i}", prefix), alt_stream
+                hf_config,
+                2 * layer_id + i,
+                attention_quant,
+                add_prefix(f"self_attn.{i}", prefix),
+                alt_stream,
+                rotary_embedding,
             )
             for i in range(2)
         )
@@ -209,9 +231,11 @@ class LongcatModel(nn.Module):
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size, config.hidden_size, use_attn_tp_group=is_dp_attention_enabled()
         )
-        alt_stream = get_stream("alt")
+        alt_stream, rotary_embedding = get_stream("alt"), rotary_embedding_of(config)
         self.layers = nn.ModuleList(
-            LongcatDecoderLayer(hf_config, n, quant_config, add_prefix(f"layers.{n}", prefix), alt_stream)
+            LongcatDecoderLayer(
+                hf_config, n, quant_config, add_prefix(f"layers.{n}", prefix), alt_stream, rotary_embedding
+            )
             for n in range(config.num_layers)
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -246,14 +270,13 @@ class LongcatCausalLM(nn.Module, ABC):
         "gate_up_proj": ["gate_proj", "up_proj"],
         FUSED_QKV_A: ["q_a_proj", "kv_a_proj_with_mqa"],
     }
-    _requires_mtp = False
+    _audited = staticmethod(checkpoint.audited)
 
     def __init__(self, config: LongcatFlashConfig, quant_config: QuantizationConfig | None) -> None:
         super().__init__()
         self.config = config
         self.quant_config = quant_config
         self.logits_processor = LogitsProcessor(config)
-        self._loads_are_partial = False
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Load published tensors.
@@ -262,16 +285,23 @@ class LongcatCausalLM(nn.Module, ABC):
             CheckpointError: listing every tensor that is extra or misshapen, and in the first load every missing one;
                 later loads update a running model and may be partial.
         """
-        tensors = checkpoint.audited(
-            weights, self.config.longcat, is_partial=self._loads_are_partial, requires_mtp=self._requires_mtp
-        )
+        tensors = self._audited(weights, self.config.longcat, is_partial=self._is_loaded())
         if is_cpu():  # SGLang does so itself before some updates, and not before one from a disk
             for module in self.modules():
                 if isinstance(module, LongcatMoE):
                     module.experts.quant_method.restore_weights_before_loading(module.experts)
-        parameters = dict(self.named_parameters())
-        for name, tensor in tensors:
-            self._load(parameters, name, tensor)
+        parameters, copies = dict(self.named_parameters()), list[Future[None]]()
+        with ThreadPoolExecutor() as executor:  # as SGLang's own models do
+            for name, tensor in tensors:
+                maybe_executor_submit(
+                    executor=executor,
+                    futures=copies,
+                    use_async=tensor.nbytes >= WORTH_A_THREAD and should_async_load(tensor),
+                    func=self._load,
+                    func_args=(parameters, name, tensor),
+                )
+        for copy in copies:
+            copy.result()
         self.post_load_weights()
 
     def post_load_weights(self) -> None:
@@ -279,11 +309,14 @@ class LongcatCausalLM(nn.Module, ABC):
         for module in self.modules():
             if isinstance(module, LongcatAttention):
                 module.process_weights_after_loading()
-        self._loads_are_partial = True
+
+    def _is_loaded(self) -> bool:
+        """Told by what follows from the weights, as SGLang has loaders that call nothing of this class."""
+        return any(isinstance(module, LongcatAttention) and module.w_kc is not None for module in self.modules())
 
     @abstractmethod
     def _load(self, parameters: dict[str, Any], name: str, tensor: Tensor) -> None:
-        """Load one tensor, or leave it to the other of the two models."""
+        """Load one tensor, or leave it to the other of the two models; called by several threads."""
 
 
 def load_published(parameters: dict[str, Any], name: str, tensor: Tensor, config: LongcatConfig) -> None:

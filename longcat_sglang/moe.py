@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from sglang.srt.distributed import tensor_model_parallel_all_reduce
+from sglang.srt.eplb.expert_distribution import get_global_expert_distribution_recorder
 from sglang.srt.layers.linear import ReplicatedLinear
 from sglang.srt.layers.moe.ep_moe.layer import get_moe_impl_class
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 from sglang.srt.layers.moe.utils import get_moe_a2a_backend
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.runtime_context import get_parallel
+from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
 from sglang.srt.utils import add_prefix, get_device, is_cpu
 from torch import Tensor, nn
 
@@ -27,7 +29,7 @@ class LongcatMoE(nn.Module):
         self, config: LongcatConfig, layer_id: int, quant_config: QuantizationConfig | None, prefix: str
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.layer_id = config, layer_id
         self.router = LongcatRouter(config, prefix=add_prefix("router", prefix))
         self.experts = get_moe_impl_class(quant_config)(
             num_experts=config.n_routed_experts,
@@ -52,10 +54,18 @@ class LongcatMoE(nn.Module):
             top_k=self.config.moe_topk,
             routed_scaling_factor=self.config.routed_scaling_factor,
         )
+        self._report(routing.ids)
         routed = self.experts(hidden_states, StandardTopKOutput(routing.weights, routing.ids, logits))
         if get_parallel().tp_size > 1 and get_moe_a2a_backend().is_none():
             routed = tensor_model_parallel_all_reduce(routed)
         return add_identity(routed, hidden_states, routing.identity)
+
+    def _report(self, ids: Tensor) -> None:
+        """Tell SGLang which experts were chosen, as its own `select_experts` does; -1 is none to it as well."""
+        get_global_expert_distribution_recorder().on_select_experts(topk_ids=ids)
+        capturer = get_global_experts_capturer()
+        if capturer is not None:
+            capturer.capture(self.layer_id, ids)
 
 
 class LongcatRouter(nn.Module):

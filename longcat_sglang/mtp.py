@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from longcat_core import checkpoint, rotary
 from longcat_sglang.config import LongcatFlashConfig
-from longcat_sglang.model import LongcatAttention, LongcatCausalLM, LongcatFFN, load_published
+from longcat_sglang.model import LongcatAttention, LongcatCausalLM, LongcatFFN, load_published, rotary_embedding_of
 
 
 class LongcatMTPLayer(nn.Module):
@@ -42,7 +42,12 @@ class LongcatMTPLayer(nn.Module):
         )
         self.input_layernorm = RMSNorm(hidden, eps=eps)
         self.self_attn = LongcatAttention(
-            hf_config, 0, quant_config, add_prefix("self_attn", prefix), get_stream("alt")
+            hf_config,
+            0,
+            quant_config,
+            add_prefix("self_attn", prefix),
+            get_stream("alt"),
+            rotary_embedding_of(config),
         )
         self.post_attention_layernorm = RMSNorm(hidden, eps=eps)
         ffn = LongcatFFN(hidden, config.ffn_hidden_size, quant_config, add_prefix("transformer_layer.mlp", prefix))
@@ -103,7 +108,7 @@ class LongcatFlashMTP(LongcatCausalLM):
     Its head is the target's, which SGLang's worker hands over.
     """
 
-    _requires_mtp = True
+    _audited = staticmethod(checkpoint.audited_mtp)
 
     def __init__(
         self, config: LongcatFlashConfig, quant_config: QuantizationConfig | None = None, prefix: str = ""

@@ -1,29 +1,106 @@
-"""What a CPU needs: SGLang's own CPU platform, and what it takes for granted beside it, where that is not there."""
+"""What a CPU needs: SGLang's own CPU platform, and what it takes for granted beside it, where a LongCat is served."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from longcat_core.family import Member, member_of
+
+PREPARED = "LONGCAT_SGLANG_CPU"
+"""Variable that a process sets for those that it starts: prepare a CPU as it did."""
+ENGINE_MODULE = "sglang.srt.entrypoints.engine"
+"""What a process imports that will run an engine, and no client, gateway or load generator does."""
+
 
 def prepare_cpu() -> None:
-    """Let SGLang start on a machine without accelerator and without `sgl_kernel`. Harmless when called again.
+    """Let SGLang serve a LongCat on a machine without accelerator and without `sgl_kernel`. Harmless when called again.
 
-    Nothing is done where there is an accelerator, or where `sgl_kernel` is installed, which is never shadowed. Where
-    neither is there, SGLang cannot serve any model, so nothing that works is changed.
+    Called when SGLang is imported, in whatever process, as a server's modules ask once, at their import, whether they
+    are on a CPU. Something is changed only in a process that serves a LongCat: where the command line names one, in
+    processes that such a process has started, and, where no command line names a model, in a process that imports
+    SGLang's engine. Nothing is changed where there is an accelerator or `sgl_kernel`, which is never shadowed; without
+    them SGLang's engine runs no model at all.
     """
-    if torch.accelerator.is_available() or importlib.util.find_spec("sgl_kernel") is not None:
+    if not _is_bare_cpu():
         return
+    model = model_of(sys.orig_argv)
+    if os.environ.get(PREPARED) or (model is not None and is_longcat(model)):
+        _prepare()
+    elif model is None and not any(isinstance(finder, _PreparesForAnEngine) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _PreparesForAnEngine())
+
+
+def prepare_cpu_as_for_longcat() -> None:
+    """The same in a process that asks what a server of a LongCat would do here."""
+    if _is_bare_cpu():
+        _prepare()
+
+
+def _is_bare_cpu() -> bool:
+    return not torch.accelerator.is_available() and importlib.util.find_spec("sgl_kernel") is None
+
+
+def model_of(command: Sequence[str]) -> str | None:
+    """The model that a command line of SGLang's names, by an option or in a file of options; None if there is none."""
+    for option, value in _options(command):
+        if option in ("--model-path", "--model"):
+            return value
+        if option == "--config" and Path(value).is_file():
+            import yaml
+
+            given = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+            named = [given[key] for key in ("model-path", "model_path", "model") if key in given]
+            if named:
+                return str(named[0])
+    return None
+
+
+def _options(command: Sequence[str]) -> list[tuple[str, str]]:
+    """Each option with what follows it, after `=` or as the next word."""
+    words = [*command, ""]
+    joined = [word.partition("=") for word in words]
+    return [(name, value if equals else after) for (name, equals, value), after in zip(joined, words[1:], strict=False)]
+
+
+def is_longcat(model: str) -> bool:
+    """Whether a directory, or a repository of the Hub in the local cache, holds a LongCat-Flash; by its name, if it is
+    not there yet."""
+    from huggingface_hub import try_to_load_from_cache
+
+    local = Path(model, "config.json")
+    try:
+        cached = str(local) if Path(model).is_dir() else try_to_load_from_cache(model, "config.json")
+        if not isinstance(cached, str):
+            return "longcat" in model.lower()
+        return member_of(json.loads(Path(cached).read_text(encoding="utf-8"))) is Member.FLASH
+    except (OSError, ValueError, AttributeError):  # no file, no JSON, no object: SGLang says so itself
+        return False
+
+
+class _PreparesForAnEngine:
+    """An importer that finds nothing, and prepares a CPU when SGLang's engine is about to be imported."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name == ENGINE_MODULE:
+            sys.meta_path.remove(self)
+            _prepare()
+
+
+def _prepare() -> None:
+    os.environ[PREPARED] = "1"
     # Without it SGLang takes no device for a CPU (srt/platforms, srt/utils/common.py `is_cpu`).
     os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
     from longcat_sglang import sgl_kernel_cpu
 
     sys.modules["sgl_kernel"] = sgl_kernel_cpu
-    _define_torchvision_operators()
 
 
 def bind_rank_to_its_cores() -> None:
@@ -51,30 +128,3 @@ def read_cores(text: str) -> set[int]:
         first, _, last = part.partition("-")
         cores |= set(range(int(first), int(last or first) + 1))
     return cores
-
-
-def _define_torchvision_operators() -> None:
-    """torchvision's CUDA build cannot load its operators beside a CPU build of torch, and then fails to be imported,
-    which SGLang does whatever it serves (configs/utils.py). LongCat needs the names, and none of the operators."""
-    global _torchvision
-    if _torchvision is None and not _torchvision_loads_its_operators():
-        _torchvision = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            _torchvision.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-
-def _torchvision_loads_its_operators() -> bool:
-    """As torchvision does it; True also where there is no torchvision, as nothing is to be done then."""
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or spec.origin is None:
-        return True
-    for extension in Path(spec.origin).parent.glob("_C*.so"):
-        try:
-            torch.ops.load_library(extension)
-            return True
-        except OSError:
-            continue
-    return False
-
-
-_torchvision: torch.library.Library | None = None

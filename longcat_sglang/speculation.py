@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from longcat_core import drafting
 from longcat_core.drafting import draft_features
+from longcat_sglang import deployment
 
 HELD_BACK = "sglang:spec_num_drafts_held_back"
 
@@ -34,7 +34,8 @@ class GatedWorker(EAGLEWorkerV2):
     def __init__(self, server_args: ServerArgs, *args: Any, **kwargs: Any) -> None:
         super().__init__(server_args, *args, **kwargs)
         runner = self.draft_worker.draft_runner
-        gate = drafting.load(Path(server_args.model_path))
+        directory = deployment.local_directory(server_args)
+        gate = None if directory is None else drafting.load(directory)
         assert gate is not None, "compat.gated_worker asks for this worker where there is one"
         self._gate = gate.to(self.device)
         self._most = self.speculative_num_draft_tokens - 1

@@ -13,6 +13,7 @@ from longcat_vllm.hooks import HOOKS
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
     from vllm.v1.spec_decode.eagle import EagleProposer
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
@@ -175,6 +176,14 @@ def constrain_drafts_there_are(
 ) -> torch.Tensor:
     """logits: [drafts, vocabulary]."""
     return original(logits, *args, **kwargs) if len(logits) else logits
+
+
+def shrink_with_adapters_only(
+    original: Callable[..., None], punica: PunicaWrapperCPU, shrunk: torch.Tensor, *args: Any, **kwargs: Any
+) -> None:
+    """shrunk: [T, rank], which is multiplied with B next, and added to what the layer gives without adapters."""
+    original(punica, shrunk, *args, **kwargs)
+    shrunk[punica.token_lora_indices < 0] = 0
 
 
 def prepare_with_lengths_of_its_own(

@@ -8,6 +8,7 @@ import transformers
 
 from longcat_core.config import ConfigError, canonical_hf
 from longcat_core.family import ARCHITECTURE, ARCHITECTURES, Member, member_of
+from longcat_core.overrides import overridden
 from longcat_vllm.compat import require_supported
 
 
@@ -27,3 +28,19 @@ class LongcatFlashConfig(transformers.LongcatFlashConfig):
                 "as vLLM has no such model under this name; serve it with an engine that has"
             )
         return super().from_dict(config_dict, **kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """vLLM's `hf_overrides` come as attributes of a configuration that is read already."""
+        for field, given in self._as_read({name: value}).items():
+            super().__setattr__(field, given)
+
+    def update(self, config_dict: dict[str, Any]) -> None:
+        """Several at once, which may be spellings of one field."""
+        for field, given in self._as_read(config_dict).items():
+            super().__setattr__(field, given)
+
+    def _as_read(self, overrides: dict[str, Any]) -> dict[str, Any]:
+        is_read = ARCHITECTURE in (self.__dict__.get("architectures") or ()) and "rope_theta" in (
+            self.__dict__.get("rope_parameters") or ()
+        )
+        return overridden(self.__dict__, overrides) if is_read else overrides

@@ -6,8 +6,10 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longcat_core import checkpoint, drafting
-from longcat_core.config import LongcatConfig
+from transformers import LongcatFlashConfig
+
+from longcat_core import drafting
+from longcat_core.config import LongcatConfig, is_read
 from longcat_core.engine import (
     refuse,
     tell_of_own_class,
@@ -16,14 +18,25 @@ from longcat_core.engine import (
     uses_gate,
 )
 from longcat_core.hooks import Stage
+from longcat_vllm import adapters, loading
 from longcat_vllm.compat import mend_for_longcat
 from longcat_vllm.engine import OWN_ARCHITECTURE, drafts_with_mtp
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
+    from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
 
 logger = logging.getLogger(f"vllm.{__name__}")
 """Among vLLM's own, whose handlers it takes."""
+
+MOE_BACKENDS = ("auto", "triton", "flashinfer_cutlass", "humming")
+"""Values of --moe-backend with which unquantised experts get a kernel of `moe.SKIP_ZERO_EXPERTS`."""
+TRANSPORTS_WITHOUT_A_KERNEL = {
+    "deepep_low_latency": "it has room for 11 experts a token where LongCat has 12, and brings experts in batches, "
+    "whose kernel is not known to skip zero experts",
+    "nixl_ep": "it brings experts in batches, whose kernel is not known to skip zero experts",
+    "moonep": "its kernel is not known to skip zero experts",
+}
+"""Values of --all2all-backend that bind experts to a kernel of their own."""
 
 
 def check(vllm_config: VllmConfig) -> None:
@@ -36,11 +49,28 @@ def check(vllm_config: VllmConfig) -> None:
     mend_for_longcat(Stage.DEPLOYMENT)
     config = LongcatConfig.from_hf(model.hf_config)
     refuse(_unsupported(vllm_config))
-    directory = Path(model.model)
-    if directory.is_dir() and vllm_config.load_config.load_format != "dummy":
-        checkpoint.verify(directory, config, requires_mtp=drafts_with_mtp(vllm_config))
+    adapters.restrict(vllm_config.lora_config)
+    loading.check(vllm_config, config)
+    _tell_of_overrides_that_nothing_reads(model)
+    if drafts_with_mtp(vllm_config):
+        _give_drafts_the_targets_context(vllm_config)
     if _is_gate_asked_for(vllm_config) or drafts_with_mtp(vllm_config):
-        _check_gate(directory, vllm_config)
+        _check_gate(Path(model.model), vllm_config)
+
+
+def _tell_of_overrides_that_nothing_reads(model: ModelConfig) -> None:
+    given = {} if callable(model.hf_overrides) else model.hf_overrides
+    known = vars(LongcatFlashConfig()).keys() - {"head_dim", "qk_head_dim", "num_key_value_heads"}  # which follow
+    unread = sorted(name for name in given if not is_read(name) and name not in known)
+    if unread:
+        logger.warning("hf_overrides: LongCat-Flash reads no field %s; check the spelling", " or ".join(unread))
+
+
+def _give_drafts_the_targets_context(vllm_config: VllmConfig) -> None:
+    """vLLM reads `config.json` again for the MTP layer, without --hf-overrides that are a dictionary."""
+    speculation, target = vllm_config.speculative_config, vllm_config.model_config
+    if speculation.max_model_len is None:
+        speculation.draft_model_config.max_model_len = target.max_model_len
 
 
 def reasons_for_vllms_own_class(vllm_config: VllmConfig) -> list[str]:
@@ -128,8 +158,10 @@ def _unsupported(vllm_config: VllmConfig) -> list[str]:
             f"pipeline_parallel_size: {parallel.pipeline_parallel_size}, wanted 1 with drafts, which this model runner "
             "makes on one stage only; leave --pipeline-parallel-size or --speculative-config out"
         )
-    if parallel.enable_eplb:
-        problems.append("expert load balancing (EPLB) is not there yet; leave --enable-eplb out")
+    problems += adapters.unsupported(vllm_config.lora_config)
+    problems += loading.unsupported(vllm_config)
+    problems += _unsupported_parallelism(parallel)
+    problems += _unsupported_experts(vllm_config)
     return problems
 
 
@@ -147,4 +179,49 @@ def _unsupported_speculation(speculation: SpeculativeConfig, model: ModelConfig)
                 f"speculative_config.{option}: {value!r}, wanted none, as the MTP layer is served as the model is; "
                 f"leave {option} out of --speculative-config"
             )
+    return problems
+
+
+def _unsupported_parallelism(parallel: ParallelConfig) -> list[str]:
+    from vllm.platforms import current_platform
+
+    problems = []
+    if parallel.enable_eplb:
+        problems.append("expert load balancing (EPLB) is not there yet; leave --enable-eplb out")
+    if current_platform.is_cpu() and parallel.data_parallel_size > 1:
+        problems.append(
+            f"data_parallel_size: {parallel.data_parallel_size}, wanted 1 on a CPU, on which ranks of vLLM's "
+            "experts cannot exchange tokens; leave --data-parallel-size out, and start a server for each"
+        )
+    contexts = parallel.decode_context_parallel_size
+    if current_platform.is_cpu() and contexts > 1:
+        problems.append(
+            f"decode_context_parallel_size: {contexts}, wanted 1 on a CPU, where every rank attends to the whole "
+            "context; leave --decode-context-parallel-size out"
+        )
+    # Elsewhere vLLM has no use for a transport (`FusedMoEParallelConfig.use_all2all_kernels` in 0.32).
+    shares_experts = parallel.data_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
+    if parallel.enable_expert_parallel and shares_experts:
+        transport = parallel.all2all_backend
+        if reason := TRANSPORTS_WITHOUT_A_KERNEL.get(transport):
+            problems.append(
+                f"all2all_backend: {transport!r}, wanted allgather_reducescatter or deepep_high_throughput, as "
+                f"{reason}; leave --all2all-backend out"
+            )
+    return problems
+
+
+def _unsupported_experts(vllm_config: VllmConfig) -> list[str]:
+    problems = []
+    backend = vllm_config.kernel_config.moe_backend
+    if backend not in MOE_BACKENDS:
+        problems.append(
+            f"moe_backend: {backend!r}, wanted one of {', '.join(MOE_BACKENDS)}, whose kernels are known to skip zero "
+            "experts; leave --moe-backend out"
+        )
+    if vllm_config.aux_output_config.enable_return_routed_experts:
+        problems.append(
+            "enable_return_routed_experts: vLLM returns experts as numbers without a sign, in which a zero expert (-1) "
+            "would be expert 255 or 65535; leave --enable-return-routed-experts out"
+        )
     return problems

@@ -59,14 +59,10 @@ def _implementations(directory: Path | None) -> list[Finding]:
         from longcat_vllm.moe import SKIP_ZERO_EXPERTS
 
         attention, experts = engine_choice(config, torch.bfloat16)
-        skips = experts in SKIP_ZERO_EXPERTS
+        kernel = experts if experts in SKIP_ZERO_EXPERTS else f"TritonExperts instead of vLLM's choice, {experts},"
         return [
             Finding("attention", f"{attention} in bfloat16, unless --attention-backend says otherwise"),
-            Finding(
-                "MoE",
-                f"{experts} in bfloat16, unless --moe-backend says otherwise; zero experts as id -1",
-                "" if skips else "not known to skip zero experts; give --moe-backend triton",
-            ),
+            Finding("MoE", f"{kernel} in bfloat16, unless --moe-backend says otherwise; zero experts as id -1"),
         ]
 
     from longcat_vllm.attention import LatentAttentionBackend

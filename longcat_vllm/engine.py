@@ -51,3 +51,7 @@ def drafts_for_longcat(proposer: Any, *_: Any, **__: Any) -> bool:
 
 def is_on_a_cpu(values: Any, *_: Any, **__: Any) -> bool:
     return bool(values.device.type == "cpu")
+
+
+def has_tokens_without_adapter(punica: Any, *_: Any, **__: Any) -> bool:
+    return bool((punica.token_lora_indices < 0).any())

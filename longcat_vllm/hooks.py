@@ -119,6 +119,18 @@ HOOKS: tuple[Hook, ...] = (
         remove_when="They are two tensors on a CPU too.",
     ),
     Wrapper(
+        name="requests without an adapter",
+        target="vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU._shrink_prefill",
+        around="longcat_vllm.compat:shrink_with_adapters_only",
+        concerns="longcat_vllm.engine:has_tokens_without_adapter",
+        stage=Stage.MODEL,
+        device="cpu",
+        why="On a CPU the requests of a batch that name no adapter are answered with the last one that is loaded: "
+        "their index is -1, which `lora/ops/torch_ops/lora_ops.py` takes for the last place.",
+        remove_when="Rows with an index of -1 are left as they are, as the Triton kernels leave them.",
+        upstream="https://github.com/vllm-project/vllm/pull/48421",
+    ),
+    Wrapper(
         name="draft gate",
         target="vllm.v1.spec_decode.eagle.EagleProposer.propose",
         around="longcat_vllm.compat:propose_what_passes",

@@ -25,7 +25,7 @@ from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
-from vllm.model_executor.models.interfaces import SupportsPP
+from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsPP
 from vllm.model_executor.models.utils import (
     PPMissingLayer,
     is_pp_missing_parameter,
@@ -40,6 +40,7 @@ from vllm.v1.attention.backend import AttentionBackend
 from longcat_core import checkpoint, rotary
 from longcat_core.config import LongcatConfig
 from longcat_core.hooks import Stage
+from longcat_vllm.adapters import AdapterNames
 from longcat_vllm.compat import mend_for_longcat
 from longcat_vllm.moe import LongcatMoE
 
@@ -100,6 +101,7 @@ class LongcatAttention(nn.Module):
             prefix=f"{prefix}.attn",
             attn_backend=_attention_backend(),
         )
+        self.attn.register_state_dict_post_hook(_leave_derived_weights_out)
 
     def forward(self, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """hidden_states: [T, H]; cos and sin: fp32 [T, 1, rope / 2]."""
@@ -116,6 +118,12 @@ class LongcatAttention(nn.Module):
         attended = self.attn(query, self.kv_a_layernorm(latent), k_rope, output_shape=output_shape)
         output, _ = self.o_proj(attended)
         return output
+
+
+def _leave_derived_weights_out(attention: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
+    """What attention makes of `kv_b_proj` after loading is no state: a model that is loaded from it has none yet."""
+    for name in ("W_UK_T", "W_UV"):
+        state.pop(f"{prefix}{name}", None)
 
 
 def _attention_backend() -> type[AttentionBackend] | None:
@@ -241,7 +249,7 @@ class LongcatCausalLM(nn.Module, ABC):
         "gate_up_proj": ["gate_proj", "up_proj"],
         FUSED_QKV_A: ["q_a_proj", "kv_a_proj_with_mqa"],
     }
-    _requires_mtp = False
+    _audited = staticmethod(checkpoint.audited)
 
     def __init__(self, vllm_config: VllmConfig, config: LongcatConfig) -> None:
         super().__init__()
@@ -263,12 +271,11 @@ class LongcatCausalLM(nn.Module, ABC):
             CheckpointError: listing every tensor that is extra or misshapen, and in the first load every missing one;
                 later loads update a running model and may be partial.
         """
-        parameters = dict(self.named_parameters())
+        # With LoRA, vLLM puts a module around each one that adapters change.
+        parameters = {name.replace(".base_layer.", "."): parameter for name, parameter in self.named_parameters()}
         loaded: set[str] = set()
         try:
-            for name, tensor in checkpoint.audited(
-                weights, self.config, is_partial=self._loads_are_partial, requires_mtp=self._requires_mtp
-            ):
+            for name, tensor in self._audited(weights, self.config, is_partial=self._loads_are_partial):
                 loaded |= self._load(parameters, name, tensor)
         except checkpoint.CheckpointError:
             if any(parameter.is_meta for parameter in parameters.values()):
@@ -295,10 +302,14 @@ def load_published(parameters: dict[str, Any], name: str, tensor: Tensor, config
     return {target}
 
 
-class LongcatFlashForCausalLM(LongcatCausalLM, SupportsPP):
+class LongcatFlashForCausalLM(LongcatCausalLM, SupportsLoRA, SupportsPP):
+    lora_skip_prefixes: ClassVar[list[str]] = [checkpoint.MTP_PREFIX]
+    """Adapters change no draft; those of an adapted model are verified by it as any others."""
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config, LongcatConfig.from_hf(vllm_config.model_config.hf_config))
         mend_for_longcat(Stage.MODEL)
+        self.hf_to_vllm_mapper = AdapterNames(config=self.config)
         self.model = LongcatModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         config = self.config
         if get_pp_group().is_last_rank:

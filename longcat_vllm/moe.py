@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory, GateLinear
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, RoutingMethodType
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
@@ -15,6 +20,8 @@ from vllm.platforms import current_platform
 from longcat_core.config import LongcatConfig
 from longcat_core.experts import add_identity
 from longcat_core.routing import route
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 class LongcatMoE(nn.Module):
@@ -122,15 +129,55 @@ class ZeroExpertAwareExperts(RoutedExperts):
             from longcat_vllm.cpu_experts import CompactedRowsMethod
 
             return CompactedRowsMethod(moe_config)
-        method = super()._get_quant_method(prefix, quant_config, moe_config)
-        kernel = method.experts_cls.__name__
-        if kernel not in SKIP_ZERO_EXPERTS:
-            raise ValueError(
-                f"{prefix}: MoE kernel {kernel} is not known to skip zero experts, "
-                f"wanted one of {', '.join(SKIP_ZERO_EXPERTS)}; give --moe-backend triton"
+        moe_config.is_lora_enabled = False  # adapters.py: no adapter changes experts, so any kernel will do
+        return skipping_zero_experts(partial(super()._get_quant_method, prefix, quant_config, moe_config), moe_config)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """
+        Raises:
+            RuntimeError: where the weights are in a layout that loading them would make of them once more.
+        """
+        method = self.quant_method
+        if hasattr(self, "cpu_kernel") or (kernel_of(method) == "FlashInferExperts" and method.moe_kernel is not None):
+            raise RuntimeError(
+                f"{prefix}: the weights of the experts are packed for this device's kernel, and would be packed once "
+                "more when they are loaded; save the state with --moe-backend triton on a GPU, or serve the checkpoint"
             )
-        return method
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
 SKIP_ZERO_EXPERTS = ("TritonExperts", "FlashInferExperts")
 """vLLM's experts that were read to skip ids of -1: by the expert map, and by the range of a rank's experts."""
+
+
+def kernel_of(method: FusedMoEMethodBase) -> str:
+    """vLLM's experts class by name; without one, the method's own class, as where a kernel routes by itself."""
+    experts = getattr(method, "experts_cls", None)
+    return (experts or type(method)).__name__
+
+
+def skipping_zero_experts(choose: Callable[[], FusedMoEMethodBase], moe_config: FusedMoEConfig) -> FusedMoEMethodBase:
+    """vLLM's choice of a kernel if that is known to skip zero experts, else Triton's.
+
+    `deployment.check` has refused whatever the user could have asked for instead.
+
+    Raises:
+        ValueError: if there is no such kernel for this deployment.
+    """
+    method = choose()
+    chosen = kernel_of(method)
+    if chosen in SKIP_ZERO_EXPERTS:
+        return method
+    moe_config.moe_backend = "triton"
+    method = choose()
+    if kernel_of(method) not in SKIP_ZERO_EXPERTS:
+        raise ValueError(
+            f"MoE kernel {kernel_of(method)} is not known to skip zero experts, wanted one of "
+            f"{', '.join(SKIP_ZERO_EXPERTS)}; leave --all2all-backend out"
+        )
+    logger.info_once(
+        "LongCat experts: %s instead of vLLM's choice, %s, which is not known to skip zero experts.",
+        kernel_of(method),
+        chosen,
+    )
+    return method

@@ -80,7 +80,7 @@ class LongcatFlashMTP(LongcatCausalLM):
     Its head is the target's, which vLLM's proposer puts into `lm_head`.
     """
 
-    _requires_mtp = True
+    _audited = staticmethod(checkpoint.audited_mtp)
     has_own_embed_tokens = True
     """vLLM shares the target's embedding where it is equal, and would wherever this were left out."""
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LongcatFlashConfig
 
-from longcat_core import checkpoint
+from longcat_core import checkpoint, rotary
 from longcat_core.config import ConfigError, LongcatConfig, RopeConfig, canonical_hf
 from tests.cases import CASES, CHAT, DEFAULT, spellings
 
@@ -234,3 +234,18 @@ def test_options_of_a_routers_training_are_ignored_with_one_warning(caplog: pyte
         assert LongcatConfig.from_hf(raw) == LongcatConfig.from_hf(CHAT)
     (warning,) = [record.getMessage() for record in caplog.records]
     assert warning.endswith("router_jitter_noise, router_aux_loss_coef, router_z_loss")
+
+
+@pytest.mark.parametrize("kind", [{"type": "yarn"}, {"rope_type": "yarn"}, {"rope_type": "deepseek_yarn"}], ids=str)
+@pytest.mark.parametrize("factor", [1, 1.0])
+def test_yarn_of_factor_1_is_plain_rope(kind: dict[str, str], factor: float) -> None:
+    scaling = {**kind, "factor": factor, "original_max_position_embeddings": 4096, "mscale": 1.0}
+    config = LongcatConfig.from_hf({**DEFAULT.to_hf(), "rope_scaling": scaling})
+    assert config == DEFAULT
+
+
+def test_yarn_of_factor_1_keeps_a_factor_on_cos_and_sin_that_is_given() -> None:
+    scaling = {"rope_type": "yarn", "factor": 1.0, "attention_factor": 1.3}
+    config = LongcatConfig.from_hf({**DEFAULT.to_hf(), "rope_scaling": scaling})
+    assert rotary.attention_factor(config.rope) == 1.3
+    assert LongcatConfig.from_hf(config.to_hf()) == config

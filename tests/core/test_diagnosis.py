@@ -13,8 +13,8 @@ from tests.speculation import CASE, the_gate
 def test_a_gate_is_reported_with_its_threshold(gated: Path) -> None:
     whole, gate = checkpoint_findings(gated)
     assert (whole.problem, gate.problem) == ("", "")
-    score = f"verifies drafts with a score of {the_gate().threshold:g} or more"
-    assert gate.value == f"{score}, where a server logs no obstacle"
+    score = f"prunes drafts with a score under {the_gate().threshold:g}"
+    assert gate.value == f"{score}, where a server is asked to use it"
 
 
 def test_a_gate_of_another_model_is_a_problem(gated: Path, tmp_path: Path) -> None:

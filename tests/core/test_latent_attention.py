@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longcat_core import latent_attention
 from longcat_core.latent_attention import PagedBatch, RequestGroup, paged_attention, write_latents
@@ -284,3 +286,32 @@ def test_a_node_attends_to_its_request_and_its_path(lengths: list[int], nodes: i
             seen = torch.cat((slots[:length], slots[length:][trees[r, node]]))
             alone = dense(queries[r * nodes + node].unsqueeze(0), cache[seen], w_uk, w_uv)[0]
             torch.testing.assert_close(ours[r, node].double(), alone, rtol=1e-4, atol=1e-5)
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that an operation makes, views of a table not counted."""
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        self.elements = 0
+        self._table = table.untyped_storage().data_ptr()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if isinstance(output, Tensor) and output.untyped_storage().data_ptr() != self._table:
+            self.elements = max(self.elements, output.numel())
+        return output
+
+
+@pytest.mark.parametrize("block_size", [1, 16])
+def test_of_a_table_as_wide_as_the_models_context_only_the_blocks_in_use_are_read(block_size: int) -> None:
+    """Else a step of short requests costs as much as a table of all contexts."""
+    lengths, width = [40, 30, 55], 131_072 // block_size
+    table = torch.arange(4 * width, dtype=torch.int32).view(4, width)
+    with Largest(table) as largest:
+        batch = PagedBatch.build([0, 1, 2, 3], lengths, table, block_size, table_rows=[3, 0, 2])
+    assert 0 < largest.elements <= len(lengths) * max(lengths)
+    for group in batch.groups:
+        for request, slots in zip(group.queries[:, 0].tolist(), group.slots, strict=True):
+            first = [3, 0, 2][request] * width * block_size
+            assert slots[: lengths[request]].tolist() == list(range(first, first + lengths[request]))

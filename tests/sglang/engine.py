@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from sglang.srt.platforms import current_platform
+from sglang.srt.entrypoints import engine as entry  # as a process that runs an engine: ours prepares a CPU then
 from torch import Tensor
 
 from longcat_core.config import LongcatConfig
@@ -41,7 +41,6 @@ AS_THE_STOCK_COMMAND: dict[str, Any] = {}
 """Engine arguments: the tests' engines are as it is."""
 OURS: dict[str, str] = {}
 """Variables that the tests set for engines of their own, and a user would not."""
-assert current_platform is not None  # our plugin has made torchvision importable, which transformers wants as well
 PRELOADED = ["sglang.srt.managers.scheduler", "sglang.srt.managers.detokenizer_manager", "sglang.srt.models.registry"]
 Break = Callable[[pytest.MonkeyPatch], None]
 
@@ -172,7 +171,6 @@ def serving(
 ) -> Iterator[Engine]:
     """An engine that is gone afterwards. `chunk`: tokens of a prompt at once; `broken`: what to do to it first;
     `draft_tokens`: speculate with so many a step."""
-    from sglang.srt.entrypoints import engine as entry
     from sglang.srt.utils import kill_process_tree
 
     options: dict[str, Any] = {

@@ -9,17 +9,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
 from longcat_core.engine import UnsupportedEngineError
-from longcat_sglang import compat, deployment
+from longcat_sglang import compat, deployment, platform
 from longcat_sglang.engine import SGLANG, is_longcat
 from longcat_sglang.hooks import HOOKS
-from longcat_sglang.platform import read_cores
+from longcat_sglang.platform import PREPARED, model_of, read_cores
 from tests.cases import CASES, Case
 from tests.plugin import python, save_llama
 from tests.sglang.engine import configure, serving
@@ -113,7 +112,6 @@ TREE = {"speculative_algorithm": "NEXTN", "speculative_num_steps": 3, "speculati
         ({"page_size": 8}, "page_size: 8, wanted 1 on a CPU"),
         ({"pp_size": 2}, "pp_size: 2, wanted 1"),
         ({"tp_size": 3}, "tp_size: 3, wanted a divisor of the 4 heads"),
-        ({"enable_eplb": True}, "expert load balancing (EPLB) is not there yet"),
         ({"attention_backend": "triton"}, "attention_backend: 'triton', wanted our own on a CPU"),
         ({"kv_cache_dtype": "fp8_e4m3"}, "kv_cache_dtype: 'fp8_e4m3', wanted 'auto' on a CPU"),
         (
@@ -195,35 +193,87 @@ def test_quantised_weights_on_a_gpu_are_left_to_sglangs_own_class(
     assert get_model_architecture(of_another_process)[0] is LongcatFlashForCausalLM
 
 
-@pytest.mark.parametrize(("device", "reasons"), [("cpu", 0), ("cuda", 1)])
-def test_quantised_weights_are_a_reason_on_a_gpu_alone(device: str, reasons: int) -> None:
-    settings = SimpleNamespace(device=device, quantization="fp8")
-    hf_config = SimpleNamespace(longcat=CASE.config)
-    assert len(deployment.reasons_for_sglangs_own_class(settings, hf_config)) == reasons
-
-
 # -- a CPU -------------------------------------------------------------------------------------------
+
+
+UNPREPARED = {name: value for name, value in os.environ.items() if name not in ("SGLANG_USE_CPU_ENGINE", PREPARED)}
+"""The environment of a process that none of ours has started."""
+IS_PREPARED = (
+    "import importlib.util, os, sys\n"
+    "print('sgl_kernel' in sys.modules, importlib.util.find_spec('sgl_kernel') is not None,"
+    " 'SGLANG_USE_CPU_ENGINE' in os.environ)"
+)
+
+
+def outcome(script: str, *arguments: str | Path, **environment: str) -> str:
+    """What a fresh interpreter prints last."""
+    command = [sys.executable, "-c", script, *arguments]
+    environment = {**UNPREPARED, **environment}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip().splitlines()[-1]
 
 
 def test_an_installed_sgl_kernel_is_not_shadowed(tmp_path: Path) -> None:
     (tmp_path / "sgl_kernel.py").write_text("REAL = True\n")
-    script = (
-        "import longcat_sglang; longcat_sglang.register_platform()\n"
-        "import sgl_kernel; print(sgl_kernel.__name__, sgl_kernel.REAL)"
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    script = "from longcat_sglang import platform; platform.prepare_cpu_as_for_longcat(); platform.prepare_cpu()\n"
+    assert outcome(script + "import sgl_kernel; print(sgl_kernel.__name__, sgl_kernel.REAL)", PYTHONPATH=path) == (
+        "sgl_kernel True"
     )
-    assert python(script, PYTHONPATH=str(tmp_path)) == "sgl_kernel True"
 
 
-def test_where_there_is_an_accelerator_nothing_is_prepared() -> None:
-    script = (
-        "import os, sys, torch\n"
-        "torch.accelerator.is_available = lambda: True\n"
-        "import longcat_sglang; longcat_sglang.register_platform()\n"
-        "print('sgl_kernel' in sys.modules, 'SGLANG_USE_CPU_ENGINE' in os.environ)"
-    )
-    clean = {name: value for name, value in os.environ.items() if name != "SGLANG_USE_CPU_ENGINE"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=clean, timeout=60)
-    assert done.stdout.strip() == "False False", done.stderr[-1000:]
+def test_where_there_is_an_accelerator_nothing_is_prepared(checkpoint_of: Callable[[Case], Path]) -> None:
+    script = "import torch; torch.accelerator.is_available = lambda: True\nimport sglang\n"
+    assert outcome(script + IS_PREPARED, "--model-path", checkpoint_of(CASE)) == "False False False"
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import sglang",
+        "import sglang; sglang.RuntimeEndpoint; sglang.set_default_backend",
+        "import sglang.srt.server_args",
+        "import sglang.benchmark.serving",
+    ],
+)
+def test_a_process_that_runs_no_engine_is_as_without_the_plugin(imports: str) -> None:
+    assert outcome(f"{imports}\n{IS_PREPARED}") == "False False False"
+
+
+def test_a_server_of_another_model_is_as_without_the_plugin(llama: Path) -> None:
+    for model in (llama, "an-organisation/a-llama"):
+        assert outcome(f"import sglang\n{IS_PREPARED}", "--model-path", model) == "False False False"
+
+
+def test_a_longcats_server_and_what_it_starts_are_prepared(checkpoint_of: Callable[[Case], Path]) -> None:
+    for words in (["--model-path", checkpoint_of(CASE)], [f"--model={checkpoint_of(CASE)}"]):
+        assert outcome(f"import sglang\n{IS_PREPARED}", *words) == "True True True"
+    assert outcome(f"import sglang\n{IS_PREPARED}", **{PREPARED: "1"}) == "True True True"
+
+
+def test_a_process_that_makes_an_engine_is_prepared() -> None:
+    assert outcome(f"import sglang.srt.entrypoints.engine\n{IS_PREPARED}") == "True True True"
+
+
+def test_the_model_is_found_as_sglang_finds_it(tmp_path: Path) -> None:
+    options = tmp_path / "options.yaml"
+    options.write_text("host: 127.0.0.1\nmodel-path: a/b\n")
+    serve = ["python", "-m", "sglang.launch_server"]
+    assert model_of([*serve, "--host", "127.0.0.1", "--model-path", "a/b"]) == "a/b"
+    assert model_of([*serve, "--model-path=a/b", "--port", "1"]) == "a/b"
+    assert model_of([*serve, "--config", str(options)]) == "a/b"
+    assert model_of([*serve, "--host", "127.0.0.1"]) is None
+
+
+def test_what_is_no_longcat_is_told_from_one(
+    checkpoint_of: Callable[[Case], Path], llama: Path, tmp_path: Path
+) -> None:
+    assert platform.is_longcat(str(checkpoint_of(CASE)))
+    (tmp_path / "config.json").write_text("[]")
+    for other in (llama, tmp_path, tmp_path / "nowhere"):
+        assert not platform.is_longcat(str(other))
+    assert platform.is_longcat("meituan-longcat/LongCat-Flash-Chat"), "which is yet to be downloaded"
 
 
 @pytest.mark.parametrize(
@@ -238,11 +288,11 @@ def test_cores_are_read_as_sglang_writes_them(text: str, cores: set[int]) -> Non
 
 def test_sglang_still_does_not_start_on_a_cpu_by_itself() -> None:
     """If this fails, `platform.prepare_cpu` may have become unnecessary."""
-    environment = {**os.environ, "SGLANG_PLUGINS": "none", "SGLANG_USE_CPU_ENGINE": "1"}
+    environment = {**UNPREPARED, "SGLANG_USE_CPU_ENGINE": "1"}
     script = "import sglang.srt.managers.scheduler"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=60)
     assert done.returncode != 0
-    assert "torchvision::nms" in done.stderr or "sgl_kernel" in done.stderr, done.stderr[-1000:]
+    assert "sgl_kernel" in done.stderr, done.stderr[-1000:]
 
 
 def test_sglang_still_takes_transformers_doubled_layers() -> None:

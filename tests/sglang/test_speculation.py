@@ -11,6 +11,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
+from torch import Tensor
 
 from longcat_core.drafting import draft_chains, walk
 from longcat_core.reference import LongcatForCausalLM
@@ -23,7 +26,7 @@ from tests.engines.test_speculation import (
 )
 from tests.plugin import save_llama
 from tests.sglang.engine import GATED, Engine, configure, serving, settled, speculation
-from tests.speculation import CASE, NEW_TOKENS, prompts_of, steps_of, the_gate, truth
+from tests.speculation import CASE, NEW_TOKENS, prompts_of, reference_of, steps_of, the_gate, truth
 
 
 @pytest.fixture
@@ -116,14 +119,15 @@ def test_an_update_of_the_weights_is_in_the_next_drafts(directory: Path) -> None
 
 @pytest.fixture(scope="module")
 def sampling(drafting_checkpoint_of: Callable[[Case], Path]) -> Iterator[Engine]:
-    with serving(drafting_checkpoint_of(CASE), draft_tokens=3) as served:
+    with serving(drafting_checkpoint_of(CASE), draft_tokens=3, enable_custom_logit_processor=True) as served:
         yield served
 
 
-def answers(served: Engine, *requests: dict[str, Any]) -> list[list[int]]:
+def answers(served: Engine, *requests: dict[str, Any], **options: Any) -> list[list[int]]:
     """Of one prompt, in one batch, with these parameters."""
     parameters = [{"max_new_tokens": NEW_TOKENS, "ignore_eos": True, **request} for request in requests]
-    outputs = served.sglang.generate(input_ids=[prompts_of(CASE)[2]] * len(requests), sampling_params=parameters)
+    prompts = [prompts_of(CASE)[2]] * len(requests)
+    outputs = served.sglang.generate(input_ids=prompts, sampling_params=parameters, **options)
     return [output["output_ids"] for output in outputs]
 
 
@@ -136,6 +140,50 @@ def test_sampling_out_of_the_best_token_alone_is_greedy(filtered: dict[str, floa
 def test_a_biased_token_is_sampled_in_every_place(sampling: Engine) -> None:
     (tokens,) = answers(sampling, {"temperature": 1.0, "logit_bias": {"7": 100.0}})
     assert tokens == [7] * NEW_TOKENS
+
+
+PENALTIES = [
+    {"temperature": 0.0, "frequency_penalty": 1.5},
+    {"temperature": 0.0, "presence_penalty": 1.7, "frequency_penalty": -0.2},
+    {"temperature": 0.0, "repetition_penalty": 1.5},
+]
+
+
+@torch.no_grad()
+def penalised(frequency_penalty: float = 0, presence_penalty: float = 0, repetition_penalty: float = 1) -> list[int]:
+    """The reference's greedy answer, with penalties as SGLang defines them: of the tokens that were generated."""
+    model, prompt, answer = reference_of(CASE), prompts_of(CASE)[2], []
+    for _ in range(NEW_TOKENS):
+        logits = model(torch.tensor([prompt + answer]))[0][0, -1]
+        counts = torch.bincount(torch.tensor(answer, dtype=torch.int64), minlength=len(logits))
+        logits = logits - frequency_penalty * counts - presence_penalty * (counts > 0)
+        scaled = torch.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty)
+        answer.append(int(torch.where(counts > 0, scaled, logits).argmax()))
+    return answer
+
+
+def assert_penalties_are_exact(served: Engine) -> None:
+    wanted = [penalised(**{name: value for name, value in each.items() if name != "temperature"}) for each in PENALTIES]
+    plain = truth(CASE, prompts_of(CASE)[2], NEW_TOKENS, 3).tokens
+    assert plain not in wanted, "the penalties must have something to do"
+    assert answers(served, *PENALTIES, {"temperature": 0.0}) == [*wanted, plain]
+
+
+def test_penalties_are_exact_with_drafts(sampling: Engine) -> None:
+    assert_penalties_are_exact(sampling)
+
+
+class OnlyToken7(CustomLogitProcessor):
+    def __call__(self, logits: Tensor, custom_param_list: list[dict[str, Any]]) -> Tensor:
+        logits[:, :7] = logits[:, 8:] = -torch.inf
+        return logits
+
+
+def test_a_custom_logit_processor_has_its_say_with_drafts(sampling: Engine) -> None:
+    requests = {"temperature": 0.0}, {"temperature": 0.0}
+    ours, plain = answers(sampling, *requests, custom_logit_processor=[OnlyToken7().to_str(), None])
+    assert ours == [7] * NEW_TOKENS
+    assert plain == truth(CASE, prompts_of(CASE)[2], NEW_TOKENS, 3).tokens
 
 
 def test_two_ranks_sample_the_same_tokens(directory: Path) -> None:
@@ -226,6 +274,7 @@ def test_trees_change_no_token(steps: int, branches: int, nodes: int, directory:
         trees = served.speculated(prompts, NEW_TOKENS)
         assert [answer.tokens for answer in trees] == [chain.tokens for chain in chains]
         assert served.greedy(prompts, NEW_TOKENS) == [chain.tokens for chain in chains], "from the cache"
+        assert_penalties_are_exact(served)
     taken, alone = (sum(len(each.accepted) for each in them) for them in (trees, chains))
     assert taken < alone, "a tree needs fewer steps than its chain"
 

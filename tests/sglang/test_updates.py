@@ -1,7 +1,8 @@
-"""Weights that a running SGLang reads from a disk, where it does not undo what was packed after the first load."""
+"""Weights that SGLang reads and writes otherwise than by a first load of published tensors."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,3 +24,18 @@ def test_an_update_from_a_disk_is_in_the_next_token(checkpoint_of: Callable[[Cas
         )
         assert succeeded, message
         assert_greedy_equal(served.greedy([prompt], 8)[0], after)
+
+
+def test_weights_that_sglang_has_saved_are_the_same_when_it_loads_them(
+    checkpoint_of: Callable[[Case], Path], tmp_path: Path
+) -> None:
+    prompts = CASE.prompts(2, 20)
+    (tmp_path / "config.json").write_text(json.dumps(CASE.config.to_hf()))
+    with serving(checkpoint_of(CASE), tensor_parallel=2) as served:
+        tokens = served.greedy(prompts, 8)
+        served.sglang.save_sharded_model(path=str(tmp_path), pattern=None, max_size=None)
+        assert served.greedy(prompts, 8) == tokens, "saving changes nothing"
+    with serving(tmp_path, tensor_parallel=2, load_format="sharded_state") as served:
+        assert served.greedy(prompts, 8) == tokens
+        served.update({"model.norm.weight": CASE.published()["model.norm.weight"]})
+        assert served.greedy(prompts, 8) == tokens, "a part of the weights can be updated"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +59,42 @@ def test_drafts_on_two_pipeline_stages_are_refused(good: Path) -> None:
     assert "pipeline_parallel_size: 2, wanted 1 with drafts" in message
 
 
+def test_routed_experts_that_cannot_be_told_from_zero_experts_are_not_returned() -> None:
+    """vLLM's runner for CPUs returns none at all."""
+    from longcat_vllm.deployment import _unsupported_experts
+
+    asked = SimpleNamespace(
+        kernel_config=SimpleNamespace(moe_backend="auto"),
+        aux_output_config=SimpleNamespace(enable_return_routed_experts=True),
+    )
+    (problem,) = _unsupported_experts(asked)
+    assert "a zero expert (-1) would be expert 255 or 65535" in problem
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM has these on a GPU")
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"data_parallel_size": 2}, "data_parallel_size: 2, wanted 1 on a CPU"),
+        ({"data_parallel_size": 2, "enable_expert_parallel": True}, "data_parallel_size: 2, wanted 1 on a CPU"),
+        ({"data_parallel_size": 2, "data_parallel_rank": 1}, "data_parallel_size: 2, wanted 1 on a CPU"),
+        (
+            {"data_parallel_size": 2, "data_parallel_size_local": 1, "data_parallel_hybrid_lb": True}
+            | {"data_parallel_start_rank": 0, "data_parallel_address": "127.0.0.1"},
+            "data_parallel_size: 2, wanted 1 on a CPU",
+        ),
+        (
+            {"decode_context_parallel_size": 2, "tensor_parallel_size": 2},
+            "decode_context_parallel_size: 2, wanted 1 on a CPU",
+        ),
+        ({"prefill_context_parallel_size": 2}, "prefill context parallel"),
+        ({"ubatch_size": 2}, "Microbatching"),
+    ],
+)
+def test_ranks_that_a_cpu_cannot_have_are_refused(options: dict[str, Any], wanted: str, good: Path) -> None:
+    assert wanted in refusal(good, **options)
+
+
 def test_extra_and_misshapen_tensors_of_a_loader_are_all_listed(checkpoint_of: Callable[[Case], Path]) -> None:
     brought = {EXPERT: torch.zeros(33, 64), NORM: TENSORS[NORM], "model.norm.bias": torch.zeros(64)}
     with serving(checkpoint_of(CASE)) as served, pytest.raises(CheckpointError) as refused:
@@ -72,3 +112,25 @@ def test_a_tensor_that_the_first_load_lacks_is_named(tmp_path: Path, monkeypatch
     with pytest.raises(CheckpointError) as refused, serving(write_checkpoint(tmp_path, CASE.config, brought)):
         pass
     assert str(refused.value).splitlines()[1:] == [f"  missing: {EXPERT} [32, 64]"]
+
+
+def test_every_refusal_is_a_row_of_the_table_of_options_and_the_reverse() -> None:
+    from longcat_core import engine
+    from longcat_core.options import Outcome
+    from longcat_vllm import adapters, deployment, loading
+    from longcat_vllm.options import OPTIONS
+
+    rooms = [Path(room.__file__) for room in (adapters, deployment, loading, engine)]
+    named = {flag for room in rooms for text in texts_of(room) for flag in re.findall(r"--[a-z0-9-]+", text)}
+    assert named == {option.name for option in OPTIONS if option.outcome is Outcome.REFUSED}
+
+
+def texts_of(room: Path) -> list[str]:
+    """The strings in a room's functions, which are its messages, without what documents them."""
+    texts: list[str] = []
+    for function in ast.walk(ast.parse(room.read_text())):
+        if isinstance(function, ast.FunctionDef):
+            constants = [node.value for node in ast.walk(function) if isinstance(node, ast.Constant)]
+            documentation = ast.get_docstring(function, clean=False)
+            texts += [value for value in constants if isinstance(value, str) and value != documentation]
+    return texts

@@ -1,0 +1,266 @@
+"""SGLang's options: what becomes of each with LongCat-Flash, as data, and the refusals that follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from longcat_core.config import LongcatConfig
+from longcat_core.options import Option, Outcome
+
+Concern = Callable[[Any, LongcatConfig], bool]
+"""Whether SGLang's settings ask a model for what an option stands for."""
+
+
+class Rule(NamedTuple):
+    option: Option
+    concerns: Concern
+    instead: str = ""
+    """What else helps than to leave the option out."""
+
+
+READ, RUN = "read in SGLang 0.5.21", "run on a CPU"
+SKIP_ZERO_EXPERTS = ("auto", "triton", "deep_gemm")
+"""SGLang's MoE runners that were read to skip ids of -1."""
+DEEPEP_COLUMNS, RECORDED_COLUMNS = 11, 8
+"""Experts a token can have in DeepEP's low-latency kernels (`kNumMaxTopK`), and in the recorder of single passes
+(`_DetailSinglePassGatherer._TOP_K_NUM`)."""
+
+
+def _is(name: str, *values: Any) -> Concern:
+    return lambda settings, _: getattr(settings, name) in values
+
+
+def _is_set(*names: str) -> Concern:
+    return lambda settings, _: any(getattr(settings, name) for name in names)
+
+
+def _on_a_cpu(concern: Concern) -> Concern:
+    return lambda settings, longcat: settings.device == "cpu" and concern(settings, longcat)
+
+
+def _refused(flag: str, why: str, known_by: str = READ) -> Option:
+    return Option(flag, Outcome.REFUSED, why, known_by)
+
+
+WRONG: tuple[Rule, ...] = (
+    Rule(
+        _refused(
+            "--enable-eplb", "ids are looked up in tables of FFN experts, where a zero expert's -1 is the last one"
+        ),
+        _is_set("enable_eplb"),
+    ),
+    Rule(
+        _refused("--ep-num-redundant-experts", "the router's ids are not mapped to copies of experts"),
+        lambda settings, _: settings.ep_num_redundant_experts > 0,
+    ),
+    Rule(
+        _refused("--init-expert-location", "the router's ids are not mapped to other places of experts"),
+        lambda settings, _: settings.init_expert_location != "trivial",
+    ),
+    Rule(
+        _refused("--elastic-ep-backend", "experts of a lost rank get other places, as with --enable-eplb"),
+        _is("elastic_ep_backend", "mooncake", "nixl"),
+    ),
+    Rule(
+        _refused("--enable-elastic-expert-backup", "it is for --elastic-ep-backend"),
+        _is_set("enable_elastic_expert_backup"),
+    ),
+    Rule(
+        _refused(
+            "--moe-a2a-backend deepep",
+            f"a token has more than the {DEEPEP_COLUMNS} experts that DeepEP's low-latency kernels take",
+        ),
+        lambda settings, longcat: (
+            settings.moe_a2a_backend == "deepep"
+            and settings.deepep_mode != "normal"
+            and longcat.moe_topk > DEEPEP_COLUMNS
+        ),
+        "give --deepep-mode normal",
+    ),
+    Rule(
+        _refused(
+            "--enable-two-batch-overlap",
+            "SGLang can divide the layers of other models only (batch_overlap/operations_strategy.py)",
+        ),
+        _is_set("enable_two_batch_overlap"),
+    ),
+    Rule(
+        _refused("--enable-single-batch-overlap", "no layer of LongCat asks for it, so it would do nothing"),
+        _is_set("enable_single_batch_overlap"),
+    ),
+    Rule(
+        _refused(
+            "--enable-lora",
+            "SGLang keeps one adapter's weights a layer for each kind of projection (lora/mem_pool.py), and a LongCat "
+            "layer has two of each, so that one would get the other's",
+        ),
+        lambda settings, _: bool(settings.enable_lora or (settings.lora_paths and settings.enable_lora is None)),
+    ),
+    Rule(
+        _refused(
+            "--enable-return-routed-experts",
+            "on a CPU SGLang's buffer for them, of pinned memory, needs CUDA",
+            RUN,
+        ),
+        _on_a_cpu(_is_set("enable_return_routed_experts")),
+    ),
+    Rule(
+        _refused(
+            "--expert-distribution-recorder-mode per_token",
+            f"a token has more than the {RECORDED_COLUMNS} experts that SGLang records of one pass",
+        ),
+        lambda settings, longcat: (
+            settings.expert_distribution_recorder_mode in ("per_token", "per_pass")
+            and longcat.moe_topk > RECORDED_COLUMNS
+        ),
+        "give --expert-distribution-recorder-mode stat",
+    ),
+    Rule(
+        _refused("--cpu-offload-gb", "SGLang offloads layers that it builds itself, so nothing would be"),
+        lambda settings, _: settings.cpu_offload_gb > 0,
+    ),
+    Rule(
+        _refused("--offload-group-size", "SGLang offloads layers that it builds itself, so nothing would be"),
+        lambda settings, _: settings.offload_group_size > 0,
+    ),
+    Rule(
+        _refused("--is-embedding", "LongCat has no pooling head"),
+        _is_set("is_embedding"),
+    ),
+    Rule(
+        _refused(
+            "--load-format layered",
+            "it loads one module after the other, for which SGLang's own class has no method either",
+        ),
+        _is("load_format", "layered"),
+    ),
+    Rule(
+        _refused(
+            "--load-format sharded_state",
+            "SGLang saves the target alone, so there is no MTP layer to draft with",
+        ),
+        lambda settings, _: (
+            settings.load_format == "sharded_state"
+            and settings.speculative_algorithm in ("NEXTN", "EAGLE")
+            and settings.speculative_draft_load_format in (None, "sharded_state")
+        ),
+        "leave --speculative-algorithm out",
+    ),
+)
+"""What would be wrong with SGLang's own class as well, or do nothing, or that SGLang fails over later."""
+
+OWN: tuple[Rule, ...] = (
+    Rule(
+        Option(
+            "--moe-runner-backend",
+            Outcome.OWN_CLASS,
+            f"it is not known to skip zero experts, as {', '.join(SKIP_ZERO_EXPERTS)} do",
+            READ,
+        ),
+        lambda settings, _: settings.device != "cpu" and settings.moe_runner_backend not in SKIP_ZERO_EXPERTS,
+    ),
+    Rule(
+        Option(
+            "--moe-a2a-backend",
+            Outcome.OWN_CLASS,
+            "it is not known to take -1 for a zero expert, as none and deepep do",
+            READ,
+        ),
+        lambda settings, _: settings.moe_a2a_backend not in ("none", "deepep"),
+    ),
+    Rule(
+        Option(
+            "--enable-fused-moe-sum-all-reduce",
+            Outcome.OWN_CLASS,
+            "SGLang's Triton kernel writes a row of zeros for each expert that it skips, over the sum of the others",
+            READ,
+        ),
+        _is_set("enable_fused_moe_sum_all_reduce"),
+    ),
+    Rule(
+        Option(
+            "--kt-weight-path", Outcome.OWN_CLASS, "KTransformers' experts are not known to skip zero experts", READ
+        ),
+        _is_set("kt_weight_path"),
+    ),
+    Rule(
+        Option("--model-impl transformers", Outcome.OWN_CLASS, "another model is asked for than ours", READ),
+        _is("model_impl", "transformers"),
+    ),
+)
+"""What SGLang's own class can serve and ours cannot; it runs on GPUs only."""
+
+CHECKED_BY_VALUE: tuple[Option, ...] = (
+    _refused("--attention-backend", "on a CPU there is one backend, ours", RUN),
+    _refused("--prefill-attention-backend", "on a CPU there is one backend, ours", RUN),
+    _refused("--decode-attention-backend", "on a CPU there is one backend, ours", RUN),
+    _refused("--kv-cache-dtype", "on a CPU the cache cannot be in FP8", RUN),
+    _refused("--page-size", "on a CPU pages have one token", RUN),
+    _refused("--enable-dp-attention", "on a CPU it is not there yet", RUN),
+    _refused("--enable-torch-compile", "on a CPU it is not there yet", RUN),
+    _refused("--pp-size", "SGLang's layer boundaries have no pipeline for LongCat", RUN),
+    _refused("--tp-size", "it has to divide the attention heads", RUN),
+    _refused("--ep-size", "it has to divide the FFN experts", RUN),
+    _refused("--speculative-algorithm", "drafts come from the MTP layer (NEXTN), or on a GPU from n-grams", RUN),
+    _refused("--speculative-draft-model-path", "the MTP layer is in the model's own checkpoint", RUN),
+    _refused("--speculative-num-steps", "it has to be a number of drafts", RUN),
+    _refused("--speculative-num-draft-tokens", "it has to fit the tree", RUN),
+    _refused("--speculative-token-map", "the MTP layer has the whole vocabulary", RUN),
+    _refused("--speculative-draft-model-quantization", "it is not there yet", RUN),
+    _refused("--enable-multi-layer-eagle", "LongCat has one MTP layer", RUN),
+    _refused("--speculative-draft-attention-backend", "on a CPU there is one backend, ours", RUN),
+    Option("--quantization", Outcome.OWN_CLASS, "it is not there yet in longcat-serving; refused on a CPU", READ),
+)
+"""What `deployment` asks about itself, for it depends on the value or on other options."""
+
+SERVED: tuple[Option, ...] = (
+    Option("--load-format auto", Outcome.SERVED, "Checked before any worker starts, where there are safetensors.", RUN),
+    Option("--load-format sharded_state", Outcome.SERVED, "What `save_sharded_model` wrote; not checked before.", RUN),
+    Option("--enable-return-routed-experts", Outcome.SERVED, "-1 stands for a zero expert.", READ),
+    Option("--expert-distribution-recorder-mode stat", Outcome.SERVED, "FFN experts are counted, no zero ones.", READ),
+)
+
+UNTRIED: tuple[Option, ...] = tuple(
+    Option(flag, Outcome.UNTRIED, "", "not tried")
+    for flag in (
+        "--moe-a2a-backend deepep --deepep-mode normal",
+        "--load-format runai_streamer",
+        "--load-format fastsafetensors",
+        "--load-format presharded",
+        "--load-format remote_instance",
+        "--disaggregation-mode",
+        "--enable-hierarchical-cache",
+        "--enable-deterministic-inference",
+        "--enable-memory-saver",
+        "--attn-cp-size",
+        "--dcp-size",
+        "--moe-dense-tp-size",
+    )
+)
+
+OPTIONS: tuple[Option, ...] = (
+    *SERVED,
+    *(rule.option for rule in WRONG),
+    *CHECKED_BY_VALUE,
+    *(rule.option for rule in OWN),
+    *UNTRIED,
+)
+
+
+def refusals(settings: Any, longcat: LongcatConfig) -> list[str]:
+    """What is wrong in any class, and on a CPU, where SGLang's own does not run, what is its: for `refuse`."""
+    asked = [rule for rule in WRONG if rule.concerns(settings, longcat)]
+    if settings.device == "cpu":
+        asked += [rule for rule in OWN if rule.concerns(settings, longcat)]
+    return [
+        f"{rule.option.flag}: {rule.option.why}; {rule.instead and rule.instead + ', or '}leave {rule.option.name} out"
+        for rule in asked
+    ]
+
+
+def reasons_for_own_class(settings: Any, longcat: LongcatConfig) -> list[str]:
+    """Why SGLang's own class is to serve it; none on a CPU, where that class does not run."""
+    if settings.device == "cpu":
+        return []
+    return [f"{rule.option.flag}: {rule.option.why}" for rule in OWN if rule.concerns(settings, longcat)]

@@ -1,0 +1,110 @@
+"""Penalties of what a request has generated, for every token that is sampled: after drafts, each on its own path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from sglang.srt.sampling.penaltylib import (
+    BatchedFrequencyPenalizer,
+    BatchedMinNewTokensPenalizer,
+    BatchedPenalizerOrchestrator,
+    BatchedPresencePenalizer,
+    BatchedRepetitionPenalizer,
+)
+from sglang.srt.speculative.eagle_info import EagleVerifyInput
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class GeneratedTokenPenalties:
+    """In place of SGLang's orchestrator while a batch runs.
+
+    SGLang's counts one token a step: the last that the scheduler knows. That leaves out all but the last of the drafts
+    that a step accepts, and with its overlap of steps it is one token late. Here the tokens are counted anew in every
+    step, as vLLM does, so that a request that lost its place in the cache has its penalties too.
+
+    Settings are [R, 1], None where no request has one.
+    """
+
+    generated: tuple[Tensor, ...]
+    """int64, the tokens of each of R requests so far."""
+    frequency: Tensor | None
+    presence: Tensor | None
+    repetition: Tensor | None
+    min_new_tokens: Tensor | None
+    ends: Tensor | None
+    """fp32 [R, vocabulary]: -inf for tokens that end a request, which `min_new_tokens` is about."""
+    is_required: bool = True
+
+    @classmethod
+    def of(cls, orchestrator: BatchedPenalizerOrchestrator) -> GeneratedTokenPenalties:
+        """The settings that SGLang's own penalizers hold, with the tokens that its scheduler knows now."""
+        prepared = {kind: each for kind, each in orchestrator.penalizers.items() if each.is_prepared()}
+
+        def setting(kind: type, name: str) -> Tensor | None:
+            return getattr(prepared[kind], name) if kind in prepared else None
+
+        return cls(
+            generated=tuple(torch.tensor(request.output_ids, dtype=torch.int64) for request in orchestrator.reqs()),
+            frequency=setting(BatchedFrequencyPenalizer, "frequency_penalties"),
+            presence=setting(BatchedPresencePenalizer, "presence_penalties"),
+            repetition=setting(BatchedRepetitionPenalizer, "repetition_penalties"),
+            min_new_tokens=setting(BatchedMinNewTokensPenalizer, "min_new_tokens"),
+            ends=setting(BatchedMinNewTokensPenalizer, "stop_token_penalties"),
+        )
+
+    def apply(self, logits: Tensor, drafts: EagleVerifyInput | None = None) -> None:
+        """Penalise logits in place.
+
+        logits: [R, vocabulary], or, of drafts, [R n, vocabulary]: those at every node of each request's tree, the first
+        of which is the last token generated. SGLang's order: first what is added, then what is multiplied.
+        """
+        requests = len(self.generated)
+        nodes = logits.view(requests, -1, logits.shape[-1])
+        counts = occurrences(self.generated, logits.shape[-1], logits.device).unsqueeze(1).repeat(1, nodes.shape[1], 1)
+        lengths = torch.tensor([len(tokens) for tokens in self.generated], device=logits.device).view(-1, 1, 1)
+        if drafts is not None:
+            before = paths(drafts.retrieve_next_token, drafts.retrieve_next_sibling)
+            tokens = drafts.draft_token.view(requests, 1, -1).long().expand_as(before)
+            counts.scatter_add_(2, tokens, before.float())
+            lengths = lengths + before.sum(dim=2, keepdim=True)
+        if self.frequency is not None:
+            nodes.sub_(self.frequency.unsqueeze(1) * counts)
+        if self.presence is not None:
+            nodes.sub_(self.presence.unsqueeze(1) * (counts > 0))
+        if self.min_new_tokens is not None and self.ends is not None:
+            nodes.add_(self.ends.unsqueeze(1).where(lengths < self.min_new_tokens.unsqueeze(1), 0.0))
+        if self.repetition is not None:
+            factors = self.repetition.unsqueeze(1).where(counts > 0, 1.0)
+            nodes.copy_(torch.where(nodes < 0, nodes * factors, nodes / factors))
+
+
+def occurrences(tokens: Sequence[Tensor], vocabulary: int, device: torch.device) -> Tensor:
+    """fp32 [R, vocabulary]: how often each token is among a request's; from int64 tensors on the host."""
+    rows = torch.repeat_interleave(torch.tensor([len(each) for each in tokens]))
+    counts = torch.zeros(len(tokens), vocabulary, device=device)
+    flat = (rows * vocabulary + torch.cat(tuple(tokens))).to(device)
+    return counts.view(-1).scatter_add_(0, flat, torch.ones_like(flat, dtype=counts.dtype)).view_as(counts)
+
+
+def paths(next_child: Tensor, next_sibling: Tensor) -> Tensor:
+    """bool [R, n, n]: the nodes, itself included, that lead from a tree's root to each node, but for the root.
+
+    next_child, next_sibling: integer [R, n], both of a later node, or -1. A node that no other points to, as one that
+    is held back, is taken for a child of the root; nothing asks for it.
+    """
+    requests, width = next_child.shape
+    children, siblings = (each.where(each >= 0, width).long() for each in (next_child, next_sibling))
+    parents = torch.zeros(requests, width + 1, dtype=torch.int64, device=next_child.device)  # the last, of no node
+    led = torch.zeros(requests, width, width, dtype=torch.bool, device=next_child.device)
+    every = torch.arange(requests, device=next_child.device)
+    for node in range(width):
+        parent = parents[:, node].clone()
+        if node:
+            led[:, node] = led[every, parent]
+            led[:, node, node] = True
+        parents[every, children[:, node]] = node
+        parents[every, siblings[:, node]] = parent
+    return led

@@ -1,0 +1,79 @@
+"""Load formats: which files vLLM will read, and whether they can be held against the configuration beforehand."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+from longcat_core import checkpoint
+from longcat_core.checkpoint import CheckpointError
+from longcat_core.config import LongcatConfig
+from longcat_vllm.engine import drafts_with_mtp
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger(f"vllm.{__name__}")
+
+SAFETENSORS_OR_TORCH = ("auto", "hf")
+"""Formats that read safetensors, and torch's files where there are none."""
+SAFETENSORS = ("safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
+"""Formats that read published names from safetensors, and nothing else."""
+SHARDED = ("sharded_state", "runai_streamer_sharded")
+"""Formats of what vLLM saved of its own parameters, a file a rank."""
+
+
+def check(vllm_config: VllmConfig, config: LongcatConfig) -> None:
+    """Hold the checkpoint against its configuration where it can be read from here; else say once that it was not.
+
+    Raises:
+        CheckpointError: as `checkpoint.verify`.
+    """
+    if vllm_config.load_config.load_format == "dummy":
+        return
+    directory, obstacle = _readable(vllm_config)
+    if directory is None:
+        logger.info("LongCat's checkpoint is not checked before it is loaded: %s.", obstacle)
+    else:
+        checkpoint.verify(directory, config, requires_mtp=drafts_with_mtp(vllm_config))
+
+
+def unsupported(vllm_config: VllmConfig) -> list[str]:
+    """Drafts from a saved state, which holds the model alone; their loader would look for them in its files."""
+    load, speculation = vllm_config.load_config, vllm_config.speculative_config
+    if load.load_format not in SHARDED or not drafts_with_mtp(vllm_config) or speculation.draft_load_config is not None:
+        return []
+    return [
+        f"load_format: {load.load_format!r}, wanted one that reads a published checkpoint with drafts, as a saved "
+        "state is without the MTP layer; leave --speculative-config or --load-format out"
+    ]
+
+
+def _readable(vllm_config: VllmConfig) -> tuple[Path | None, str]:
+    """The directory whose safetensors vLLM will read by their published names; None, with the reason, if none."""
+    model, load_format = vllm_config.model_config, vllm_config.load_config.load_format
+    if load_format not in (*SAFETENSORS_OR_TORCH, *SAFETENSORS):
+        return None, f"load format {load_format!r} reads no published names from safetensors"
+    if model.model_weights:
+        return None, f"it is at {model.model_weights}"
+    directory = Path(model.model)
+    if not directory.is_dir():
+        return _cached(model.model, model.revision, vllm_config.load_config.download_dir)
+    has_torch_files = any(directory.glob("*.bin")) or any(directory.glob("*.pt"))
+    if load_format in SAFETENSORS_OR_TORCH and has_torch_files and not any(directory.glob("*.safetensors")):
+        return None, f"{directory} has torch's files only"
+    return directory, ""
+
+
+def _cached(name: str, revision: str | None, cache: str | None) -> tuple[Path | None, str]:
+    """Where the Hub's cache has all of a checkpoint, as it has once it was downloaded."""
+    try:
+        snapshot = Path(snapshot_download(name, revision=revision, cache_dir=cache, local_files_only=True))
+        checkpoint.shards(snapshot)
+    except (LocalEntryNotFoundError, HFValidationError, CheckpointError):
+        return None, f"{name} is not, or not wholly, in the Hub's cache here"
+    return snapshot, ""

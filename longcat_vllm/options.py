@@ -1,0 +1,141 @@
+"""What becomes of vLLM's options where LongCat-Flash is served: the rows of the docs' table.
+
+`deployment.py` and the rooms that it asks hold the refusals; a test compares them with the rows.
+"""
+
+from __future__ import annotations
+
+from longcat_core.options import Option, Outcome
+
+RUN, TESTED = "run on a CPU", "run on a CPU, in the tests"
+READ = "read in vLLM 0.32"
+
+OPTIONS: tuple[Option, ...] = (
+    # -- where weights come from
+    Option(
+        "--load-format auto",
+        Outcome.SERVED,
+        "And `hf`, `safetensors`, `fastsafetensors`, `instanttensor`, `runai_streamer`: the checkpoint is checked "
+        "before any worker starts, a name of the Hub too where its cache has all of it.",
+        "`auto` and a cached name run on a CPU; the check of all of them in the tests",
+    ),
+    Option(
+        "--load-format pt",
+        Outcome.SERVED,
+        "And `npcache`, `tensorizer`, `modelexpress`, a plugin's: not checked beforehand, which is said in the log.",
+        "the check in the tests; the formats read",
+    ),
+    Option("--load-format dummy", Outcome.SERVED, "Nothing to check.", TESTED),
+    Option(
+        "--load-format sharded_state",
+        Outcome.REFUSED,
+        "With drafts only: a saved state is without the MTP layer. Without drafts it is served; save it on a GPU with "
+        "--moe-backend triton, as the kernels of a CPU and FlashInfer's repack the weights.",
+        TESTED,
+    ),
+    Option(
+        "--quantization",
+        Outcome.REFUSED,
+        "On a CPU, where weights are bfloat16, float16 or float32 so far; on a GPU it is left to vLLM's own class.",
+        TESTED,
+    ),
+    Option("--enable-ep-weight-filter", Outcome.SERVED, "A rank reads its own experts.", RUN),
+    Option("--cpu-offload-gb", Outcome.SERVED, "A CPU has nothing to move.", RUN),
+    # -- adapters
+    Option(
+        "--enable-lora",
+        Outcome.SERVED,
+        "Adapters of attentions and dense FFNs, several in a batch and with drafts, which they do not change. An "
+        "adapter of `kv_b_proj`, experts, the router, the embedding or the head is refused when it is loaded.",
+        TESTED,
+    ),
+    Option(
+        "--lora-target-modules",
+        Outcome.REFUSED,
+        "Where it names a module that no adapter can change.",
+        TESTED,
+    ),
+    # -- experts
+    Option(
+        "--moe-backend",
+        Outcome.REFUSED,
+        "Other values than auto, triton, flashinfer_cutlass: their kernels are not known to skip zero experts. Where "
+        "vLLM's own choice is such a kernel, Triton's is taken, which is said in the log.",
+        "the refusal and the choice in the tests; the kernels read",
+    ),
+    Option("--enable-expert-parallel", Outcome.SERVED, "A rank computes its own experts, zero experts none.", TESTED),
+    Option(
+        "--all2all-backend",
+        Outcome.REFUSED,
+        "deepep_low_latency, nixl_ep and moonep, where data-parallel ranks share experts: DeepEP has room for 11 "
+        "experts a token where LongCat has 12; of the kernels none is known to skip zero experts.",
+        f"the refusal in the tests; the reason {READ}",
+    ),
+    Option(
+        "--all2all-backend deepep_high_throughput",
+        Outcome.UNTRIED,
+        "It gives received choices of -1 to another rank's expert, which the expert map drops.",
+        READ,
+    ),
+    Option("--enable-eplb", Outcome.REFUSED, "Balancing of experts, and redundant ones, are not there yet.", TESTED),
+    Option(
+        "--enable-return-routed-experts",
+        Outcome.REFUSED,
+        "Experts are returned without a sign: a zero expert (-1) would be expert 255 or 65535.",
+        f"the refusal in the tests; the reason {READ}",
+    ),
+    Option("--enable-dbo", Outcome.UNTRIED, "It needs DeepEP or NIXL, which need GPUs.", READ),
+    # -- drafts
+    Option(
+        "--speculative-config",
+        Outcome.REFUSED,
+        "A draft model other than the checkpoint's own MTP layer, and that layer with a quantisation, cache or "
+        "reduction of its own. With the method `mtp` and nothing more it is served.",
+        TESTED,
+    ),
+    Option("--speculative-config ngram", Outcome.SERVED, "Drafts are found in the context.", RUN),
+    Option("--speculative-config suffix", Outcome.UNTRIED, "It needs the package arctic-inference.", RUN),
+    Option("--speculative-config ngram_gpu", Outcome.UNTRIED, "It needs a GPU.", RUN),
+    Option(
+        "--speculative-config eagle", Outcome.UNTRIED, "vLLM refuses a LongCat checkpoint as an EAGLE drafter.", RUN
+    ),
+    # -- the cache, and what is kept in it
+    Option("--kv-cache-dtype", Outcome.REFUSED, "On a CPU, whose cache is the model's dtype.", TESTED),
+    Option("--enable-prefix-caching", Outcome.SERVED, "On a CPU too, where vLLM turns it off for MLA.", TESTED),
+    Option("--enable-chunked-prefill", Outcome.SERVED, "On a CPU too, where vLLM turns it off for MLA.", TESTED),
+    Option("--prefix-caching-hash-algo", Outcome.SERVED, "It is the scheduler's.", RUN),
+    Option("--kv-transfer-config", Outcome.SERVED, "ExampleConnector; others are untried.", RUN),
+    Option("--kv-offloading-size", Outcome.UNTRIED, "vLLM has it on GPUs only.", RUN),
+    Option("--enable-sleep-mode", Outcome.UNTRIED, "vLLM has it on GPUs only.", RUN),
+    # -- parallelism
+    Option("--tensor-parallel-size", Outcome.SERVED, "It splits heads, dense FFNs and experts.", TESTED),
+    Option(
+        "--pipeline-parallel-size",
+        Outcome.REFUSED,
+        "With drafts, where the model runner makes them on one stage only. Without drafts it is served.",
+        TESTED,
+    ),
+    Option(
+        "--decode-context-parallel-size",
+        Outcome.REFUSED,
+        "On a CPU, where every rank attends to the whole context; untried on GPUs.",
+        TESTED,
+    ),
+    Option(
+        "--data-parallel-size",
+        Outcome.REFUSED,
+        "On a CPU, where vLLM's ranks have no way to exchange tokens; elsewhere it is vLLM's, and not tried.",
+        TESTED,
+    ),
+    # -- how steps are run
+    Option("--async-scheduling", Outcome.SERVED, "With drafts too.", RUN),
+    Option("--enforce-eager", Outcome.SERVED, "With and without.", TESTED),
+    Option("-O", Outcome.SERVED, "Compiled or not.", "0 run on a CPU, 2, the default, in the tests"),
+    Option("--enable-prompt-embeds", Outcome.SERVED, "The same tokens as from the prompt itself.", RUN),
+    Option("--scheduling-policy", Outcome.SERVED, "It is the scheduler's.", RUN),
+    Option("--attention-backend", Outcome.SERVED, "A CPU has one backend, whatever is asked for.", RUN),
+    Option("--linear-backend", Outcome.SERVED, "For projections and dense FFNs.", "`torch` run on a CPU"),
+    Option(
+        "--model-impl transformers", Outcome.UNTRIED, "vLLM ends with it on a CPU, whose MLA wants other sizes.", RUN
+    ),
+)

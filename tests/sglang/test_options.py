@@ -1,0 +1,172 @@
+"""Each of SGLang's options that was looked at has the outcome that its row says."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sglang.srt.arg_groups.arg_utils import record_fields
+from sglang.srt.server_args import ServerArgs
+
+from longcat_core.options import Outcome
+from longcat_sglang import deployment, options
+from longcat_sglang.options import CHECKED_BY_VALUE, OPTIONS, OWN, WRONG
+from tests.cases import CASES, Case
+from tests.sglang.engine import configure
+
+MTP = {"speculative_algorithm": "NEXTN"}
+ASKED: dict[str, dict[str, Any]] = {
+    "--enable-eplb": {"enable_eplb": True},
+    "--ep-num-redundant-experts": {"ep_num_redundant_experts": 2},
+    "--init-expert-location": {"init_expert_location": "counts.pt"},
+    "--elastic-ep-backend": {"elastic_ep_backend": "mooncake"},
+    "--enable-elastic-expert-backup": {"enable_elastic_expert_backup": True},
+    "--moe-a2a-backend deepep": {"moe_a2a_backend": "deepep"},
+    "--enable-two-batch-overlap": {"enable_two_batch_overlap": True},
+    "--enable-single-batch-overlap": {"enable_single_batch_overlap": True},
+    "--enable-lora": {"lora_paths": ["adapter"]},
+    "--enable-return-routed-experts": {"enable_return_routed_experts": True},
+    "--expert-distribution-recorder-mode per_token": {"expert_distribution_recorder_mode": "per_token"},
+    "--cpu-offload-gb": {"cpu_offload_gb": 1},
+    "--offload-group-size": {"offload_group_size": 2},
+    "--is-embedding": {"is_embedding": True},
+    "--load-format layered": {"load_format": "layered"},
+    "--load-format sharded_state": {"load_format": "sharded_state", **MTP},
+    "--attention-backend": {"attention_backend": "triton"},
+    "--prefill-attention-backend": {"prefill_attention_backend": "triton"},
+    "--decode-attention-backend": {"decode_attention_backend": "triton"},
+    "--kv-cache-dtype": {"kv_cache_dtype": "fp8_e4m3"},
+    "--page-size": {"page_size": 8},
+    "--enable-dp-attention": {"enable_dp_attention": True},
+    "--enable-torch-compile": {"enable_torch_compile": True},
+    "--pp-size": {"pp_size": 2},
+    "--tp-size": {"tp_size": 3},
+    "--ep-size": {"ep_size": 7},
+    "--speculative-algorithm": {"speculative_algorithm": "EAGLE3"},
+    "--speculative-draft-model-path": {"speculative_draft_model_path": "/another", **MTP},
+    "--speculative-num-steps": {"speculative_num_steps": 0, **MTP},
+    "--speculative-num-draft-tokens": {"speculative_num_steps": 2, "speculative_eagle_topk": 2, **MTP},
+    "--speculative-token-map": {"speculative_token_map": "/tokens.pt", **MTP},
+    "--speculative-draft-model-quantization": {"speculative_draft_model_quantization": "fp8", **MTP},
+    "--enable-multi-layer-eagle": {"enable_multi_layer_eagle": True, **MTP},
+    "--speculative-draft-attention-backend": {"speculative_draft_attention_backend": "triton", **MTP},
+    "--quantization": {"quantization": "fp8"},
+    "--moe-runner-backend": {"moe_runner_backend": "flashinfer_cutlass"},
+    "--moe-a2a-backend": {"moe_a2a_backend": "mooncake"},
+    "--enable-fused-moe-sum-all-reduce": {"enable_fused_moe_sum_all_reduce": True},
+    "--kt-weight-path": {"kt_weight_path": "/experts"},
+    "--model-impl transformers": {"model_impl": "transformers"},
+}
+"""What asks for each option that is refused or left to SGLang's own class."""
+REFUSED = [option.flag for option in OPTIONS if option.outcome is Outcome.REFUSED]
+LEFT = [option.flag for option in OPTIONS if option.outcome is Outcome.OWN_CLASS]
+HF_CONFIG = SimpleNamespace(longcat=replace(CASES["default"].config, moe_topk=12))
+
+
+def settings(device: str, **asked: Any) -> Any:
+    """SGLang's options as they are when nothing is given, and `asked`."""
+    given = ServerArgs(model_path="nowhere")
+    defaults = {field.name: getattr(given, field.name) for field in record_fields(ServerArgs)}
+    return SimpleNamespace(**{**defaults, "device": device, **asked})
+
+
+def refused(device: str, **asked: Any) -> list[str]:
+    given = settings(device, **asked)
+    return deployment._unsupported(given, given, HF_CONFIG)
+
+
+def test_what_is_asked_for_is_each_row_that_is_refused_or_left() -> None:
+    assert sorted(ASKED) == sorted({*REFUSED, *LEFT})
+    assert len(REFUSED) == len(WRONG) + len(CHECKED_BY_VALUE) - 1
+    assert len({option.flag for option in OPTIONS}) > 50
+
+
+@pytest.mark.parametrize("flag", REFUSED)
+def test_a_refusal_names_the_option_of_its_row(flag: str) -> None:
+    assert refused("cpu") == []
+    problems = refused("cpu", **ASKED[flag])
+    assert any(flag.split()[0] in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize("rule", WRONG, ids=lambda rule: rule.option.flag)
+def test_a_refusal_is_of_no_gpu_or_of_none_but_a_cpu(rule: options.Rule) -> None:
+    problems = refused("cuda", **ASKED[rule.option.flag])
+    assert bool(problems) is (rule.option.flag != "--enable-return-routed-experts"), "whose memory a GPU can pin"
+
+
+@pytest.mark.parametrize("flag", LEFT)
+def test_what_only_sglangs_own_class_can_serve_is_left_to_it_on_a_gpu(flag: str) -> None:
+    assert deployment.reasons_for_sglangs_own_class(settings("cuda"), HF_CONFIG) == []
+    (reason,) = deployment.reasons_for_sglangs_own_class(settings("cuda", **ASKED[flag]), HF_CONFIG)
+    assert flag.strip("-") in reason
+    assert deployment.reasons_for_sglangs_own_class(settings("cpu", **ASKED[flag]), HF_CONFIG) == []
+
+
+@pytest.mark.parametrize("rule", OWN, ids=lambda rule: rule.option.flag)
+def test_what_is_left_on_a_gpu_is_refused_on_a_cpu_where_it_does_something(rule: options.Rule) -> None:
+    problems = refused("cpu", **ASKED[rule.option.flag])
+    assert bool(problems) is (rule.option.flag != "--moe-runner-backend"), "which a CPU does not ask for"
+
+
+def test_every_row_is_an_option_of_sglang() -> None:
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    flags = {flag for action in parser._actions for flag in action.option_strings}
+    assert {option.name for option in OPTIONS} <= flags
+
+
+def test_lora_is_refused_before_any_worker_starts(checkpoint_of: Callable[[Case], Path]) -> None:
+    with pytest.raises(ValueError, match=r"a LongCat layer has two of each.*leave --enable-lora out"):
+        configure(checkpoint_of(CASES["default"]), enable_lora=True, max_lora_rank=8, lora_target_modules=["all"])
+
+
+# -- load formats ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("load_format", ["sharded_state", "pt", "dummy", "remote_instance"])
+def test_files_that_a_load_format_does_not_read_are_not_checked(
+    load_format: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "model.safetensors").write_text("of another format")
+    with caplog.at_level("INFO"):
+        deployment._check_checkpoint(tmp_path, settings("cpu", load_format=load_format), HF_CONFIG.longcat)
+    assert f"not checked before it is loaded: --load-format {load_format} does not read" in caplog.text
+
+
+def test_a_checkpoint_without_safetensors_is_not_checked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "pytorch_model.bin").touch()
+    with caplog.at_level("INFO"):
+        deployment._check_checkpoint(tmp_path, settings("cpu"), HF_CONFIG.longcat)
+    assert "pytorch_model.bin is not safetensors" in caplog.text
+
+
+def test_a_snapshot_in_the_cache_of_the_hub_is_checked(
+    checkpoint_of: Callable[[Case], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the Hub lays it out: symbolic links to blobs."""
+    revision, repository = "0" * 40, tmp_path / "models--someone--longcat"
+    snapshot = repository / "snapshots" / revision
+    for folder in (snapshot, repository / "refs", repository / "blobs"):
+        folder.mkdir(parents=True)
+    (repository / "refs" / "main").write_text(revision)
+    for number, file in enumerate(sorted(checkpoint_of(CASES["default"]).iterdir())):
+        blob = repository / "blobs" / str(number)
+        blob.write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(blob)
+    cached = settings("cpu", model_path="someone/longcat", download_dir=str(tmp_path))
+    directory = deployment.local_directory(cached)
+    assert directory == snapshot
+    longcat = CASES["default"].config
+    with caplog.at_level("INFO"):
+        deployment._check_checkpoint(directory, cached, longcat)
+        assert caplog.text == ""
+        with pytest.raises(ValueError, match="does not match its config"):
+            deployment._check_checkpoint(directory, cached, replace(longcat, num_layers=3))
+        absent = settings("cpu", model_path="someone/else", download_dir=str(tmp_path))
+        deployment._check_checkpoint(deployment.local_directory(absent), absent, longcat)
+    assert "someone/else is not on this machine yet" in caplog.text

@@ -1,0 +1,166 @@
+"""Penalties of what was generated: at every node of the drafts they are what they would be without drafts."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from array import array
+from collections import deque
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.sampling.penaltylib import BatchedFrequencyPenalizer as Frequency
+from sglang.srt.sampling.penaltylib import BatchedMinNewTokensPenalizer, BatchedPenalizerOrchestrator
+from sglang.srt.sampling.penaltylib import BatchedPresencePenalizer as Presence
+from sglang.srt.sampling.penaltylib import BatchedRepetitionPenalizer as Repetition
+from torch import Tensor
+
+from longcat_sglang import compat
+from longcat_sglang.penalties import GeneratedTokenPenalties, paths
+
+VOCABULARY, END = 24, 5
+KINDS = {Frequency, Presence, Repetition, BatchedMinNewTokensPenalizer}
+SETTINGS = [
+    {"frequency_penalty": 1.5},
+    {"presence_penalty": -0.7, "repetition_penalty": 1.3},
+    {"min_new_tokens": 6},
+    {},
+    {"frequency_penalty": 0.4, "presence_penalty": 1.0, "repetition_penalty": 0.8, "min_new_tokens": 4},
+]
+
+
+@dataclass(eq=False)
+class Batch:
+    """What an orchestrator looks at."""
+
+    reqs: list[Any]
+    device: str = "cpu"
+
+
+def batch_of(settings: list[dict[str, float]], generated: list[list[int]]) -> Batch:
+    neutral = {"frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
+    tokenizer = SimpleNamespace(additional_stop_token_ids=None, eos_token_id=END)
+    return Batch(
+        [
+            SimpleNamespace(
+                sampling_params=SimpleNamespace(**neutral | each, stop_token_ids=None),
+                eos_token_ids=None,
+                tokenizer=tokenizer,
+                output_ids=array("q", tokens),
+            )
+            for each, tokens in zip(settings, generated, strict=True)
+        ]
+    )
+
+
+def without_drafts(settings: dict[str, float], generated: list[int], logits: Tensor) -> Tensor:
+    """By SGLang's own penalizers, given every token."""
+    batch = batch_of([settings], [[]])
+    orchestrator = BatchedPenalizerOrchestrator(VOCABULARY, batch, KINDS)
+    for token in generated:
+        orchestrator.cumulate_output_tokens(torch.tensor([token]))
+    added = torch.zeros(1, VOCABULARY)
+    orchestrator.accumulate_additive_penalties(added)
+    penalised = logits.unsqueeze(0) + added
+    for penalizer in orchestrator.penalizers.values():
+        if penalizer.is_prepared() and penalizer.is_multiplicative:
+            factors = penalizer.get_scaling_penalties()
+            penalised = torch.where(penalised < 0, penalised * factors, penalised / factors)
+    return penalised[0]
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Drafts of one request: the parent of each node, which comes before it."""
+
+    parents: list[int]
+    tokens: list[int]
+
+    @classmethod
+    def random(cls, nodes: int, draw: random.Random, *, is_chain: bool) -> Tree:
+        parents = [0] + [node - 1 if is_chain else draw.randrange(node) for node in range(1, nodes)]
+        return cls(parents, [draw.randrange(VOCABULARY) for _ in range(nodes)])
+
+    def links(self) -> tuple[list[int], list[int]]:
+        """As SGLang's kernel makes them: a node's first child, and its next sibling."""
+        children, siblings = [-1] * len(self.parents), [-1] * len(self.parents)
+        for node in range(len(self.parents) - 1, 0, -1):
+            parent = self.parents[node]
+            siblings[node], children[parent] = children[parent], node
+        return children, siblings
+
+    def path(self, node: int) -> list[int]:
+        """Tokens of the nodes after the root that lead to this one."""
+        return [] if node == 0 else [*self.path(self.parents[node]), self.tokens[node]]
+
+
+@pytest.mark.parametrize("is_chain", [True, False], ids=["chain", "tree"])
+@pytest.mark.parametrize("requests", [1, 5])
+def test_each_node_is_penalised_for_its_own_path(requests: int, is_chain: bool) -> None:
+    draw = random.Random(0)
+    for nodes in (1, 2, 4, 9):
+        settings = SETTINGS[-requests:]
+        generated = [[draw.randrange(VOCABULARY) for _ in range(length)] for length in (3, 1, 4, 2, 2)][-requests:]
+        trees = [Tree.random(nodes, draw, is_chain=is_chain) for _ in settings]
+        links = [tree.links() for tree in trees]
+        drafts: Any = SimpleNamespace(
+            draft_token=torch.tensor([token for tree in trees for token in tree.tokens], dtype=torch.int32),
+            retrieve_next_token=torch.tensor([children for children, _ in links]),
+            retrieve_next_sibling=torch.tensor([siblings for _, siblings in links]),
+        )
+        orchestrator = BatchedPenalizerOrchestrator(VOCABULARY, batch := batch_of(settings, generated), KINDS)
+        logits = torch.randn(requests * nodes, VOCABULARY, generator=torch.Generator().manual_seed(nodes))
+        given = logits.clone().view(requests, nodes, -1)
+        GeneratedTokenPenalties.of(orchestrator).apply(logits, drafts)
+        assert orchestrator.batch is batch
+        for request, tree in enumerate(trees):
+            for node in range(nodes):
+                wanted = without_drafts(settings[request], generated[request] + tree.path(node), given[request, node])
+                torch.testing.assert_close(logits.view(requests, nodes, -1)[request, node], wanted)
+
+
+def test_without_drafts_a_request_is_penalised_for_all_that_it_generated() -> None:
+    generated = [[1, 1, 2], [3], [], [4], [1, 2, 3, 1]]
+    orchestrator = BatchedPenalizerOrchestrator(VOCABULARY, batch := batch_of(SETTINGS, generated), KINDS)
+    logits = torch.randn(5, VOCABULARY, generator=torch.Generator().manual_seed(0))
+    given = logits.clone()
+    GeneratedTokenPenalties.of(orchestrator).apply(logits)
+    assert orchestrator.batch is batch
+    for row, tokens, settings, before in zip(logits, generated, SETTINGS, given, strict=True):
+        torch.testing.assert_close(row, without_drafts(settings, tokens, before))
+
+
+def test_a_node_that_is_held_back_leaves_the_others_as_they_are() -> None:
+    """A gate takes the pointer to it away (`speculation.shorten`)."""
+    whole = paths(torch.tensor([[1, 2, 3, -1]]), torch.full((1, 4), -1))
+    cut = paths(torch.tensor([[1, -1, 3, -1]]), torch.full((1, 4), -1))
+    assert torch.equal(cut[:, :2], whole[:, :2])
+
+
+@pytest.mark.parametrize(("is_required", "queue", "waits"), [(True, [1], True), (True, [], False), (False, [1], False)])
+def test_a_batch_with_penalties_waits_for_the_tokens_before_it(
+    is_required: bool, queue: list[int], waits: bool
+) -> None:
+    sampling = SimpleNamespace(penalizer_orchestrator=SimpleNamespace(is_required=is_required))
+    scheduler: Any = SimpleNamespace(result_queue=deque(queue))
+    batch: Any = SimpleNamespace(sampling_info=sampling)
+
+    def original(scheduler: Any, batch: Any, last_batch: Any) -> bool:
+        return False
+
+    assert compat.process_what_is_penalised(original, scheduler, batch, last_batch=None) is waits
+    assert not compat.process_what_is_penalised(original, scheduler, None, last_batch=None)
+
+
+def test_sglang_still_counts_one_token_a_step() -> None:
+    """If this fails, the rows "penalties" and "order of steps under penalties" may have become unnecessary."""
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.speculative import eagle_utils
+
+    assert "req.output_ids[-1] if" in inspect.getsource(ScheduleBatch.cumulate_penalty_output_tokens)
+    for function in (eagle_utils.eagle_sample, eagle_utils.eagle_prepare_for_decode):
+        assert "This is a relaxed version of penalties" in inspect.getsource(function)
+    assert "apply_custom_logit_processor" not in inspect.getsource(eagle_utils.eagle_sample)
