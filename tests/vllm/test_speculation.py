@@ -126,6 +126,16 @@ def test_a_request_with_top_k_alone_is_answered_beside_others(directory: Path) -
     assert answers[2] == answers[3] == truth(CASE, prompts_of(CASE)[2], NEW_TOKENS, 3).tokens
 
 
+def test_n_gram_drafts_change_no_token_and_are_accepted(directory: Path) -> None:
+    """The method that needs no weights, and that stock vLLM offers on a CPU."""
+    n_grams = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+    prompts = prompts_of(CASE)
+    with serving(directory, speculative_config=n_grams) as served:
+        speculated = served.speculated(prompts, NEW_TOKENS)
+    assert [each.tokens for each in speculated] == [truth(CASE, prompt, NEW_TOKENS, 1).tokens for prompt in prompts]
+    assert sum(sum(each.accepted) for each in speculated) > 0
+
+
 def test_vllm_still_drafts_from_another_token_after_a_chunk(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If this fails, `compat.keep_scheduling_settings` may leave padded batches on."""
     monkeypatch.setattr(compat, "drafts_with_mtp", lambda config: False)

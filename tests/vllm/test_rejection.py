@@ -1,0 +1,105 @@
+"""vLLM's verification of drafts on a CPU, whose kernels are other code than on a GPU, against the formula in torch."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from longcat_vllm import compat
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM takes the kernels of the GPU")
+VOCABULARY = 11
+DRAFTS = [3, 0, 2, 1]
+"""Of each request of the batch."""
+ENDS = torch.tensor(DRAFTS, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+GREEDY = torch.tensor([0.0, 0.7, 1.0, 0.0])
+"""Temperatures: every first and last request is greedy."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kernels_of_the_cpu() -> None:
+    from vllm.platforms import current_platform
+
+    current_platform.register_triton_kernel_overrides()
+
+
+def verified(drafts: Tensor, target: Tensor, bonus: Tensor, recovered: Tensor, uniform: Tensor) -> list[list[int]]:
+    """Tokens of each request (arXiv 2211.17192, with a draft model that is certain), -1 behind the last."""
+    answers, start = [], 0
+    for request, end in enumerate(ENDS.tolist()):
+        answer = []
+        for token in range(start, end):
+            if GREEDY[request] == 0:
+                answer.append(int(target[token].argmax()))
+                accepted = answer[-1] == drafts[token]
+            else:
+                accepted = bool(target[token, drafts[token]] >= uniform[token])
+                answer.append(int(drafts[token] if accepted else recovered[token]))
+            if not accepted:
+                break
+        else:
+            answer.append(int(bonus[request]))
+        answers.append(answer + [-1] * (max(DRAFTS) + 1 - len(answer)))
+        start = end
+    return answers
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("seed", range(20))
+def test_drafts_are_verified_as_the_formula_says(
+    seed: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.v1.sample import rejection_sampler
+
+    torch.manual_seed(seed)
+    logits = 2 * torch.randn(sum(DRAFTS), VOCABULARY)
+    likely = torch.rand(len(logits)) < 0.6
+    drafts = torch.where(likely, logits.argmax(-1), torch.randint(VOCABULARY, (len(logits),))).to(dtype)
+    bonus = torch.randint(VOCABULARY, (len(DRAFTS), 1), dtype=dtype)
+    taken: dict[str, Tensor] = {}
+
+    def noted(name: str) -> None:
+        original = getattr(rejection_sampler, name)
+
+        def call(*args: Any) -> Tensor:
+            taken[name] = original(*args)
+            return taken[name]
+
+        monkeypatch.setattr(rejection_sampler, name, call)
+
+    noted("sample_recovered_tokens")
+    noted("generate_uniform_probs")
+    metadata = SimpleNamespace(all_greedy=False, all_random=False, temperature=GREEDY, generators={})
+    ours = rejection_sampler.rejection_sample(drafts, DRAFTS, max(DRAFTS), ENDS, None, logits, bonus, metadata)
+    recovered, uniform = taken["sample_recovered_tokens"], taken["generate_uniform_probs"]
+    assert ours.tolist() == verified(drafts, logits.softmax(-1), bonus[:, 0], recovered, uniform)
+    assert ((recovered >= 0) & (recovered < VOCABULARY) & (recovered != drafts)).all()
+
+
+def test_a_rejected_draft_is_replaced_by_the_rest_of_the_distribution() -> None:
+    from vllm.v1.sample.rejection_sampler import sample_recovered_tokens
+
+    torch.manual_seed(0)
+    count, probabilities = 20_000, torch.tensor([0.5, 0.3, 0.15, 0.05])
+    drafts, ends = torch.zeros(count, dtype=torch.int32), torch.arange(1, count + 1, dtype=torch.int32)
+    target, metadata = probabilities.expand(count, -1).contiguous(), SimpleNamespace(generators={})
+    drawn = sample_recovered_tokens(1, [1] * count, ends, drafts, None, target, metadata, torch.device("cpu"))
+    shares = drawn.bincount(minlength=4) / count
+    torch.testing.assert_close(shares, torch.tensor([0.0, 0.6, 0.3, 0.1]), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32])
+def test_sampling_parameters_are_repeated_for_each_draft(dtype: torch.dtype) -> None:
+    def never(*_: Any) -> Tensor:
+        raise AssertionError("vLLM's kernel loses them")
+
+    values = torch.tensor([3, 0, 7, 1], dtype=dtype)
+    for replaced in (0, 1):
+        wanted = [int(value) or replaced for value, count in zip(values, DRAFTS, strict=True) for _ in range(count)]
+        expanded = compat.expand_on_a_cpu(never, values, ENDS, sum(DRAFTS), 0, replaced)
+        assert expanded.dtype is dtype
+        assert expanded.tolist() == wanted
