@@ -16,6 +16,8 @@ from longcat_core.family import Member, member_of
 
 PREPARED = "LONGCAT_SGLANG_CPU"
 """Variable that a process sets for those that it starts: prepare a CPU as it did."""
+SERVERS = ("sglang.launch_server", "sglang.benchmark.one_batch")
+"""Modules that run a model in the process that starts them, and are asked for before SGLang's engine is imported."""
 ENGINE_MODULE = "sglang.srt.entrypoints.engine"
 """What a process imports that will run an engine, and no client, gateway or load generator does."""
 
@@ -24,17 +26,20 @@ def prepare_cpu() -> None:
     """Let SGLang serve a LongCat on a machine without accelerator and without `sgl_kernel`. Harmless when called again.
 
     Called when SGLang is imported, in whatever process, as a server's modules ask once, at their import, whether they
-    are on a CPU. Something is changed only in a process that serves a LongCat: where the command line names one, in
-    processes that such a process has started, and, where no command line names a model, in a process that imports
-    SGLang's engine. Nothing is changed where there is an accelerator or `sgl_kernel`, which is never shadowed; without
-    them SGLang's engine runs no model at all.
+    are on a CPU. Something is changed only in a process that serves a LongCat: where the command line is a server's and
+    names one, in processes that such a process has started, and, where the command line is no server's, in a process
+    that imports SGLang's engine. Nothing is changed where there is an accelerator or `sgl_kernel`, which is never
+    shadowed; without them SGLang's engine runs no model at all.
     """
     if not _is_bare_cpu():
         return
-    model = model_of(sys.orig_argv)
-    if os.environ.get(PREPARED) or (model is not None and is_longcat(model)):
+    if os.environ.get(PREPARED):
         _prepare()
-    elif model is None and not any(isinstance(finder, _PreparesForAnEngine) for finder in sys.meta_path):
+    elif is_server(sys.orig_argv):
+        model = model_of(sys.orig_argv)
+        if model is not None and is_longcat(model):
+            _prepare()
+    elif not any(isinstance(finder, _PreparesForAnEngine) for finder in sys.meta_path):
         sys.meta_path.insert(0, _PreparesForAnEngine())
 
 
@@ -46,6 +51,15 @@ def prepare_cpu_as_for_longcat() -> None:
 
 def _is_bare_cpu() -> bool:
     return not torch.accelerator.is_available() and importlib.util.find_spec("sgl_kernel") is None
+
+
+def is_server(command: Sequence[str]) -> bool:
+    """Whether it is `python -m sglang.launch_server`, another of `SERVERS`, or `sglang serve`."""
+    following = list(zip(command, command[1:], strict=False))
+    return any(
+        (word == "-m" and after in SERVERS) or (Path(word).name == "sglang" and after == "serve")
+        for word, after in following
+    )
 
 
 def model_of(command: Sequence[str]) -> str | None:

@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -26,20 +25,6 @@ WORKERS_START_IN_S = "120"
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """SGLang's benchmarks import these, whatever they measure; here from a file where they are not installed."""
-    directory = tmp_path_factory.mktemp("modules")
-    for module, stand_in in {
-        "datasets": "load_dataset = None\n",
-        "tabulate": "def tabulate(rows, **_): return str(rows)\n",
-    }.items():
-        if find_spec(module) is None:
-            (directory / f"{module}.py").write_text(stand_in)
-    path = os.pathsep.join([str(Path(__file__).parents[2]), str(directory)])
-    return {**os.environ, "PYTHONPATH": path}
-
-
-@pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "server.log"
     with pytest.MonkeyPatch.context() as patch:
@@ -49,9 +34,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             yield running
 
 
-def measured(module: str, *arguments: str | Path, environment: dict[str, str], output: Path) -> str:
+def measured(module: str, *arguments: str | Path, output: Path) -> str:
     """What a benchmark prints, when it has ended well."""
     words = [sys.executable, "-m", module, *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=output, timeout=300)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
     return done.stdout + done.stderr
@@ -65,9 +51,7 @@ def test_a_token_outside_the_vocabulary_does_not_end_a_server_with_several_worke
     assert answered.status_code == 200
 
 
-def test_bench_serving_measures_a_server_that_drafts(
-    server: Server, environment: dict[str, str], tmp_path: Path
-) -> None:
+def test_bench_serving_measures_a_server_that_drafts(server: Server, tmp_path: Path) -> None:
     words = ["--backend", "sglang", "--base-url", str(server.http.base_url), "--model", NANO]
     words += ["--served-model-name", "nano"]
     sizes = [
@@ -80,26 +64,24 @@ def test_bench_serving_measures_a_server_that_drafts(
         "--num-prompts",
         "2",
     ]
-    printed = measured("sglang.bench_serving", *words, *sizes, environment=environment, output=tmp_path)
+    printed = measured("sglang.bench_serving", *words, *sizes, output=tmp_path)
     assert "Successful requests:                     2" in printed
     assert "Accept length:" in printed
 
 
-def test_one_batch_server_measures_a_server_that_drafts(
-    server: Server, environment: dict[str, str], tmp_path: Path
-) -> None:
+def test_one_batch_server_measures_a_server_that_drafts(server: Server, tmp_path: Path) -> None:
     words = ["--model-path", NANO, "--base-url", str(server.http.base_url), "--skip-warmup"]
     sizes = ["--batch-size", "2", "--input-len", "8", "--output-len", "4", "--result-filename", tmp_path / "r.jsonl"]
-    measured("sglang.bench_one_batch_server", *words, *sizes, environment=environment, output=tmp_path)
+    measured("sglang.bench_one_batch_server", *words, *sizes, output=tmp_path)
     (line,) = (tmp_path / "r.jsonl").read_text().splitlines()
     assert json.loads(line)["batch_size"] == 2
 
 
-def test_one_batch_measures_our_class(environment: dict[str, str], tmp_path: Path) -> None:
+def test_one_batch_measures_our_class(tmp_path: Path) -> None:
     """SGLang's own is given tokens that Nano's vocabulary does not have, and ends with an error."""
     words = ["--model-path", NANO, "--dtype", "float32", "--mem-fraction-static", "0.1", "--max-total-tokens", "1024"]
     sizes = ["--batch-size", "2", "--input-len", "16", "--output-len", "3", "--result-filename", tmp_path / "r.jsonl"]
-    measured(BENCHMARK, *words, *sizes, environment=environment, output=tmp_path)
+    measured(BENCHMARK, *words, *sizes, output=tmp_path)
     (line,) = (tmp_path / "r.jsonl").read_text().splitlines()
     assert json.loads(line)["batch_size"] == 2
 

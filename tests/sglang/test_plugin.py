@@ -18,7 +18,7 @@ from longcat_core.engine import UnsupportedEngineError
 from longcat_sglang import compat, deployment, platform
 from longcat_sglang.engine import SGLANG, is_longcat
 from longcat_sglang.hooks import HOOKS
-from longcat_sglang.platform import PREPARED, model_of, read_cores
+from longcat_sglang.platform import PREPARED, is_server, model_of, read_cores
 from tests.cases import CASES, Case
 from tests.plugin import python, save_llama
 from tests.sglang.engine import configure, serving
@@ -223,9 +223,17 @@ def test_an_installed_sgl_kernel_is_not_shadowed(tmp_path: Path) -> None:
     )
 
 
+def started_as(*command: str | Path) -> str:
+    """The beginning of a script whose process takes itself for one of this command."""
+    return f"import sys; sys.orig_argv = {['python', *map(str, command)]}\nimport sglang\n"
+
+
+SERVER = ("-m", "sglang.launch_server", "--model-path")
+
+
 def test_where_there_is_an_accelerator_nothing_is_prepared(checkpoint_of: Callable[[Case], Path]) -> None:
-    script = "import torch; torch.accelerator.is_available = lambda: True\nimport sglang\n"
-    assert outcome(script + IS_PREPARED, "--model-path", checkpoint_of(CASE)) == "False False False"
+    accelerated = "import torch; torch.accelerator.is_available = lambda: True\n"
+    assert outcome(accelerated + started_as(*SERVER, checkpoint_of(CASE)) + IS_PREPARED) == "False False False"
 
 
 @pytest.mark.parametrize(
@@ -241,15 +249,20 @@ def test_a_process_that_runs_no_engine_is_as_without_the_plugin(imports: str) ->
     assert outcome(f"{imports}\n{IS_PREPARED}") == "False False False"
 
 
-def test_a_server_of_another_model_is_as_without_the_plugin(llama: Path) -> None:
-    for model in (llama, "an-organisation/a-llama"):
-        assert outcome(f"import sglang\n{IS_PREPARED}", "--model-path", model) == "False False False"
+@pytest.mark.parametrize("client", ["sglang.bench_serving", "sglang_router.launch_router"])
+def test_a_client_of_a_longcat_is_as_without_the_plugin(client: str, checkpoint_of: Callable[[Case], Path]) -> None:
+    assert outcome(started_as("-m", client, "--model", checkpoint_of(CASE)) + IS_PREPARED) == "False False False"
+
+
+@pytest.mark.parametrize("model", ["a directory", "an-organisation/a-llama"])
+def test_a_server_of_another_model_is_as_without_the_plugin(model: str, llama: Path) -> None:
+    script = started_as(*SERVER, llama if model == "a directory" else model)
+    assert outcome(script + IS_PREPARED) == "False False False"
 
 
 def test_a_longcats_server_and_what_it_starts_are_prepared(checkpoint_of: Callable[[Case], Path]) -> None:
-    for words in (["--model-path", checkpoint_of(CASE)], [f"--model={checkpoint_of(CASE)}"]):
-        assert outcome(f"import sglang\n{IS_PREPARED}", *words) == "True True True"
-    assert outcome(f"import sglang\n{IS_PREPARED}", **{PREPARED: "1"}) == "True True True"
+    assert outcome(started_as(*SERVER, checkpoint_of(CASE)) + IS_PREPARED) == "True True True"
+    assert outcome(started_as("-c", "...") + IS_PREPARED, **{PREPARED: "1"}) == "True True True"
 
 
 def test_a_process_that_makes_an_engine_is_prepared() -> None:
@@ -264,6 +277,9 @@ def test_the_model_is_found_as_sglang_finds_it(tmp_path: Path) -> None:
     assert model_of([*serve, "--model-path=a/b", "--port", "1"]) == "a/b"
     assert model_of([*serve, "--config", str(options)]) == "a/b"
     assert model_of([*serve, "--host", "127.0.0.1"]) is None
+    assert is_server(serve)
+    assert is_server(["python", "/usr/bin/sglang", "serve", "--model-path", "a/b"])
+    assert not is_server(["python", "-m", "sglang.bench_serving", "--model", "a/b"])
 
 
 def test_what_is_no_longcat_is_told_from_one(
@@ -308,15 +324,6 @@ def test_sglang_still_leaves_zero_experts_unscaled() -> None:
 
     source = inspect.getsource(LongcatFlashMoE.forward)
     assert source.index("final_hidden_states *= self.routed_scaling_factor") < source.index("+= zero_expert_result")
-
-
-def test_sglang_still_does_not_look_for_tokens_outside_the_vocabulary() -> None:
-    """If this fails, the hook 'prompt check' may have become unnecessary."""
-    from sglang.srt.managers.tokenizer_manager import TokenizerManager
-
-    check = inspect.unwrap(TokenizerManager._validate_one_request)
-    assert check.__module__.startswith("sglang")
-    assert "out of vocabulary" not in inspect.getsource(check)
 
 
 def test_sglangs_attention_for_cpus_still_has_no_mla() -> None:
