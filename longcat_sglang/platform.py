@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,9 @@ def _is_bare_cpu() -> bool:
 
 def is_server(command: Sequence[str]) -> bool:
     """Whether it is `python -m sglang.launch_server`, another of `SERVERS`, or `sglang serve`."""
-    following = list(zip(command, command[1:], strict=False))
     return any(
         (word == "-m" and after in SERVERS) or (Path(word).name == "sglang" and after == "serve")
-        for word, after in following
+        for word, after in pairwise(command)
     )
 
 

@@ -107,9 +107,14 @@ def test_a_kernel_that_was_asked_for_and_is_not_known_to_skip_zero_experts_is_re
 
 
 @pytest.mark.parametrize("backend", ["deepep_low_latency", "nixl_ep", "moonep"])
-def test_a_transport_without_such_a_kernel_is_refused_where_it_would_be_used(backend: str) -> None:
+def test_a_transport_without_such_a_kernel_is_refused_where_it_would_be_used(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.platforms import current_platform
+
     from longcat_vllm.deployment import _unsupported_parallelism
 
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)  # which has no such ranks at all
     parallel = SimpleNamespace(
         all2all_backend=backend,
         data_parallel_size=2,
