@@ -7,7 +7,7 @@ from typing import Any
 
 from sglang.srt import configs
 
-from longcat_core.config import LongcatConfig
+from longcat_core.config import LongcatConfig, field_of
 from longcat_core.family import Member, member_of
 from longcat_core.overrides import overridden
 from longcat_core.rope import rope_to_hf
@@ -46,9 +46,9 @@ class LongcatFlashConfig(configs.LongcatFlashConfig):
             ConfigError: if that is no LongCat-Flash that can be served.
         """
         canonical = {**self.to_dict(), **self.longcat.to_hf(), "rope_parameters": _rope_parameters(self.longcat)}
-        for doubled in ("num_hidden_layers", "rope_scaling"):  # said by `num_layers` and `rope_parameters`
-            canonical.pop(doubled, None)
-        return type(self).from_dict({**canonical, **overridden(canonical, overrides)})
+        canonical.pop("rope_scaling", None)  # said by `rope_parameters`
+        once = {name: value for name, value in canonical.items() if field_of(name) == name}
+        return type(self).from_dict({**once, **overridden(once, overrides)})
 
     def to_dict(self) -> dict[str, Any]:
         fields = super().to_dict()

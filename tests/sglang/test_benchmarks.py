@@ -71,6 +71,7 @@ def test_bench_serving_measures_a_server_that_drafts(server: Server, tmp_path: P
 
 def test_one_batch_server_measures_a_server_that_drafts(server: Server, tmp_path: Path) -> None:
     words = ["--model-path", NANO, "--base-url", str(server.http.base_url), "--skip-warmup"]
+    words += ["--dataset-name", "random-ids"]  # the default one is downloaded
     sizes = ["--batch-size", "2", "--input-len", "8", "--output-len", "4", "--result-filename", tmp_path / "r.jsonl"]
     measured("sglang.bench_one_batch_server", *words, *sizes, output=tmp_path)
     (line,) = (tmp_path / "r.jsonl").read_text().splitlines()
