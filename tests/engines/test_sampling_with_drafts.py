@@ -28,7 +28,7 @@ from tests.server import Server, serving
 from tests.speculation import CASE, prompts_of, truth
 
 sampling = import_module(f"tests.{ENGINE}.sampling")
-DRAFT_TOKENS, NEW_TOKENS, BATCHES = 3, 16, 20
+DRAFT_TOKENS, NEW_TOKENS, BATCHES = 3, 16, 8
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
 GUIDED: dict[str, Any] = {"json": SCHEMA, "regex": "(ab|c){2,5}", "choice": ["zero", "expert", "zeroth"]}
 PARAMETERS: dict[str, list[Any]] = {
@@ -63,13 +63,14 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     for file in [*checkpoint.shards(directory), directory / checkpoint.INDEX_NAME]:
         file.unlink()
     checkpoint.save(drafting_tensors(CASE.config), directory)
-    command = engine.command(directory, served_name=MODEL)
+    command = [*engine.command(directory, served_name=MODEL), *sampling.BESIDE_ANOTHER]
     commands = {"drafting": [*command, *engine.speculation_flags(DRAFT_TOKENS)], "plain": command}
 
     def start(stack: ExitStack, name: str) -> Server:
         return stack.enter_context(serving(commands[name], directory.with_name(f"{name}.log")))
 
-    with ExitStack() as stack, ThreadPoolExecutor(2) as starters:
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack, ThreadPoolExecutor(2) as starters:
+        patch.setenv("OMP_NUM_THREADS", "1")  # threads of two servers would wait for each other's cores
         yield Servers(**dict(zip(commands, starters.map(lambda name: start(stack, name), commands), strict=True)))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+BESIDE_ANOTHER: list[str] = ["--sleep-on-idle"]
+"""Flags of a server that is not alone on its machine: SGLang keeps a core busy otherwise, also with nothing to do."""
 PARAMETERS: dict[str, list[Any]] = {
     "stop_regex": ["[aeiou]{2}"],
     "no_stop_trim": [True],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+BESIDE_ANOTHER: list[str] = []
+"""Flags of a server that is not alone on its machine: vLLM needs none."""
 PARAMETERS: dict[str, list[Any]] = {
     "prompt_logprobs": [1],
     "bad_words": [["a", "the"]],
