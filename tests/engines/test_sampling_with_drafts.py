@@ -78,7 +78,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
 def requests(draw: st.DrawFn) -> dict[str, Any]:
     prompt = draw(st.sampled_from([*prompts_of(CASE), "def zero(self):"]))
     request: dict[str, Any] = {"model": MODEL, "prompt": prompt, "max_tokens": NEW_TOKENS, "return_token_ids": True}
-    request["temperature"] = draw(st.sampled_from([0, 0, 0, 0.7, 1.0, 3.0]))
+    request["temperature"] = draw(st.sampled_from([0, 0, 0, 0.7, 1.0, 2.0]))
     for name in draw(st.lists(st.sampled_from(sorted(PARAMETERS)), max_size=5, unique=True)):
         request[name] = draw(st.sampled_from(PARAMETERS[name]))
     if request["temperature"]:
