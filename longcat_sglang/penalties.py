@@ -16,6 +16,10 @@ from sglang.srt.sampling.penaltylib import (
 from sglang.srt.speculative.eagle_info import EagleVerifyInput
 from torch import Tensor
 
+UNLIKELY = -1e9
+"""Added to the logits of tokens that end a request too early. SGLang adds -inf, which leaves no token at all where a
+grammar allows an end and nothing else: drawing one then ends the server."""
+
 
 @dataclass(frozen=True)
 class GeneratedTokenPenalties:
@@ -35,7 +39,7 @@ class GeneratedTokenPenalties:
     repetition: Tensor | None
     min_new_tokens: Tensor | None
     ends: Tensor | None
-    """fp32 [R, vocabulary]: -inf for tokens that end a request, which `min_new_tokens` is about."""
+    """fp32 [R, vocabulary]: UNLIKELY for tokens that end a request, which `min_new_tokens` is about, 0 elsewhere."""
     is_required: bool = True
 
     @classmethod
@@ -46,13 +50,14 @@ class GeneratedTokenPenalties:
         def setting(kind: type, name: str) -> Tensor | None:
             return getattr(prepared[kind], name) if kind in prepared else None
 
+        ends = setting(BatchedMinNewTokensPenalizer, "stop_token_penalties")
         return cls(
             generated=tuple(torch.tensor(request.output_ids, dtype=torch.int64) for request in orchestrator.reqs()),
             frequency=setting(BatchedFrequencyPenalizer, "frequency_penalties"),
             presence=setting(BatchedPresencePenalizer, "presence_penalties"),
             repetition=setting(BatchedRepetitionPenalizer, "repetition_penalties"),
             min_new_tokens=setting(BatchedMinNewTokensPenalizer, "min_new_tokens"),
-            ends=setting(BatchedMinNewTokensPenalizer, "stop_token_penalties"),
+            ends=None if ends is None else ends.clamp(min=UNLIKELY),
         )
 
     def apply(self, logits: Tensor, drafts: EagleVerifyInput | None = None) -> None:

@@ -19,7 +19,7 @@ from sglang.srt.sampling.penaltylib import BatchedRepetitionPenalizer as Repetit
 from torch import Tensor
 
 from longcat_sglang import compat
-from longcat_sglang.penalties import GeneratedTokenPenalties, paths
+from longcat_sglang.penalties import UNLIKELY, GeneratedTokenPenalties, paths
 
 VOCABULARY, END = 24, 5
 KINDS = {Frequency, Presence, Repetition, BatchedMinNewTokensPenalizer}
@@ -72,6 +72,11 @@ def without_drafts(settings: dict[str, float], generated: list[int], logits: Ten
     return penalised[0]
 
 
+def assert_penalised(ours: Tensor, wanted: Tensor) -> None:
+    """SGLang's -inf is UNLIKELY here, times a factor for repetition."""
+    torch.testing.assert_close(torch.where(ours < UNLIKELY / 10, -torch.inf, ours), wanted)
+
+
 @dataclass(frozen=True)
 class Tree:
     """Drafts of one request: the parent of each node, which comes before it."""
@@ -119,7 +124,7 @@ def test_each_node_is_penalised_for_its_own_path(requests: int, is_chain: bool) 
         for request, tree in enumerate(trees):
             for node in range(nodes):
                 wanted = without_drafts(settings[request], generated[request] + tree.path(node), given[request, node])
-                torch.testing.assert_close(logits.view(requests, nodes, -1)[request, node], wanted)
+                assert_penalised(logits.view(requests, nodes, -1)[request, node], wanted)
 
 
 def test_without_drafts_a_request_is_penalised_for_all_that_it_generated() -> None:
@@ -130,7 +135,17 @@ def test_without_drafts_a_request_is_penalised_for_all_that_it_generated() -> No
     GeneratedTokenPenalties.of(orchestrator).apply(logits)
     assert orchestrator.batch is batch
     for row, tokens, settings, before in zip(logits, generated, SETTINGS, given, strict=True):
-        torch.testing.assert_close(row, without_drafts(settings, tokens, before))
+        assert_penalised(row, without_drafts(settings, tokens, before))
+
+
+def test_a_grammar_that_allows_nothing_but_an_end_ends_a_request_that_is_short() -> None:
+    orchestrator = BatchedPenalizerOrchestrator(VOCABULARY, batch := batch_of([{"min_new_tokens": 6}], [[1]]), KINDS)
+    logits = torch.randn(1, VOCABULARY, generator=torch.Generator().manual_seed(0))
+    GeneratedTokenPenalties.of(orchestrator).apply(logits)
+    assert orchestrator.batch is batch
+    assert logits.argmax() != END
+    logits[:, torch.arange(VOCABULARY) != END] = -torch.inf
+    torch.testing.assert_close(logits.softmax(dim=-1)[0, END], torch.tensor(1.0))
 
 
 def test_a_node_that_is_held_back_leaves_the_others_as_they_are() -> None:
