@@ -51,7 +51,7 @@ def command(
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed, prompts and checkpoint, same gate.")] = 0,
     held_out: Annotated[float, typer.Option(help="Share of the prompts to measure on, not to train on.")] = 0.2,
 ) -> None:
-    """Train the gate that holds back drafts not worth verifying, and write it into the checkpoint.
+    """Train the gate that prunes drafts not worth verifying, and write it into the checkpoint.
 
     The model, in plain PyTorch, continues every prompt greedily, and drafts at every token; a small classifier learns
     which drafts were right (C2T, arXiv 2502.13652). Serving then verifies fewer drafts for nearly the same speed-up.
@@ -259,7 +259,7 @@ def _table(trade_offs: Sequence[TradeOff], chosen: TradeOff, answers: int) -> Ta
         "threshold",
         "accepted length\ntokens a step",
         "verified\ndrafts a step",
-        "held back\nof the drafts",
+        "pruned\nof the drafts",
     ):
         table.add_column(heading, justify="right")
     table.add_column()

@@ -98,7 +98,7 @@ def paths(next_child: Tensor, next_sibling: Tensor) -> Tensor:
     """bool [R, n, n]: the nodes, itself included, that lead from a tree's root to each node, but for the root.
 
     next_child, next_sibling: integer [R, n], both of a later node, or -1. A node that no other points to, as one that
-    is held back, is taken for a child of the root; nothing asks for it.
+    is pruned, is taken for a child of the root; nothing asks for it.
     """
     requests, width = next_child.shape
     children, siblings = (each.where(each >= 0, width).long() for each in (next_child, next_sibling))

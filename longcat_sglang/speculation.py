@@ -20,7 +20,7 @@ from longcat_core import drafting
 from longcat_core.drafting import draft_features
 from longcat_sglang import deployment
 
-HELD_BACK = "sglang:spec_num_drafts_held_back"
+PRUNED = "sglang:spec_num_drafts_pruned"
 
 
 class GatedWorker(EAGLEWorkerV2):
@@ -28,7 +28,7 @@ class GatedWorker(EAGLEWorkerV2):
 
     Drafts beyond a request's own are computed with the others and never accepted. SGLang makes the first draft of a
     chain right after the verification before it, so the gate judges that one then; what it found goes along with the
-    request as `topk_p`, of which nothing else is made on a chain: the draft's probability, or 0 if it is held back.
+    request as `topk_p`, of which nothing else is made on a chain: the draft's probability, or 0 if it is pruned.
     """
 
     def __init__(self, server_args: ServerArgs, *args: Any, **kwargs: Any) -> None:
@@ -44,11 +44,11 @@ class GatedWorker(EAGLEWorkerV2):
         self._first: Tensor | None = None
         self._draft = runner.forward
         runner.forward = self._draft_and_note
-        self._held_back: Counter | None = None
+        self._pruned: Counter | None = None
         if server_args.enable_metrics and get_parallel().tp_rank == 0:
-            help_text = "Drafts that a gate held back; a batch verifies as many as its longest chain all the same."
-            labelled = Counter(HELD_BACK, help_text, labelnames=["model_name"])
-            self._held_back = labelled.labels(model_name=server_args.served_model_name)
+            help_text = "Drafts that a gate pruned; a batch verifies as many as its longest chain all the same."
+            labelled = Counter(PRUNED, help_text, labelnames=["model_name"])
+            self._pruned = labelled.labels(model_name=server_args.served_model_name)
 
     def forward_batch_generation(self, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> GenerationBatchResult:
         self._made.clear()
@@ -66,8 +66,8 @@ class GatedWorker(EAGLEWorkerV2):
         if not batch.forward_mode.is_idle():
             kept = self._kept(batch.spec_info)
             longest = int(kept.max())
-            if self._held_back is not None:
-                self._held_back.inc(self._most * len(kept) - int(kept.sum()))
+            if self._pruned is not None:
+                self._pruned.inc(self._most * len(kept) - int(kept.sum()))
             shorten(batch.spec_info, kept, longest)
             self._verify_at_most(longest)
         return super().verify(batch, *args, **kwargs)

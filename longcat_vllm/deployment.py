@@ -103,7 +103,7 @@ def _is_gate_asked_for(vllm_config: VllmConfig) -> bool:
 
 def _check_gate(directory: Path, vllm_config: VllmConfig) -> None:
     """With a gate, schedule once the drafts are judged, and count those that are pruned."""
-    from longcat_vllm.speculation import GATE_SCHEDULER, HeldBackDrafts
+    from longcat_vllm.speculation import GATE_SCHEDULER, PrunedDrafts
 
     gate, obstacles = drafting.load(directory), obstacles_to_gate(vllm_config)
     threshold = None if gate is None else gate.threshold
@@ -113,7 +113,7 @@ def _check_gate(directory: Path, vllm_config: VllmConfig) -> None:
     scheduler.async_scheduling = False
     scheduler.scheduler_cls = GATE_SCHEDULER
     vllm_config.speculative_config.disable_padded_drafter_batch = True
-    HeldBackDrafts.collect()
+    PrunedDrafts.collect()
 
 
 def obstacles_to_gate(vllm_config: VllmConfig) -> list[str]:

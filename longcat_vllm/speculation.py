@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = init_logger(f"vllm.{__name__}")
 
-HELD_BACK = "vllm:spec_decode_num_draft_tokens_held_back"
+PRUNED = "vllm:spec_decode_num_draft_tokens_pruned"
 GATE_SCHEDULER = f"{__name__}.GateScheduler"
 METRICS_DIRECTORY = "LONGCAT_METRICS_DIRECTORY"
 """Variable: where processes of one server share what they count."""
@@ -63,15 +63,15 @@ class GatedDrafts:
 
 
 class GateScheduler(Scheduler):
-    """vLLM's scheduler, which counts what a gate has held back, and steps in which that was every draft of a request:
+    """vLLM's scheduler, which counts what a gate has pruned, and steps in which that was every draft of a request:
     vLLM's own count of drafts, and so its accepted length, would leave these out."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         model_name = self.vllm_config.model_config.served_model_name
-        self._held_back = HeldBackDrafts(model_name, engine=self.vllm_config.parallel_config.data_parallel_index)
+        self._pruned = PrunedDrafts(model_name, engine=self.vllm_config.parallel_config.data_parallel_index)
         self._without_drafts: set[str] = set()
-        """Requests that go into their next step with all of their drafts held back."""
+        """Requests that go into their next step with all of their drafts pruned."""
         self._steps_without_drafts = 0
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
@@ -80,7 +80,7 @@ class GateScheduler(Scheduler):
             request = self.requests.get(request_id)
             if request is None or request.is_finished() or request.is_prefill_chunk:
                 continue
-            self._held_back.add(self.num_spec_tokens - len(drafts))
+            self._pruned.add(self.num_spec_tokens - len(drafts))
             if not drafts:
                 self._without_drafts.add(request_id)
 
@@ -100,7 +100,7 @@ class GateScheduler(Scheduler):
         return super().make_stats(spec_decoding_stats, *args, **kwargs)
 
 
-class HeldBackDrafts:
+class PrunedDrafts:
     """A counter of the server's `/metrics` that another process than its own counts.
 
     vLLM sends a fixed set of statistics from its scheduler to its server. This one goes through a file, in the format
@@ -113,16 +113,16 @@ class HeldBackDrafts:
         directory = os.environ.get("PROMETHEUS_MULTIPROC_DIR") or os.environ.get(METRICS_DIRECTORY, "")
         if not directory or not Path(directory).is_dir():
             # As for an engine's process that its server has not started.
-            logger.warning("Drafts that the gate holds back are not counted: no directory is shared with the server.")
+            logger.warning("Drafts that the gate prunes are not counted: no directory is shared with the server.")
             self._values = None
             return
         self._values = MmapedDict(str(Path(directory) / f"counter_longcat{os.getpid()}.db"))
         self._key = mmap_key(
-            HELD_BACK,
-            f"{HELD_BACK}_total",
+            PRUNED,
+            f"{PRUNED}_total",
             ["model_name", "engine"],
             [model_name, str(engine)],
-            "Number of draft tokens that a gate held back from verification.",
+            "Number of draft tokens that a gate pruned before verification.",
         )
         self.add(0)
 

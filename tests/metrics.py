@@ -11,5 +11,5 @@ class Metrics(NamedTuple):
     generated: str
     """Output tokens, counted while they come."""
     preemptions: str
-    held_back: str
+    pruned: str
     """Drafts that a gate kept from verification."""

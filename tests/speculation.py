@@ -44,7 +44,7 @@ def chains_of(case: Case, prompt: tuple[int, ...], new_tokens: int) -> tuple[lis
 def steps_of(
     case: Case, prompt: list[int], new_tokens: int, draft_tokens: int, gate: DraftGate | None = None
 ) -> list[Step]:
-    """The verifications of a greedy answer, with `draft_tokens` drafts each, of which the gate holds back some."""
+    """The verifications of a greedy answer, with `draft_tokens` drafts each, of which the gate prunes some."""
     _, chains = chains_of(case, tuple(prompt), new_tokens)
     kept = draft_tokens if gate is None else gate.kept(chains.features[:, :draft_tokens])
     return [step for step in walk(chains.accepted, kept) if step.position + 1 < new_tokens]
@@ -67,7 +67,7 @@ def prompts_of(case: Case) -> list[list[int]]:
 
 @cache
 def the_gate(case: Case = CASE) -> DraftGate:
-    """A gate that goes by every feature, holds back a part of the case's first drafts and more of later ones, and
+    """A gate that goes by every feature, prunes a part of the case's first drafts and more of later ones, and
     decides none of these by a hair."""
     gate = DraftGate().requires_grad_(False)
     for parameter in gate.parameters():

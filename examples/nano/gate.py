@@ -71,7 +71,7 @@ def _train_and_measure(checkpoint: Path, library: Path | None, new_tokens: int) 
     }
     publish.write_json(file, made)
     typer.echo(
-        f"on held-out files, {depth} drafts: {1 - gated.verified / ungated.verified:.1%} held back, "
+        f"on held-out files, {depth} drafts: {1 - gated.verified / ungated.verified:.1%} pruned, "
         f"{1 - gated.accepted_length / ungated.accepted_length:.1%} of the accepted length given up"
     )
 

@@ -97,12 +97,12 @@ def test_the_gate_is_trained_on_some_prompts_and_chosen_on_the_others(directory:
     assert 0.1 < accepted < 0.95
     (row,) = (line for line in result.stdout.splitlines() if "chosen" in line)
     cells = [cell.strip() for cell in re.split("[│|]", row)]
-    held_back = 1 - chosen.verified / 3
+    pruned = 1 - chosen.verified / 3
     assert cells[:4] == [
         f"{chosen.threshold:g}",
         f"{chosen.accepted_length:.3f}",
         f"{chosen.verified:.3f}",
-        f"{held_back:.1%}",
+        f"{pruned:.1%}",
     ]
     (row,) = (line for line in result.stdout.splitlines() if "no gate" in line)
     assert [cell.strip() for cell in re.split("[│|]", row)][::2] == ["0", "3.000", "no gate"]

@@ -242,7 +242,7 @@ def test_drafts_of_one_kind_teach_nothing(accepted: list[int]) -> None:
 def test_a_walk_goes_on_after_the_targets_own_token() -> None:
     accepted = [2, 0, 3, 1, 0, 3]
     assert walk(accepted, 3) == [Step(0, 3, 2), Step(3, 3, 1), Step(5, 3, 3)]
-    kept = torch.tensor([1, 3, 2, 0, 0, 1])  # holds back a draft that was right, and then another
+    kept = torch.tensor([1, 3, 2, 0, 0, 1])  # prunes a draft that was right, and then another
     assert walk(torch.tensor(accepted), kept) == [Step(0, 1, 1), Step(2, 2, 2), Step(5, 1, 1)]
     assert walk(accepted, 0) == [Step(n, 0, 0) for n in range(6)]
 
@@ -264,7 +264,7 @@ def test_a_trade_off_counts_tokens_and_drafts_a_step_over_all_walks() -> None:
     second = chains_of([0, 1], features_of([0.1, 0.1], [0.4, 0.1]))
     gate = gate_on_probability(0.77)
     # Without a gate: steps at 0, 2 of the first, 0, 1 of the second; 8 drafts, 1 + 2 + 0 + 1 accepted.
-    # At 0.5: the same steps, 1 + 2 + 0 + 0 drafts; but the draft at 1 of the second is held back.
+    # At 0.5: the same steps, 1 + 2 + 0 + 0 drafts; but the draft at 1 of the second is pruned.
     found = drafting.trade_off(gate, [first, second], [0.5])
     assert found == [TradeOff(0.0, 1 + 4 / 4, 8 / 4), TradeOff(0.5, 1 + 3 / 4, 3 / 4)]
     assert gate.threshold == 0.77

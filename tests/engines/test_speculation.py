@@ -162,7 +162,7 @@ def test_the_gate_under_preemption(draft_tokens: int, gated: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_gate_of_these_tests_holds_back_a_part_of_the_drafts(name: str) -> None:
+def test_the_gate_of_these_tests_prunes_a_part_of_the_drafts(name: str) -> None:
     case = CASES[name]
     for draft_tokens in DRAFTS:
         taken = [steps_of(case, prompt, NEW_TOKENS, draft_tokens, the_gate(case)) for prompt in prompts_of(case)]

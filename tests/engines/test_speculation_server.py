@@ -40,15 +40,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def test_completions_are_the_targets_and_metrics_count_the_drafts(server: Server) -> None:
-    names = [engine.METRICS.held_back, *engine.speculation_metrics([])]
+    names = [engine.METRICS.pruned, *engine.speculation_metrics([])]
     before, steps = counted(server, names), []  # an engine may have warmed up with a request of its own
     for prompt in prompts_of(CASE):
         request = {"model": MODEL, "prompt": prompt, "temperature": 0, "max_tokens": NEW_TOKENS, "ignore_eos": True}
         answer = server.http.post(COMPLETIONS, json=request | {"return_token_ids": True}).raise_for_status().json()
         assert answer["choices"][0]["token_ids"] == truth(CASE, prompt, NEW_TOKENS, DRAFT_TOKENS, the_gate()).tokens
         steps += steps_of(CASE, prompt, NEW_TOKENS, DRAFT_TOKENS, the_gate())
-    held_back = DRAFT_TOKENS * len(steps) - sum(step.verified for step in steps)
-    wanted = {engine.METRICS.held_back: held_back} | engine.speculation_metrics(steps)
+    pruned = DRAFT_TOKENS * len(steps) - sum(step.verified for step in steps)
+    wanted = {engine.METRICS.pruned: pruned} | engine.speculation_metrics(steps)
     wait_until(lambda: counted(server, names) == {name: before[name] + wanted[name] for name in names})
 
 

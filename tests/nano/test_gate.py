@@ -65,8 +65,8 @@ def test_the_gate_is_written_and_measured_on_held_out_files(library: Path, tmp_p
     assert found["threshold"] == trained.threshold
     assert 0 <= found["verified"] <= found["verified_without"] == found["depth"] == 3
     assert 1 <= found["accepted_length"] <= found["accepted_length_without"] <= 4
-    held_back = 1 - found["verified"] / 3
-    assert f"on held-out files, 3 drafts: {held_back:.1%} held back" in result.stdout
+    pruned = 1 - found["verified"] / 3
+    assert f"on held-out files, 3 drafts: {pruned:.1%} pruned" in result.stdout
 
 
 def test_a_directory_or_a_library_that_is_none_is_refused(library: Path, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ METRICS = Metrics(
     waiting="sglang:num_queue_reqs",
     generated='sglang:realtime_tokens_total{mode="decode"}',
     preemptions="sglang:num_retracted_requests_total",
-    held_back="sglang:spec_num_drafts_held_back_total",
+    pruned="sglang:spec_num_drafts_pruned_total",
 )
 AS_THE_STOCK_COMMAND: dict[str, Any] = {}
 """Engine arguments: the tests' engines are as it is."""

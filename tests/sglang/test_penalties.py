@@ -148,7 +148,7 @@ def test_a_grammar_that_allows_nothing_but_an_end_ends_a_request_that_is_short()
     torch.testing.assert_close(logits.softmax(dim=-1)[0, END], torch.tensor(1.0))
 
 
-def test_a_node_that_is_held_back_leaves_the_others_as_they_are() -> None:
+def test_a_node_that_is_pruned_leaves_the_others_as_they_are() -> None:
     """A gate takes the pointer to it away (`speculation.shorten`)."""
     whole = paths(torch.tensor([[1, 2, 3, -1]]), torch.full((1, 4), -1))
     cut = paths(torch.tensor([[1, -1, 3, -1]]), torch.full((1, 4), -1))

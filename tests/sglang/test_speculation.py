@@ -293,7 +293,7 @@ def note_widths(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LatentAttentionBackend, "init_forward_metadata_out_graph", noted)
 
 
-def test_the_target_runs_on_no_draft_of_a_lone_request_that_is_held_back(gated: Path, tmp_path: Path) -> None:
+def test_the_target_runs_on_no_draft_of_a_lone_request_that_is_pruned(gated: Path, tmp_path: Path) -> None:
     prompt, file = prompts_of(CASE)[2], tmp_path / "widths"
     with serving(gated, draft_tokens=3, broken=partial(note_widths, file), **GATED) as served:
         served.greedy([prompt], NEW_TOKENS)

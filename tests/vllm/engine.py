@@ -39,7 +39,7 @@ METRICS = Metrics(
     waiting="vllm:num_requests_waiting",
     generated="vllm:generation_tokens_total",
     preemptions="vllm:num_preemptions_total",
-    held_back="vllm:spec_decode_num_draft_tokens_held_back_total",
+    pruned="vllm:spec_decode_num_draft_tokens_pruned_total",
 )
 Break = Callable[[pytest.MonkeyPatch], None]
 
