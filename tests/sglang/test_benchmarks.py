@@ -87,6 +87,18 @@ def test_one_batch_measures_our_class(tmp_path: Path) -> None:
     assert json.loads(line)["batch_size"] == 2
 
 
+def test_bench_offline_throughput_measures_an_engine_that_drafts(tmp_path: Path) -> None:
+    """It has no data set that needs no file: this is one of ShareGPT's form."""
+    talk = [{"from": "human", "value": "def area(self):"}, {"from": "gpt", "value": "    return self.width"}]
+    (tmp_path / "talks.json").write_text(json.dumps([{"conversations": talk}] * 4))
+    words = ["--model-path", NANO, "--dtype", "float32", "--mem-fraction-static", "0.1", "--max-total-tokens", "1024"]
+    words += [*speculation_flags(2), "--dataset-path", tmp_path / "talks.json", "--num-prompts", "2"]
+    words += ["--result-filename", tmp_path / "r.jsonl", "--skip-warmup"]
+    measured("sglang.bench_offline_throughput", *words, output=tmp_path)
+    (line,) = (tmp_path / "r.jsonl").read_text().splitlines()
+    assert json.loads(line)["successful_requests"] == 2
+
+
 def test_plugins_are_loaded_for_the_benchmark_of_a_longcat_alone(tmp_path: Path) -> None:
     python = ["python", "-m"]
     assert measures_longcat([*python, BENCHMARK, "--model-path", str(NANO)])
