@@ -19,6 +19,7 @@ from rich.table import Table
 from benchmarks import record
 from benchmarks.bench_step import STEPS, WARM_UP, step, time_modules
 from longcat_cli.make_checkpoint import make_checkpoint
+from longcat_core import spellings
 from tests.cases import CHAT, DEFAULT
 from tests.harness import ENGINE, engine
 
@@ -43,7 +44,12 @@ def main(rounds: int = 3) -> None:
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
     Console(width=140).print(table)
-    settings = {"prompt_tokens": PROMPT_TOKENS, "requests": AT_ONCE, "steps": STEPS, "model": DEFAULT.to_hf()}
+    settings = {
+        "prompt_tokens": PROMPT_TOKENS,
+        "requests": AT_ONCE,
+        "steps": STEPS,
+        "model": spellings.published(DEFAULT),
+    }
     print(record.write("context", rows, **settings))
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import record
-from longcat_core.routing import expert_rows, rank_imbalance, route
+from longcat_core.layers.routing import expert_rows, rank_imbalance, route
 
 EXPERTS, ZERO, TOP_K = 512, 256, 12
 

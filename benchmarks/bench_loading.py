@@ -23,8 +23,9 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from benchmarks import record
-from longcat_core import checkpoint
+from longcat_core import spellings
 from longcat_core.config import LongcatConfig
+from longcat_core.weights import checkpoint, names
 from tests.cases import DEFAULT
 
 CHECKPOINTS = {
@@ -47,10 +48,10 @@ def main(pairs: int = 5) -> None:
 
 
 def write(directory: Path, config: LongcatConfig) -> Path:
-    (directory / "config.json").write_text(json.dumps(config.to_hf()))
+    (directory / "config.json").write_text(json.dumps(spellings.published(config)))
     tensors = {
         name: torch.randn(shape).to(torch.float32 if ".router." in name else torch.bfloat16)
-        for name, shape in checkpoint.expected_tensors(config, with_mtp=True).items()
+        for name, shape in names.expected_tensors(config, with_mtp=True).items()
     }
     checkpoint.save(tensors, directory, max_shard_size=2**27)
     return directory

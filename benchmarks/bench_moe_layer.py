@@ -19,8 +19,8 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks import record
-from longcat_core.experts import ExpertFFN, add_identity, routed_experts
-from longcat_core.routing import Routing, route
+from longcat_core.layers.experts import ExpertFFN, add_identity, routed_experts
+from longcat_core.layers.routing import Routing, route
 
 HIDDEN, INNER, TOP_K = 1024, 512, 12
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -51,7 +51,7 @@ def layers(experts: int, dtype: torch.dtype, bias: Tensor) -> tuple[Callable[[Te
 def vllm_ffns(w13: Tensor, w2: Tensor) -> tuple[ExpertFFN, ExpertFFN]:
     from vllm import _custom_ops as ops
 
-    from longcat_vllm.cpu_experts import CPU_KERNELS, select_cpu_kernel
+    from longcat_vllm.devices.cpu.experts import CPU_KERNELS, select_cpu_kernel
 
     isa = "amx" if w13.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() else "vec"
     engine13, engine2 = ops.cpu_prepack_moe_weight(w13, isa), ops.cpu_prepack_moe_weight(w2, isa)
@@ -69,9 +69,8 @@ def sglang_ffns(w13: Tensor, w2: Tensor) -> tuple[ExpertFFN, ExpertFFN]:
     from longcat_sglang.platform import prepare_cpu
 
     prepare_cpu()
+    from longcat_sglang.devices.cpu.experts import CPU_KERNELS, select_cpu_kernel
     from sglang.srt.layers.moe.fused_moe_native import moe_forward_native
-
-    from longcat_sglang.cpu_experts import CPU_KERNELS, select_cpu_kernel
 
     layer = SimpleNamespace(num_experts=w13.shape[0], w13_weight=w13, w2_weight=w2)
     config = SimpleNamespace(apply_router_weight_on_input=False, activation="silu", gemm1_alpha=None)

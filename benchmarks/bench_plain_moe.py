@@ -20,6 +20,7 @@ from rich.table import Table
 from benchmarks import record
 from benchmarks.bench_serving import AT_ONCE, CONFIG, NEW_TOKENS, PROMPT_TOKENS
 from longcat_cli.make_checkpoint import make_checkpoint
+from longcat_core import spellings
 from tests.harness import engine
 
 
@@ -64,7 +65,11 @@ def main(rounds: int = 3) -> None:
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
     Console(width=140).print(table)
-    print(record.write("plain_moe", rows, prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS, model=CONFIG.to_hf()))
+    print(
+        record.write(
+            "plain_moe", rows, prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS, model=spellings.published(CONFIG)
+        )
+    )
 
 
 def measured(served: engine.Engine, n: int, rounds: int) -> list[float]:

@@ -19,8 +19,9 @@ from rich.table import Table
 
 from benchmarks import record
 from longcat_cli.make_checkpoint import make_checkpoint
-from longcat_core import checkpoint
+from longcat_core import spellings
 from longcat_core.config import LongcatConfig, RopeConfig
+from longcat_core.weights import checkpoint
 from tests.harness import engine
 from tests.oracle import oracle
 from tests.server import Server, serving
@@ -83,7 +84,11 @@ def main(rounds: int = 3) -> None:
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
     Console(width=140).print(table)
-    print(record.write("serving", rows, prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS, model=CONFIG.to_hf()))
+    print(
+        record.write(
+            "serving", rows, prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS, model=spellings.published(CONFIG)
+        )
+    )
 
 
 def transformers_rates(directory: Path, prompts: list[list[int]], rounds: int) -> dict[int, float]:

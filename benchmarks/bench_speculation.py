@@ -22,7 +22,7 @@ from benchmarks import record
 from benchmarks.bench_serving import AT_ONCE, NEW_TOKENS
 from examples.nano.corpus import standard_library
 from examples.nano.settings import Settings
-from longcat_core import drafting
+from longcat_core.drafting import gate as drafting
 from longcat_core.reference import LongcatForCausalLM
 from longcat_nano import CHECKPOINT
 from tests.harness import engine

@@ -21,6 +21,7 @@ from rich.table import Table
 from benchmarks import record
 from benchmarks.bench_serving import AT_ONCE, CONFIG, PROMPT_TOKENS
 from longcat_cli.make_checkpoint import make_checkpoint
+from longcat_core import spellings
 from tests.harness import engine
 
 PARTS = {"LongcatAttention": "attention", "LongcatMoE": "MoE", "LongcatFFN": "dense FFNs", "LongcatModel": "model"}
@@ -41,7 +42,7 @@ def main() -> None:
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
     Console(width=140).print(table)
-    print(record.write("step", rows, prompt_tokens=PROMPT_TOKENS, steps=STEPS, model=CONFIG.to_hf()))
+    print(record.write("step", rows, prompt_tokens=PROMPT_TOKENS, steps=STEPS, model=spellings.published(CONFIG)))
 
 
 def time_modules(times: Path, monkeypatch: pytest.MonkeyPatch) -> None:

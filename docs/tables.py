@@ -6,7 +6,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from longcat_core import hooks, options
+from longcat_core.plugin import hooks, options
 
 ENGINE, NAME = ("vllm", "vLLM") if find_spec("vllm") else ("sglang", "SGLang")
 FOLDER = Path(__file__).parent

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from longcat_core.diagnosis import Finding
+from longcat_core.plugin.diagnosis import Finding
 
 ENGINE_PACKAGES = {"vllm": "longcat_vllm", "sglang": "longcat_sglang"}
 """Engine and our package for it; ours is asked only where the engine is there."""

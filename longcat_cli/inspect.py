@@ -38,7 +38,7 @@ def command(
     """
     errors = Console(stderr=True, highlight=False)
     with errors.status("importing torch"):
-        from longcat_core.checkpoint import CheckpointError
+        from longcat_core.weights.audit import CheckpointError
     try:
         report = _report(checkpoint, text, tokens, layer, errors)
         if html is not None:
@@ -54,9 +54,9 @@ def command(
 
 def _report(directory: Path, file: Path, tokens: int, layer: int | None, console: Console) -> Report:
     from longcat_cli.inspection_report import Report, pieces
-    from longcat_core import checkpoint
     from longcat_core.inspection import inspect
     from longcat_core.reference import LongcatForCausalLM
+    from longcat_core.weights import checkpoint
 
     config = checkpoint.read_config(directory)
     if layer is not None and layer >= config.num_layers:

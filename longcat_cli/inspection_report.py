@@ -14,7 +14,7 @@ from torch import Tensor
 
 from longcat_core.config import LongcatConfig
 from longcat_core.inspection import Inspection
-from longcat_core.routing import relative_load
+from longcat_core.layers.routing import relative_load
 
 _FEW, _MANY = (0xE9, 0xF1, 0xF2), (0x0B, 0x4F, 0x63)
 """The ends of the scale."""

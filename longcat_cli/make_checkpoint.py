@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from longcat_cli import example_tokenizer
+from longcat_core import spellings
 from longcat_core.config import ConfigError, LongcatConfig
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def command(
     published = {"rope_theta": 1e7, "routed_scaling_factor": 6.0, "rms_norm_eps": 1e-5}
     console = Console(stderr=True, highlight=False)
     try:
-        config = LongcatConfig.from_hf(sizes | published)
+        config = spellings.read(sizes | published)
         with console.status("importing torch") as status:
             import torch
 
@@ -141,14 +142,14 @@ def _write(
     report: Callable[[str], object],
 ) -> None:
     from longcat_cli import random_weights
-    from longcat_core import checkpoint
+    from longcat_core.weights import checkpoint
 
     report("training the tokenizer")
     example_tokenizer.write(directory, config.vocab_size, config.max_position_embeddings)
     ids = example_tokenizer.TOKEN_IDS
     _write_json(
         directory / "config.json",
-        config.to_hf()
+        spellings.published(config)
         | ids
         | {"torch_dtype": str(dtype).removeprefix("torch.")}
         | ({"num_nextn_predict_layers": 1} if with_mtp else {}),

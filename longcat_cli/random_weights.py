@@ -8,8 +8,8 @@ import re
 import torch
 from torch import Tensor
 
-from longcat_core import checkpoint
 from longcat_core.config import LongcatConfig
+from longcat_core.weights import names
 
 # Standard deviation of the logits. Of a few thousand draws the two largest are then about half a unit apart.
 _LOGITS_STD = 2.0
@@ -29,7 +29,7 @@ def draw(config: LongcatConfig, *, seed: int, dtype: torch.dtype, with_mtp: bool
     """
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, shape in checkpoint.expected_tensors(config, with_mtp).items():
+    for name, shape in names.expected_tensors(config, with_mtp).items():
         mean, std = _moments(name, shape, config)
         drawn = torch.randn(shape, generator=generator) * std + mean
         tensors[name] = drawn if _ROUTER.fullmatch(name) else drawn.to(dtype)

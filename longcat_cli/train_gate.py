@@ -21,7 +21,7 @@ from longcat_cli.loading import LoadingError
 from longcat_core.config import ConfigError, LongcatConfig
 
 if TYPE_CHECKING:
-    from longcat_core.drafting import Chains, DraftGate, TradeOff
+    from longcat_core.drafting.gate import Chains, DraftGate, TradeOff
     from longcat_core.reference import LongcatForCausalLM
 
 THRESHOLDS = tuple(percent / 100 for percent in range(1, 100))
@@ -58,7 +58,7 @@ def command(
     """
     errors = Console(stderr=True, highlight=False)
     with errors.status("importing torch"):
-        from longcat_core.checkpoint import CheckpointError
+        from longcat_core.weights.audit import CheckpointError
     try:
         _check(steps, new_tokens, {"--max-loss": max_loss, "--threshold": threshold, "--held-out": held_out})
         _train_gate(checkpoint, prompts, steps, new_tokens, max_loss, threshold, seed, held_out, errors)
@@ -90,8 +90,9 @@ def _train_gate(
     held_out: float,
     console: Console,
 ) -> None:
-    from longcat_core import checkpoint, drafting
+    from longcat_core.drafting import gate as drafting
     from longcat_core.reference import LongcatForCausalLM
+    from longcat_core.weights import checkpoint
 
     config = checkpoint.read_config(directory)
     model_id = drafting.fingerprint(directory, config)
@@ -188,7 +189,7 @@ def _collect(
     progress: Progress,
 ) -> list[Chains]:
     """Chains of drafts along the greedy answer to each prompt, but for answers too short to judge one."""
-    from longcat_core import drafting
+    from longcat_core.drafting import gate as drafting
 
     task: TaskID = progress.add_task("prompts", total=len(prompts), found="")
     chains: list[Chains] = []
@@ -222,7 +223,7 @@ def _split(chains: list[Chains], held_out: float, seed: int) -> tuple[list[Chain
 
 def _check_folder(folder: Path) -> None:
     """A gate replaces the gate before it, and nothing else."""
-    from longcat_core.drafting import GATE_FILE
+    from longcat_core.drafting.gate import GATE_FILE
 
     foreign = sorted({path.name for path in folder.iterdir()} - {GATE_FILE.name, PLOT}) if folder.exists() else []
     if foreign:
@@ -231,7 +232,7 @@ def _check_folder(folder: Path) -> None:
 
 def _write(gate: DraftGate, directory: Path, model_id: str, trade_offs: Sequence[TradeOff], chosen: TradeOff) -> None:
     """The folder of the gate appears whole or not at all; the one before it stays until then."""
-    from longcat_core import drafting
+    from longcat_core.drafting import gate as drafting
 
     folder = directory / drafting.GATE_FILE.parent
     unfinished = directory / f".{folder.name}.unfinished-{os.getpid()}"

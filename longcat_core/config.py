@@ -1,66 +1,41 @@
-"""Every published spelling of a LongCat-Flash `config.json` into one dataclass, and the numbers derived from it."""
+"""A LongCat-Flash model as one dataclass, and the numbers derived from it."""
 
 from __future__ import annotations
 
-import logging
 import math
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from functools import cache
-from typing import Any
-
-from longcat_core.rope import RopeConfig as RopeConfig
-from longcat_core.rope import number, read_rope, rope_to_hf, yarn_mscale
-
-logger = logging.getLogger(__name__)
+from dataclasses import dataclass
 
 
 class ConfigError(ValueError):
     """A configuration that is not a LongCat-Flash model this package can run; the message lists every problem."""
 
 
-# The names under which each needed field is published, our own name first.
-_NEEDED: dict[str, tuple[str, ...]] = {
-    "vocab_size": ("vocab_size",),
-    "hidden_size": ("hidden_size",),
-    "num_layers": ("num_layers", "num_hidden_layers"),
-    "num_attention_heads": ("num_attention_heads",),
-    "q_lora_rank": ("q_lora_rank",),
-    "kv_lora_rank": ("kv_lora_rank",),
-    "qk_nope_head_dim": ("qk_nope_head_dim",),
-    "qk_rope_head_dim": ("qk_rope_head_dim",),
-    "v_head_dim": ("v_head_dim",),
-    "ffn_hidden_size": ("ffn_hidden_size", "intermediate_size"),
-    "expert_ffn_hidden_size": ("expert_ffn_hidden_size", "moe_intermediate_size"),
-    "n_routed_experts": ("n_routed_experts", "num_local_experts"),
-    "moe_topk": ("moe_topk", "num_experts_per_tok"),
-    "max_position_embeddings": ("max_position_embeddings",),
-}
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding of the `qk_rope_head_dim` part of queries and keys, interleaved pairs.
 
-# Options of the router that have been published, with the values this package implements. `None` means absent.
-_ROUTER_OPTIONS: dict[str, tuple[Any, ...]] = {
-    "router_bias": (None, False),
-    "router_dtype": (None, "float32", "torch.float32"),
-    "router_params_dtype": (None, "float32", "torch.float32"),
-    "rounter_params_dtype": (None, "float32", "torch.float32"),
-    "norm_topk_prob": (None, False),
-    "scoring_func": (None, "softmax"),
-    "topk_method": (None,),
-    "n_group": (None, 1),
-    "topk_group": (None, 1),
-}
+    `factor` 1 alone is plain RoPE; anything else is YaRN (arXiv 2309.00071) as transformers'
+    `_compute_yarn_parameters` has it. LongCat-Flash-Thinking-2601 uses YaRN, the other releases plain RoPE.
+    """
 
-# Options of a router's training (a jitter of its input, weights of its losses), which mean nothing to inference.
-_TRAINING_OPTION = re.compile("jitter|loss|aux|dropout|noise")
+    theta: float
+    factor: float = 1.0
+    original_max_position_embeddings: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    attention_factor: float | None = None
+    truncate: bool = True
 
-# Fields outside the router that would change the forward pass.
-_FIXED_OPTIONS: dict[str, tuple[Any, ...]] = {
-    "hidden_act": (None, "silu"),
-    "attention_bias": (None, False),
-    "attention_method": (None, "MLA"),
-    "nextn_use_scmoe": (None, False),
-}
+    @property
+    def is_yarn(self) -> bool:
+        return self.factor != 1.0 or self.attention_factor is not None
+
+
+def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
+    """YaRN's attention temperature (arXiv 2309.00071, equation 22, with DeepSeek's multiplier)."""
+    return 1.0 if factor <= 1.0 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 @dataclass(frozen=True)
@@ -169,180 +144,3 @@ class LongcatConfig:
     def kv_cache_bytes_per_token(self, itemsize: int = 2) -> int:
         """Bytes of cache for one token: two attentions a layer."""
         return self.num_layers * 2 * self.latent_dim * itemsize
-
-    # -- reading ---------------------------------------------------------------------------------
-
-    @classmethod
-    def from_hf(cls, hf_config: Mapping[str, Any] | Any) -> LongcatConfig:
-        """Read a `config.json` mapping, or a transformers configuration object.
-
-        `num_layers` counts decoder layers, each with two attentions. transformers saves `num_hidden_layers` as
-        twice that beside it; where only `num_hidden_layers` is given it counts decoder layers.
-
-        Raises:
-            ConfigError: with one line for each missing, misshapen or unsupported field.
-        """
-        raw: Mapping[str, Any] = hf_config.to_dict() if hasattr(hf_config, "to_dict") else hf_config
-        if not isinstance(raw, Mapping):
-            raise ConfigError(f"config.json: {type(raw).__name__}, wanted an object of fields")
-        problems: list[str] = []
-        values: dict[str, Any] = {}
-        for name, spellings in _NEEDED.items():
-            found = {s: raw[s] for s in spellings if raw.get(s) is not None}
-            if not found:
-                problems.append(f"{' or '.join(spellings)}: missing; give a positive integer")
-                continue
-            spelling, value = next(iter(found.items()))
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                problems.append(f"{spelling}: {value!r}, wanted a positive integer")
-                continue
-            values[name] = value
-            disagreeing = {s: v for s, v in found.items() if v not in _accepted_twins(name, value)}
-            for other, theirs in disagreeing.items():
-                problems.append(f"{other}: {theirs!r} contradicts {spelling}: {value!r}; remove one")
-        problems += _check_options(raw)
-        zero_expert_num = raw.get("zero_expert_num") or 0
-        zero_expert_type = raw.get("zero_expert_type")
-        if not isinstance(zero_expert_num, int) or isinstance(zero_expert_num, bool) or zero_expert_num < 0:
-            problems.append(f"zero_expert_num: {zero_expert_num!r}, wanted an integer of at least 0")
-        elif zero_expert_num and zero_expert_type not in (None, "identity"):
-            problems.append(f"zero_expert_type: {zero_expert_type!r}, wanted 'identity', the only one published")
-        scaling = number(raw, "routed_scaling_factor", problems)
-        eps = number(raw, "rms_norm_eps", problems, default=1e-5)
-        unquantized = raw.get("disable_quant_module") or ()
-        if not isinstance(unquantized, (list, tuple)) or not all(isinstance(kind, str) for kind in unquantized):
-            problems.append(f"disable_quant_module: {unquantized!r}, wanted a list of module kinds")
-            unquantized = ()
-        scales_q, scales_kv = (_boolean(raw, f"mla_scale_{part}_lora", problems, True) for part in ("q", "kv"))
-        ties = _boolean(raw, "tie_word_embeddings", problems, False)
-        rope = read_rope(raw, problems)
-        if not problems:
-            problems += _check_sizes(values, zero_expert_num)
-        if problems:
-            raise ConfigError("not a LongCat-Flash configuration that can be served:\n  " + "\n  ".join(problems))
-        assert rope is not None
-        return cls(
-            **values,
-            rope=rope,
-            zero_expert_num=zero_expert_num,
-            routed_scaling_factor=scaling,
-            rms_norm_eps=eps,
-            mla_scale_q_lora=scales_q,
-            mla_scale_kv_lora=scales_kv,
-            tie_word_embeddings=ties,
-            is_quantized=bool(raw.get("quantization_config")),
-            disable_quant_module=tuple(unquantized),
-        )
-
-    def to_hf(self) -> dict[str, Any]:
-        """The fields of a `config.json` as LongCat-Flash-Chat is published; `from_hf` reads it back unchanged."""
-        rope: dict[str, Any] = {"rope_theta": self.rope.theta}
-        if self.rope.is_yarn:
-            rope["rope_scaling"] = rope_to_hf(self.rope)
-        sizes = {name: getattr(self, name) for name in _NEEDED}
-        return {
-            "architectures": ["LongcatFlashForCausalLM"],
-            "attention_bias": False,
-            **sizes,
-            **rope,
-            "hidden_act": "silu",
-            "mla_scale_kv_lora": self.mla_scale_kv_lora,
-            "mla_scale_q_lora": self.mla_scale_q_lora,
-            "rms_norm_eps": self.rms_norm_eps,
-            "rounter_params_dtype": "float32",
-            "routed_scaling_factor": self.routed_scaling_factor,
-            "router_bias": False,
-            "tie_word_embeddings": self.tie_word_embeddings,
-            "zero_expert_num": self.zero_expert_num,
-            "zero_expert_type": "identity",
-            **({"disable_quant_module": list(self.disable_quant_module)} if self.disable_quant_module else {}),
-        }
-
-
-def canonical_hf(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The same configuration in the one spelling that transformers 5 reads without loss.
-
-    transformers' class halves `num_hidden_layers` and takes defaults of the 560 B model for what is missing, so
-    its reading of a file that has only `num_hidden_layers` is a model of half the depth.
-
-    Raises:
-        ConfigError: as `LongcatConfig.from_hf`.
-    """
-    config = LongcatConfig.from_hf(raw)
-    dropped = {spelling for spellings in _NEEDED.values() for spelling in spellings}
-    dropped |= {"head_dim", "qk_head_dim", "rope_theta", "rope_scaling"}
-    kept = {key: value for key, value in raw.items() if key not in dropped}
-    sizes = {name: getattr(config, name) for name in _NEEDED}
-    return {
-        **kept,
-        **sizes,
-        "head_dim": config.qk_rope_head_dim,  # transformers takes the rotary dimension from it
-        "rope_parameters": {"rope_theta": config.rope.theta, **rope_to_hf(config.rope)},
-        "zero_expert_num": config.zero_expert_num,
-        "rms_norm_eps": config.rms_norm_eps,
-        "model_type": "longcat_flash",
-        # Without defaults in vLLM's own class.
-        "zero_expert_type": "identity",
-        "mla_scale_q_lora": config.mla_scale_q_lora,
-        "mla_scale_kv_lora": config.mla_scale_kv_lora,
-    }
-
-
-def field_of(spelling: str) -> str:
-    """Our name of the field that is published under this one; any other name as it is."""
-    return next((field for field, spellings in _NEEDED.items() if spelling in spellings), spelling)
-
-
-def is_read(name: str) -> bool:
-    """Whether a field of this name in a `config.json` says something of the model."""
-    return (
-        field_of(name) in {field.name for field in fields(LongcatConfig)}
-        or name in _ROUTER_OPTIONS
-        or name in _FIXED_OPTIONS
-        or name in ("rope_theta", "rope_scaling", "rope_parameters", "zero_expert_type", "quantization_config")
-    )
-
-
-def _accepted_twins(name: str, value: int) -> tuple[int, ...]:
-    return (value, 2 * value) if name == "num_layers" else (value,)
-
-
-def _check_options(raw: Mapping[str, Any]) -> list[str]:
-    problems = []
-    for key, accepted in {**_ROUTER_OPTIONS, **_FIXED_OPTIONS}.items():
-        if raw.get(key) not in accepted:
-            wanted = " or ".join(repr(v) for v in accepted if v is not None) or "no such option"
-            problems.append(f"{key}: {raw[key]!r}, wanted {wanted}")
-    unknown = [key for key in raw if key.startswith(("router_", "rounter_")) and key not in _ROUTER_OPTIONS]
-    of_training = [key for key in unknown if _TRAINING_OPTION.search(key)]
-    if of_training:
-        _warn_of_ignored(", ".join(of_training))
-    for key in unknown:
-        if key not in of_training:
-            problems.append(f"{key}: {raw[key]!r} is an unknown router option; known are {', '.join(_ROUTER_OPTIONS)}")
-    return problems
-
-
-@cache
-def _warn_of_ignored(options: str) -> None:
-    """Once, as a configuration is read in many places."""
-    logger.warning("LongCat-Flash does not read these options of a router's training: %s", options)
-
-
-def _check_sizes(values: Mapping[str, int], zero_expert_num: int) -> list[str]:
-    problems = []
-    if values["moe_topk"] > values["n_routed_experts"] + zero_expert_num:
-        total = values["n_routed_experts"] + zero_expert_num
-        problems.append(f"moe_topk: {values['moe_topk']}, wanted at most the {total} experts there are")
-    if values["qk_rope_head_dim"] % 2:
-        problems.append(f"qk_rope_head_dim: {values['qk_rope_head_dim']}, wanted an even number")
-    return problems
-
-
-def _boolean(raw: Mapping[str, Any], name: str, problems: list[str], default: bool) -> bool:
-    value = raw.get(name)
-    if value is None:
-        return default
-    if not isinstance(value, bool):
-        problems.append(f"{name}: {value!r}, wanted true or false")
-    return bool(value)

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longcat_core.config import LongcatConfig
+from longcat_core.layers.routing import Routing, expert_rows
 from longcat_core.reference import LongcatForCausalLM, Router
-from longcat_core.routing import Routing, expert_rows
 
 
 class Inspection(NamedTuple):

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longcat_core import checkpoint, rotary
 from longcat_core.config import LongcatConfig
-from longcat_core.experts import moe
-from longcat_core.routing import Routing, route
+from longcat_core.layers import rotary
+from longcat_core.layers.experts import moe
+from longcat_core.layers.routing import Routing, route
+from longcat_core.weights import checkpoint, names, plan
 
 LatentCache = list[Tensor]
 """One tensor [B, tokens so far, kv_lora_rank + qk_rope_head_dim] for each attention, in the order they run."""
@@ -265,7 +266,7 @@ class LongcatForCausalLM(nn.Module):
         """
         config = checkpoint.read_config(directory)
         tensors = checkpoint.load(directory, config)
-        model = cls(config, with_mtp=any(name.startswith(checkpoint.MTP_PREFIX) for name in tensors)).to(dtype)
+        model = cls(config, with_mtp=any(name.startswith(names.MTP_PREFIX) for name in tensors)).to(dtype)
         for module in model.modules():
             if isinstance(module, Router):
                 module.float()
@@ -273,17 +274,17 @@ class LongcatForCausalLM(nn.Module):
         return model.eval()
 
     def load_published(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy published tensors into the parameters; names and shapes are those of `checkpoint.expected_tensors`."""
+        """Copy published tensors into the parameters; names and shapes are those of `names.expected_tensors`."""
         state = self.state_dict()
         for name, tensor in tensors.items():
-            place = checkpoint.place(name, self.config)
+            place = plan.place(name, self.config)
             state[place.parameter][place.part].copy_(tensor)
 
     def published(self) -> dict[str, Tensor]:
         """The parameters under their published names, as views."""
         with_mtp = self.model.mtp is not None
         state = self.state_dict()
-        places = {n: checkpoint.place(n, self.config) for n in checkpoint.expected_tensors(self.config, with_mtp)}
+        places = {n: plan.place(n, self.config) for n in names.expected_tensors(self.config, with_mtp)}
         return {name: state[place.parameter][place.part] for name, place in places.items()}
 
     def _angles(self, new: int, past: LatentCache | None) -> tuple[Tensor, Tensor]:

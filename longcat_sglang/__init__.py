@@ -10,7 +10,7 @@ def register() -> None:
     could not be hooked is logged once by name, and becomes an error when a LongCat model is asked for. An SGLang of
     another version is left as it is.
     """
-    from longcat_core.hooks import Stage
+    from longcat_core.plugin.hooks import Stage
     from longcat_sglang.engine import SGLANG
     from longcat_sglang.hooks import HOOKS
 

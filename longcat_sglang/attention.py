@@ -17,7 +17,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.model_runner import ModelRunner
 from torch import Tensor
 
-from longcat_core.latent_attention import PagedBatch, paged_attention
+from longcat_core.layers.latent_attention import PagedBatch, paged_attention
 
 
 class LatentAttentionBackend(AttentionBackend):

@@ -6,10 +6,10 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from longcat_core.audit import CheckpointError
 from longcat_core.config import ConfigError
-from longcat_core.engine import UnsupportedEngineError, tell_of_own_class
-from longcat_core.hooks import Around, Stage
+from longcat_core.plugin.engine import UnsupportedEngineError, tell_of_own_class
+from longcat_core.plugin.hooks import Around, Stage
+from longcat_core.weights.audit import CheckpointError
 from longcat_sglang.engine import CPU_ATTENTION, OWN_CLASS, SGLANG, is_longcat
 from longcat_sglang.hooks import HOOKS
 

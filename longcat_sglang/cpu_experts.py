@@ -11,8 +11,8 @@ from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutp
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 from torch import Tensor
 
-from longcat_core.experts import ExpertFFN, grouped_ffn, routed_experts
 from longcat_core.kernels.packed_experts import PackedExperts, is_supported
+from longcat_core.layers.experts import ExpertFFN, grouped_ffn, routed_experts
 
 
 class CompactedRowsMethod(UnquantizedFusedMoEMethod):

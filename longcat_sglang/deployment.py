@@ -9,9 +9,10 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-from longcat_core import checkpoint, drafting
 from longcat_core.config import LongcatConfig
-from longcat_core.engine import refuse, unsupported_cpu_cache, unsupported_quantization, uses_gate
+from longcat_core.drafting import gate as drafting
+from longcat_core.plugin.engine import refuse, unsupported_cpu_cache, unsupported_quantization, uses_gate
+from longcat_core.weights import checkpoint
 from longcat_sglang import options
 from longcat_sglang.compat import require_supported
 from longcat_sglang.engine import CPU_ATTENTION

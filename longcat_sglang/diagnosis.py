@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from longcat_core.diagnosis import Finding, checkpoint_findings, hook_findings, version_of
+from longcat_core.plugin.diagnosis import Finding, checkpoint_findings, hook_findings, version_of
 from longcat_sglang import options
 from longcat_sglang.engine import SGLANG
 from longcat_sglang.hooks import HOOKS

@@ -6,7 +6,7 @@ from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
-from longcat_core.engine import Engine
+from longcat_core.plugin.engine import Engine
 
 SGLANG = Engine(
     name="SGLang",

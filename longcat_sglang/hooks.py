@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from longcat_core.hooks import Entry, Hook, Stage, Wrapper
+from longcat_core.plugin.hooks import Entry, Hook, Stage, Wrapper
 
 _Registered = partial(
     Wrapper, wrap="longcat_sglang.compat:register_around", wrapped_by="longcat_sglang.compat:module_around"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -28,16 +27,19 @@ from sglang.srt.runtime_context import get_parallel, get_stream
 from sglang.srt.utils import BumpAllocator, add_prefix, bind_or_assign, is_cpu
 from torch import Tensor, nn
 
-from longcat_core import checkpoint, rotary
+from longcat_core import spellings
 from longcat_core.config import LongcatConfig
-from longcat_core.hooks import Stage
+from longcat_core.layers import rotary
+from longcat_core.plugin.hooks import Stage
+from longcat_core.weights import audit
+from longcat_core.weights.plan import Layout, Target, load_plan
 from longcat_sglang.compat import mend_for_longcat
 from longcat_sglang.config import LongcatFlashConfig
 from longcat_sglang.moe import LongcatMoE
 from longcat_sglang.platform import bind_rank_to_its_cores
 from longcat_sglang.rotary import LongcatRotaryEmbedding
 
-FUSED_QKV_A = "fused_qkv_a_proj_with_mqa"
+LAYOUT = Layout(fused_qkv_a="fused_qkv_a_proj_with_mqa", experts="experts")
 WORTH_A_THREAD = 2**18
 """Bytes of a tensor that another thread loads; a smaller one is loaded sooner than handed over."""
 
@@ -68,7 +70,7 @@ class LongcatAttention(DeepseekV2AttentionMLA):
             q_lora_rank=config.q_lora_rank,
             kv_lora_rank=config.kv_lora_rank,
             rope_theta=config.rope.theta,
-            rope_scaling=config.to_hf().get("rope_scaling"),
+            rope_scaling=spellings.published(config).get("rope_scaling"),
             max_position_embeddings=config.max_position_embeddings,
             quant_config=quant_config,
             reduce_results=False,  # the layer boundary does, with the norm
@@ -263,18 +265,21 @@ class LongcatModel(nn.Module):
         return residual_batch.norm(hidden_states, forward_batch, self.norm, skip_empty=True)
 
 
-class LongcatCausalLM(nn.Module, ABC):
+class LongcatCausalLM(nn.Module):
     """What the target and its drafter share: logits, and loading of published tensors."""
 
     packed_modules_mapping = {  # noqa: RUF012
         "gate_up_proj": ["gate_proj", "up_proj"],
-        FUSED_QKV_A: ["q_a_proj", "kv_a_proj_with_mqa"],
+        LAYOUT.fused_qkv_a: ["q_a_proj", "kv_a_proj_with_mqa"],
     }
-    _audited = staticmethod(checkpoint.audited)
+    _audited = staticmethod(audit.audited)
 
-    def __init__(self, config: LongcatFlashConfig, quant_config: QuantizationConfig | None) -> None:
+    def __init__(
+        self, config: LongcatFlashConfig, quant_config: QuantizationConfig | None, plan: Mapping[str, Target]
+    ) -> None:
         super().__init__()
         self.config = config
+        self._plan = plan
         self.quant_config = quant_config
         self.logits_processor = LogitsProcessor(config)
 
@@ -314,23 +319,22 @@ class LongcatCausalLM(nn.Module, ABC):
         """Told by what follows from the weights, as SGLang has loaders that call nothing of this class."""
         return any(isinstance(module, LongcatAttention) and module.w_kc is not None for module in self.modules())
 
-    @abstractmethod
     def _load(self, parameters: dict[str, Any], name: str, tensor: Tensor) -> None:
-        """Load one tensor, or leave it to the other of the two models; called by several threads."""
-
-
-def load_published(parameters: dict[str, Any], name: str, tensor: Tensor, config: LongcatConfig) -> None:
-    """Load a tensor of no expert into its parameter, or its part of a packed one."""
-    target, shard_index = checkpoint.packed_parameter(name, FUSED_QKV_A)
-    parameter = parameters[target]
-    loader = getattr(parameter, "weight_loader", default_weight_loader)
-    if shard_index is None:
-        loader(parameter, checkpoint.folded(name, tensor, config))
-    elif FUSED_QKV_A in target:  # replicated, so its loader knows no parts
-        rows = config.q_lora_rank
-        parameter.data[slice(rows, None) if shard_index else slice(rows)].copy_(tensor)
-    else:
-        loader(parameter, tensor, shard_index)
+        """Load one tensor, or leave it to another rank or the other of the two models; called by several threads."""
+        target = self._plan.get(name)
+        if target is None:
+            return
+        parameter = parameters[target.parameter]
+        loader = getattr(parameter, "weight_loader", default_weight_loader)
+        if target.expert is not None:
+            loader(parameter, tensor, target.parameter, shard_id=target.shard, expert_id=target.expert)
+        elif target.part is None:
+            loader(parameter, target.folded(tensor))
+        elif LAYOUT.fused_qkv_a in target.parameter:  # replicated, so its loader knows no parts
+            rows = self.config.longcat.q_lora_rank
+            parameter.data[slice(rows, None) if target.part else slice(rows)].copy_(tensor)
+        else:
+            loader(parameter, tensor, target.part)
 
 
 class LongcatFlashForCausalLM(LongcatCausalLM):
@@ -340,7 +344,7 @@ class LongcatFlashForCausalLM(LongcatCausalLM):
         if is_cpu():
             bind_rank_to_its_cores()
         mend_for_longcat(Stage.MODEL)
-        super().__init__(config, quant_config)
+        super().__init__(config, quant_config, load_plan(config.longcat, LAYOUT))
         self.model = LongcatModel(config, quant_config, add_prefix("model", prefix))
         longcat = config.longcat
         self.lm_head = (
@@ -368,15 +372,6 @@ class LongcatFlashForCausalLM(LongcatCausalLM):
     ) -> LogitsProcessorOutput:
         hidden_states = self.model(input_ids, positions, forward_batch, input_embeds)
         return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch)
-
-    def _load(self, parameters: dict[str, Any], name: str, tensor: Tensor) -> None:
-        expert = checkpoint.expert_of(name)
-        if expert is not None:
-            target, shard = checkpoint.expert_parameter(name)
-            parameter = parameters[target]
-            parameter.weight_loader(parameter, tensor, target, shard_id=shard, expert_id=expert)
-        elif not checkpoint.mtp_parameter(name):
-            load_published(parameters, name, tensor, self.config.longcat)
 
     @classmethod
     def get_model_config_for_expert_location(cls, config: LongcatFlashConfig) -> ModelConfigForExpertLocation:

@@ -18,8 +18,8 @@ from sglang.srt.utils import add_prefix, get_device, is_cpu
 from torch import Tensor, nn
 
 from longcat_core.config import LongcatConfig
-from longcat_core.experts import add_identity
-from longcat_core.routing import route
+from longcat_core.layers.experts import add_identity
+from longcat_core.layers.routing import route
 
 
 class LongcatMoE(nn.Module):

@@ -19,9 +19,11 @@ from sglang.srt.runtime_context import get_stream
 from sglang.srt.utils import BumpAllocator, add_prefix
 from torch import Tensor, nn
 
-from longcat_core import checkpoint, rotary
+from longcat_core.layers import rotary
+from longcat_core.weights import audit
+from longcat_core.weights.plan import mtp_load_plan
 from longcat_sglang.config import LongcatFlashConfig
-from longcat_sglang.model import LongcatAttention, LongcatCausalLM, LongcatFFN, load_published, rotary_embedding_of
+from longcat_sglang.model import LAYOUT, LongcatAttention, LongcatCausalLM, LongcatFFN, rotary_embedding_of
 
 
 class LongcatMTPLayer(nn.Module):
@@ -108,14 +110,14 @@ class LongcatFlashMTP(LongcatCausalLM):
     Its head is the target's, which SGLang's worker hands over.
     """
 
-    _audited = staticmethod(checkpoint.audited_mtp)
+    _audited = staticmethod(audit.audited_mtp)
 
     def __init__(
         self, config: LongcatFlashConfig, quant_config: QuantizationConfig | None = None, prefix: str = ""
     ) -> None:
         if "mtp" in config.longcat.disable_quant_module:
             quant_config = None
-        super().__init__(config, quant_config)
+        super().__init__(config, quant_config, mtp_load_plan(config.longcat, LAYOUT))
         self.model = LongcatMTPModel(config, quant_config, add_prefix("model", prefix))
         self.lm_head: nn.Module | None = None
 
@@ -134,8 +136,3 @@ class LongcatFlashMTP(LongcatCausalLM):
         the target's normed ones there, or what this returned in the step before."""
         hidden_states = self.model(input_ids, positions, forward_batch)
         return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch)
-
-    def _load(self, parameters: dict[str, Any], name: str, tensor: Tensor) -> None:
-        ours = checkpoint.mtp_parameter(name)
-        if ours is not None:
-            load_published(parameters, ours, tensor, self.config.longcat)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from typing import TYPE_CHECKING, Any
 
-from longcat_core.hooks import Wrapper
+from longcat_core.plugin.hooks import Wrapper
 from longcat_sglang.engine import is_longcat
 from longcat_sglang.platform import is_longcat as names_longcat
 from longcat_sglang.platform import model_of

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from longcat_core.config import LongcatConfig
-from longcat_core.options import Option, Outcome
+from longcat_core.plugin.options import Option, Outcome
 
 Concern = Callable[[Any, LongcatConfig], bool]
 """Whether SGLang's settings ask a model for what an option stands for."""

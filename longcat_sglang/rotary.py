@@ -6,8 +6,8 @@ import torch
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding
 from torch import Tensor
 
-from longcat_core import rotary
 from longcat_core.config import LongcatConfig
+from longcat_core.layers import rotary
 
 
 class LongcatRotaryEmbedding(RotaryEmbedding):

@@ -16,8 +16,8 @@ from sglang.srt.speculative.eagle_info import EagleDraftInput, EagleVerifyInput
 from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 from torch import Tensor
 
-from longcat_core import drafting
-from longcat_core.drafting import draft_features
+from longcat_core.drafting import gate as drafting
+from longcat_core.drafting.gate import draft_features
 from longcat_sglang import deployment
 
 PRUNED = "sglang:spec_num_drafts_pruned"

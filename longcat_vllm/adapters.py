@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from vllm.model_executor.models.utils import WeightsMapper
 
-from longcat_core import checkpoint
 from longcat_core.config import LongcatConfig
+from longcat_core.weights import names
 
 if TYPE_CHECKING:
     from vllm.config.lora import LoRAConfig
@@ -54,7 +54,7 @@ class AdapterNames(WeightsMapper):
     config: LongcatConfig = field(kw_only=True)
 
     def __post_init__(self) -> None:
-        self._tensors = checkpoint.expected_tensors(self.config, with_mtp=False).keys()
+        self._tensors = names.expected_tensors(self.config, with_mtp=False).keys()
 
     def get_rename_mapper(self) -> AdapterNames:
         return self

@@ -6,10 +6,11 @@ from typing import Any
 
 import transformers
 
-from longcat_core.config import ConfigError, canonical_hf
+from longcat_core import spellings
+from longcat_core.config import ConfigError
 from longcat_core.family import ARCHITECTURE, ARCHITECTURES, Member, member_of
-from longcat_core.overrides import overridden
-from longcat_vllm.compat import require_supported
+from longcat_core.spellings import overridden
+from longcat_vllm.hooks import require_supported
 
 
 class LongcatFlashConfig(transformers.LongcatFlashConfig):
@@ -20,7 +21,7 @@ class LongcatFlashConfig(transformers.LongcatFlashConfig):
         member = member_of(config_dict)
         if member is Member.FLASH:
             require_supported()
-            config_dict = {**canonical_hf(config_dict), "architectures": [ARCHITECTURE]}
+            config_dict = {**spellings.for_transformers(config_dict), "architectures": [ARCHITECTURE]}
         elif set(config_dict.get("architectures") or ()) & set(ARCHITECTURES):
             # vLLM has Flash-Lite under a name of its own, and would take this one for LongCat-Flash.
             raise ConfigError(

@@ -8,18 +8,17 @@ from typing import TYPE_CHECKING
 
 from transformers import LongcatFlashConfig
 
-from longcat_core import drafting
-from longcat_core.config import LongcatConfig, is_read
-from longcat_core.engine import (
+from longcat_core import spellings
+from longcat_core.drafting import gate as drafting
+from longcat_core.plugin.engine import (
     refuse,
     tell_of_own_class,
-    unsupported_cpu_cache,
     unsupported_quantization,
     uses_gate,
 )
-from longcat_core.hooks import Stage
-from longcat_vllm import adapters, loading
-from longcat_vllm.compat import mend_for_longcat
+from longcat_core.plugin.hooks import Stage
+from longcat_core.spellings import is_read
+from longcat_vllm import adapters, devices, hooks, loading
 from longcat_vllm.engine import OWN_ARCHITECTURE, drafts_with_mtp
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ logger = logging.getLogger(f"vllm.{__name__}")
 """Among vLLM's own, whose handlers it takes."""
 
 MOE_BACKENDS = ("auto", "triton", "flashinfer_cutlass", "humming")
-"""Values of --moe-backend with which unquantised experts get a kernel of `moe.SKIP_ZERO_EXPERTS`."""
+"""Values of --moe-backend with which unquantised experts get a kernel of `devices.cuda.experts.SKIP_ZERO_EXPERTS`."""
 TRANSPORTS_WITHOUT_A_KERNEL = {
     "deepep_low_latency": "it has room for 11 experts a token where LongCat has 12, and brings experts in batches, "
     "whose kernel is not known to skip zero experts",
@@ -42,12 +41,12 @@ TRANSPORTS_WITHOUT_A_KERNEL = {
 def check(vllm_config: VllmConfig) -> None:
     """Raise for what LongCat-Flash cannot be served with: ValueError, or CheckpointError for a local checkpoint."""
     model = vllm_config.model_config
-    if reasons := reasons_for_vllms_own_class(vllm_config):
+    if reasons := devices.current().reasons_for_own_class(vllm_config):
         tell_of_own_class("vLLM", reasons, _LOST, logger)
         model.hf_config.architectures = [OWN_ARCHITECTURE]
         return
-    mend_for_longcat(Stage.DEPLOYMENT)
-    config = LongcatConfig.from_hf(model.hf_config)
+    hooks.install(Stage.DEPLOYMENT)
+    config = spellings.read(model.hf_config)
     refuse(_unsupported(vllm_config))
     adapters.restrict(vllm_config.lora_config)
     loading.check(vllm_config, config)
@@ -71,16 +70,6 @@ def _give_drafts_the_targets_context(vllm_config: VllmConfig) -> None:
     speculation, target = vllm_config.speculative_config, vllm_config.model_config
     if speculation.max_model_len is None:
         speculation.draft_model_config.max_model_len = target.max_model_len
-
-
-def reasons_for_vllms_own_class(vllm_config: VllmConfig) -> list[str]:
-    """What our class cannot serve yet, and vLLM's own can, which runs on GPUs only."""
-    from vllm.platforms import current_platform
-
-    quantization = vllm_config.model_config.quantization
-    if quantization is None or current_platform.is_cpu():
-        return []
-    return [f"quantization {quantization!r} is not there yet in longcat-serving"]
 
 
 _LOST = (
@@ -137,18 +126,12 @@ def obstacles_to_gate(vllm_config: VllmConfig) -> list[str]:
 
 def _unsupported(vllm_config: VllmConfig) -> list[str]:
     """Options that vLLM would accept for LongCat-Flash and then get wrong, each with what to do."""
-    from vllm.platforms import current_platform
-    from vllm.utils.torch_utils import is_quantized_kv_cache
-
     model, speculation = vllm_config.model_config, vllm_config.speculative_config
     problems = []
     if not model.use_mla:
         problems.append("it needs MLA, which VLLM_MLA_DISABLE turns off; unset that")
     if model.quantization is not None:
         problems.append(unsupported_quantization(model.quantization))
-    cache_dtype = vllm_config.cache_config.cache_dtype
-    if current_platform.is_cpu() and is_quantized_kv_cache(cache_dtype):
-        problems.append(unsupported_cpu_cache(cache_dtype))
     if drafts_with_mtp(vllm_config):
         problems += _unsupported_speculation(speculation, model)
     parallel = vllm_config.parallel_config
@@ -160,6 +143,7 @@ def _unsupported(vllm_config: VllmConfig) -> list[str]:
         )
     problems += adapters.unsupported(vllm_config.lora_config)
     problems += loading.unsupported(vllm_config)
+    problems += devices.current().unsupported(vllm_config)
     problems += _unsupported_parallelism(parallel)
     problems += _unsupported_experts(vllm_config)
     return problems
@@ -183,22 +167,9 @@ def _unsupported_speculation(speculation: SpeculativeConfig, model: ModelConfig)
 
 
 def _unsupported_parallelism(parallel: ParallelConfig) -> list[str]:
-    from vllm.platforms import current_platform
-
     problems = []
     if parallel.enable_eplb:
         problems.append("expert load balancing (EPLB) is not there yet; leave --enable-eplb out")
-    if current_platform.is_cpu() and parallel.data_parallel_size > 1:
-        problems.append(
-            f"data_parallel_size: {parallel.data_parallel_size}, wanted 1 on a CPU, on which ranks of vLLM's "
-            "experts cannot exchange tokens; leave --data-parallel-size out, and start a server for each"
-        )
-    contexts = parallel.decode_context_parallel_size
-    if current_platform.is_cpu() and contexts > 1:
-        problems.append(
-            f"decode_context_parallel_size: {contexts}, wanted 1 on a CPU, where every rank attends to the whole "
-            "context; leave --decode-context-parallel-size out"
-        )
     # Elsewhere vLLM has no use for a transport (`FusedMoEParallelConfig.use_all2all_kernels` in 0.32).
     shares_experts = parallel.data_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
     if parallel.enable_expert_parallel and shares_experts:

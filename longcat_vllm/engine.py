@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from packaging.specifiers import SpecifierSet
 
-from longcat_core.engine import Engine
 from longcat_core.family import ARCHITECTURE
+from longcat_core.plugin.engine import Engine
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -34,7 +34,7 @@ def drafts_with_mtp(vllm_config: VllmConfig) -> bool:
     return speculation is not None and speculation.method == "mtp"
 
 
-# -- what a call of a wrapped function is about: see `longcat_core.hooks.guarded` ----------------------
+# -- what a call of a wrapped function is about: see `longcat_core.plugin.hooks.guarded` ----------------------
 
 
 def configures_longcat(_platform: Any, vllm_config: VllmConfig, *_: Any, **__: Any) -> bool:
@@ -47,11 +47,3 @@ def runs_longcat(runner: Any, *_: Any, **__: Any) -> bool:
 
 def drafts_for_longcat(proposer: Any, *_: Any, **__: Any) -> bool:
     return is_longcat(proposer.vllm_config.model_config)
-
-
-def is_on_a_cpu(values: Any, *_: Any, **__: Any) -> bool:
-    return bool(values.device.type == "cpu")
-
-
-def has_tokens_without_adapter(punica: Any, *_: Any, **__: Any) -> bool:
-    return bool((punica.token_lora_indices < 0).any())

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from longcat_core.hooks import Entry, Hook, Stage, Wrapper
+from longcat_core.plugin.hooks import Entry, Hook, Stage, Wrapper
+from longcat_vllm.engine import VLLM
 
 HOOKS: tuple[Hook, ...] = (
     Entry(
         name="model class",
         target="ModelRegistry['LongcatFlashForCausalLM']",
-        put="longcat_vllm.compat:register_model",
-        found="longcat_vllm.compat:registered_model",
+        put="longcat_vllm.registration:register_model",
+        found="longcat_vllm.registration:registered_model",
         why="vLLM's own class computes zero experts as expert 0, and does not run on a CPU.",
         remove_when="vLLM's class skips zero experts and runs on a CPU.",
     ),
     Entry(
         name="vLLM's own class",
         target="ModelRegistry['VllmLongcatFlashForCausalLM']",
-        put="longcat_vllm.compat:register_own_model",
-        found="longcat_vllm.compat:registered_own_model",
+        put="longcat_vllm.registration:register_own_model",
+        found="longcat_vllm.registration:registered_own_model",
         why="What our class cannot serve yet and vLLM's own can, quantised weights on a GPU, is left to that one, for "
         "which vLLM has no other name.",
         remove_when="Our class serves all that vLLM's does.",
@@ -25,8 +26,8 @@ HOOKS: tuple[Hook, ...] = (
     Entry(
         name="configuration class",
         target="transformers.CONFIG_MAPPING['longcat_flash']",
-        put="longcat_vllm.compat:register_config_class",
-        found="longcat_vllm.compat:registered_config_class",
+        put="longcat_vllm.registration:register_config_class",
+        found="longcat_vllm.registration:registered_config_class",
         why="transformers 5.19 halves `num_hidden_layers` of a file without `num_layers`, 5.12 takes 28 layers for it, "
         "and both put the sizes of the 560 B model in for whatever is missing.",
         remove_when="transformers' LongcatFlashConfig reads `num_hidden_layers` alone as the number of decoder layers, "
@@ -35,8 +36,8 @@ HOOKS: tuple[Hook, ...] = (
     Entry(
         name="architecture of 2601",
         target="vllm.transformers_utils.config._ARCHITECTURE_TO_MODEL_TYPE['LongcatCausalLM']",
-        put="longcat_vllm.compat:register_architecture",
-        found="longcat_vllm.compat:registered_architecture",
+        put="longcat_vllm.registration:register_architecture",
+        found="longcat_vllm.registration:registered_architecture",
         why="LongCat-Flash-Thinking-2601 is reported to be published with this architecture and no `model_type`, and "
         "vLLM does not recognise it.",
         remove_when="vLLM's table has it.",
@@ -45,8 +46,8 @@ HOOKS: tuple[Hook, ...] = (
     Entry(
         name="checkpoint check",
         target="vllm.model_executor.models.config.MODELS_CONFIG_MAP['LongcatFlashForCausalLM']",
-        put="longcat_vllm.compat:register_config_check",
-        found="longcat_vllm.compat:registered_config_check",
+        put="longcat_vllm.registration:register_config_check",
+        found="longcat_vllm.registration:registered_config_check",
         why="A wrong checkpoint is found by a worker, tens of seconds later, one tensor at a time. The table has no "
         "entry for LongCat-Flash in 0.32 and 0.33, and no public way to add one.",
         remove_when="vLLM has a function that registers a `VerifyAndUpdateConfig`; then call that.",
@@ -54,8 +55,8 @@ HOOKS: tuple[Hook, ...] = (
     Entry(
         name="draft model class",
         target="ModelRegistry['LongCatFlashMTPModel']",
-        put="longcat_vllm.compat:register_draft_model",
-        found="longcat_vllm.compat:registered_draft_model",
+        put="longcat_vllm.registration:register_draft_model",
+        found="longcat_vllm.registration:registered_draft_model",
         why="vLLM's own drafter takes the target's embedding, and sets `n_routed_experts` of the target's "
         "configuration to None.",
         remove_when="It loads the MTP layer's own embedding and leaves the target's configuration alone.",
@@ -63,7 +64,7 @@ HOOKS: tuple[Hook, ...] = (
     Wrapper(
         name="CPU platform settings",
         target="vllm.platforms.cpu.CpuPlatform.check_and_update_config",
-        around="longcat_vllm.compat:keep_scheduling_settings",
+        around="longcat_vllm.devices.cpu.patches:keep_scheduling_settings",
         concerns="longcat_vllm.engine:configures_longcat",
         stage=Stage.DEPLOYMENT,
         device="cpu",
@@ -74,7 +75,7 @@ HOOKS: tuple[Hook, ...] = (
     Wrapper(
         name="generators of discarded chunks",
         target="vllm.v1.worker.cpu_model_runner.CPUModelRunner.sample_tokens",
-        around="longcat_vllm.compat:sample_without_discarded_requests",
+        around="longcat_vllm.devices.cpu.patches:sample_without_discarded_requests",
         concerns="longcat_vllm.engine:runs_longcat",
         stage=Stage.MODEL,
         device="cpu",
@@ -86,8 +87,8 @@ HOOKS: tuple[Hook, ...] = (
     Wrapper(
         name="sampling parameters of drafts",
         target="vllm.v1.sample.rejection_sampler.expand_batch_to_tokens",
-        around="longcat_vllm.compat:expand_on_a_cpu",
-        concerns="longcat_vllm.engine:is_on_a_cpu",
+        around="longcat_vllm.devices.cpu.patches:expand_on_a_cpu",
+        concerns="longcat_vllm.devices.cpu.patches:is_on_a_cpu",
         stage=Stage.MODEL,
         device="cpu",
         why="On a CPU drafts of sampled requests are verified at whatever temperature, top-k and top-p lie in fresh "
@@ -97,8 +98,8 @@ HOOKS: tuple[Hook, ...] = (
     Wrapper(
         name="constraints of no drafts",
         target="vllm.v1.sample.rejection_sampler.apply_sampling_constraints",
-        around="longcat_vllm.compat:constrain_drafts_there_are",
-        concerns="longcat_vllm.engine:is_on_a_cpu",
+        around="longcat_vllm.devices.cpu.patches:constrain_drafts_there_are",
+        concerns="longcat_vllm.devices.cpu.patches:is_on_a_cpu",
         stage=Stage.MODEL,
         device="cpu",
         why="On a CPU the first sampled request with top-k and without top-p ends an engine that speculates, whatever "
@@ -109,7 +110,7 @@ HOOKS: tuple[Hook, ...] = (
     Wrapper(
         name="lengths of drafts",
         target="vllm.v1.spec_decode.eagle.EagleProposer.prepare_inputs",
-        around="longcat_vllm.compat:prepare_with_lengths_of_its_own",
+        around="longcat_vllm.devices.cpu.patches:prepare_with_lengths_of_its_own",
         concerns="longcat_vllm.engine:drafts_for_longcat",
         stage=Stage.MODEL,
         device="cpu",
@@ -121,8 +122,8 @@ HOOKS: tuple[Hook, ...] = (
     Wrapper(
         name="requests without an adapter",
         target="vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU._shrink_prefill",
-        around="longcat_vllm.compat:shrink_with_adapters_only",
-        concerns="longcat_vllm.engine:has_tokens_without_adapter",
+        around="longcat_vllm.devices.cpu.patches:shrink_with_adapters_only",
+        concerns="longcat_vllm.devices.cpu.patches:has_tokens_without_adapter",
         stage=Stage.MODEL,
         device="cpu",
         why="On a CPU the requests of a batch that name no adapter are answered with the last one that is loaded: "
@@ -133,7 +134,7 @@ HOOKS: tuple[Hook, ...] = (
     Wrapper(
         name="draft gate",
         target="vllm.v1.spec_decode.eagle.EagleProposer.propose",
-        around="longcat_vllm.compat:propose_what_passes",
+        around="longcat_vllm.speculation:propose_what_passes",
         concerns="longcat_vllm.engine:drafts_for_longcat",
         stage=Stage.MODEL,
         why="vLLM's proposer for MTP has no place for a choice of the drafts that are worth verifying, and its "
@@ -141,3 +142,20 @@ HOOKS: tuple[Hook, ...] = (
         remove_when="A draft model can say how many of its drafts are to be verified.",
     ),
 )
+
+
+def require_supported() -> None:
+    """Raise UnsupportedEngineError unless this vLLM is one that we know, with our hooks in place."""
+    VLLM.require_supported(HOOKS)
+
+
+def install(stage: Stage) -> None:
+    """Called when a LongCat model is about to be served, or is built in this process.
+
+    Raises:
+        UnsupportedEngineError: as `require_supported`.
+    """
+    from vllm.platforms import current_platform
+
+    VLLM.install(HOOKS, stage, current_platform.device_type)
+    require_supported()

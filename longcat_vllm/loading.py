@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-from longcat_core import checkpoint
-from longcat_core.checkpoint import CheckpointError
 from longcat_core.config import LongcatConfig
+from longcat_core.weights import checkpoint
+from longcat_core.weights.audit import CheckpointError
 from longcat_vllm.engine import drafts_with_mtp
 
 if TYPE_CHECKING:

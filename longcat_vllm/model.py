@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any, ClassVar
 
@@ -33,18 +32,20 @@ from vllm.model_executor.models.utils import (
     make_layers,
     maybe_prefix,
 )
-from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
-from vllm.v1.attention.backend import AttentionBackend
 
-from longcat_core import checkpoint, rotary
+from longcat_core import spellings
 from longcat_core.config import LongcatConfig
-from longcat_core.hooks import Stage
+from longcat_core.layers import rotary
+from longcat_core.plugin.hooks import Stage
+from longcat_core.weights import audit, names
+from longcat_core.weights.audit import CheckpointError
+from longcat_core.weights.plan import Layout, Target, load_plan
+from longcat_vllm import devices, hooks
 from longcat_vllm.adapters import AdapterNames
-from longcat_vllm.compat import mend_for_longcat
 from longcat_vllm.moe import LongcatMoE
 
-FUSED_QKV_A = "fused_qkv_a_proj"
+LAYOUT = Layout(fused_qkv_a="fused_qkv_a_proj", experts="experts.routed_experts")
 
 
 class LongcatAttention(nn.Module):
@@ -99,7 +100,7 @@ class LongcatAttention(nn.Module):
             cache_config=vllm_config.cache_config,
             quant_config=quant_config,
             prefix=f"{prefix}.attn",
-            attn_backend=_attention_backend(),
+            attn_backend=devices.current().attention_backend(),
         )
         self.attn.register_state_dict_post_hook(_leave_derived_weights_out)
 
@@ -124,15 +125,6 @@ def _leave_derived_weights_out(attention: nn.Module, state: dict[str, Tensor], p
     """What attention makes of `kv_b_proj` after loading is no state: a model that is loaded from it has none yet."""
     for name in ("W_UK_T", "W_UV"):
         state.pop(f"{prefix}{name}", None)
-
-
-def _attention_backend() -> type[AttentionBackend] | None:
-    """Ours on a CPU; None leaves the choice to the engine."""
-    if not current_platform.is_cpu():
-        return None
-    from longcat_vllm.attention import LatentAttentionBackend
-
-    return LatentAttentionBackend
 
 
 class LongcatFFN(nn.Module):
@@ -194,7 +186,7 @@ class LongcatDecoderLayer(nn.Module):
 class LongcatModel(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        self.config = config = LongcatConfig.from_hf(vllm_config.model_config.hf_config)
+        self.config = config = spellings.read(vllm_config.model_config.hf_config)
         stage = get_pp_group()
         self.embed_tokens = (
             VocabParallelEmbedding(config.vocab_size, config.hidden_size, prefix=maybe_prefix(prefix, "embed_tokens"))
@@ -242,18 +234,19 @@ class LongcatModel(nn.Module):
         return hidden_states
 
 
-class LongcatCausalLM(nn.Module, ABC):
+class LongcatCausalLM(nn.Module):
     """What the target and its drafter share: logits, and loading of published tensors."""
 
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = {
         "gate_up_proj": ["gate_proj", "up_proj"],
-        FUSED_QKV_A: ["q_a_proj", "kv_a_proj_with_mqa"],
+        LAYOUT.fused_qkv_a: ["q_a_proj", "kv_a_proj_with_mqa"],
     }
-    _audited = staticmethod(checkpoint.audited)
+    _audited = staticmethod(audit.audited)
 
-    def __init__(self, vllm_config: VllmConfig, config: LongcatConfig) -> None:
+    def __init__(self, vllm_config: VllmConfig, config: LongcatConfig, plan: Mapping[str, Target]) -> None:
         super().__init__()
         self.config = config
+        self._plan = plan
         self.logits_processor = LogitsProcessor(config.vocab_size)
         self._model_config = vllm_config.model_config
         # With dummy weights the first load is an update; with vLLM's filter the other ranks' experts are withheld.
@@ -277,7 +270,7 @@ class LongcatCausalLM(nn.Module, ABC):
         try:
             for name, tensor in self._audited(weights, self.config, is_partial=self._loads_are_partial):
                 loaded |= self._load(parameters, name, tensor)
-        except checkpoint.CheckpointError:
+        except CheckpointError:
             if any(parameter.is_meta for parameter in parameters.values()):
                 # vLLM has set the weights aside for a reload, and puts them back only if it succeeds.
                 finalize_layerwise_reload(self, self._model_config)
@@ -285,33 +278,34 @@ class LongcatCausalLM(nn.Module, ABC):
         self._loads_are_partial = True
         return loaded
 
-    @abstractmethod
     def _load(self, parameters: dict[str, Any], name: str, tensor: Tensor) -> set[str]:
-        """Load one tensor, or leave it to the other of the two models; the name of the parameter."""
-
-
-def load_published(parameters: dict[str, Any], name: str, tensor: Tensor, config: LongcatConfig) -> set[str]:
-    """Load a tensor of no expert into its parameter, or its part of a packed one; the name of the parameter."""
-    target, shard_index = checkpoint.packed_parameter(name, FUSED_QKV_A)
-    parameter = parameters[target]
-    loader = getattr(parameter, "weight_loader", default_weight_loader)
-    if shard_index is None:
-        loader(parameter, checkpoint.folded(name, tensor, config))
-    else:
-        loader(parameter, tensor, shard_index)
-    return {target}
+        """Load one tensor, or leave it to another stage, another rank or the other of the two models."""
+        target = self._plan.get(name)
+        if target is None or is_pp_missing_parameter(target.parameter, self):
+            return set()
+        parameter = parameters[target.parameter]
+        loader = getattr(parameter, "weight_loader", default_weight_loader)
+        if target.expert is not None:
+            part = {"shard_id": target.shard, "expert_id": target.expert}
+            is_local = loader(parameter, tensor, target.parameter, **part, return_success=True)
+            return {target.parameter} if is_local else set()
+        if target.part is not None:
+            loader(parameter, tensor, target.part)
+        else:
+            loader(parameter, target.folded(tensor))
+        return {target.parameter}
 
 
 class LongcatFlashForCausalLM(LongcatCausalLM, SupportsLoRA, SupportsPP):
-    lora_skip_prefixes: ClassVar[list[str]] = [checkpoint.MTP_PREFIX]
+    lora_skip_prefixes: ClassVar[list[str]] = [names.MTP_PREFIX]
     """Adapters change no draft; those of an adapted model are verified by it as any others."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config, LongcatConfig.from_hf(vllm_config.model_config.hf_config))
-        mend_for_longcat(Stage.MODEL)
+        config = spellings.read(vllm_config.model_config.hf_config)
+        super().__init__(vllm_config, config, load_plan(config, LAYOUT))
+        hooks.install(Stage.MODEL)
         self.hf_to_vllm_mapper = AdapterNames(config=self.config)
         self.model = LongcatModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
-        config = self.config
         if get_pp_group().is_last_rank:
             self.lm_head = ParallelLMHead(
                 config.vocab_size,
@@ -336,21 +330,3 @@ class LongcatFlashForCausalLM(LongcatCausalLM, SupportsLoRA, SupportsPP):
         inputs_embeds: Tensor | None = None,
     ) -> Tensor | IntermediateTensors:
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
-
-    def _load(self, parameters: dict[str, Any], name: str, tensor: Tensor) -> set[str]:
-        expert = checkpoint.expert_of(name)
-        if expert is not None:
-            target, shard = checkpoint.expert_parameter(name)
-            target = target.replace(".experts.", ".experts.routed_experts.")
-            if is_pp_missing_parameter(target, self):
-                return set()
-            parameter = parameters[target]
-            is_local = parameter.weight_loader(
-                parameter, tensor, target, shard_id=shard, expert_id=expert, return_success=True
-            )
-            return {target} if is_local else set()
-        if checkpoint.mtp_parameter(name) or is_pp_missing_parameter(
-            checkpoint.packed_parameter(name, FUSED_QKV_A)[0], self
-        ):
-            return set()
-        return load_published(parameters, name, tensor, self.config)

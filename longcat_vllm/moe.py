@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory, GateLinear
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, RoutingMethodType
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.layers.quantization import QuantizationConfig
-from vllm.platforms import current_platform
 
 from longcat_core.config import LongcatConfig
-from longcat_core.experts import add_identity
-from longcat_core.routing import route
-
-logger = init_logger(f"vllm.{__name__}")
+from longcat_core.layers.experts import add_identity
+from longcat_core.layers.routing import route
+from longcat_vllm import devices
 
 
 class LongcatMoE(nn.Module):
@@ -111,73 +107,26 @@ class ZeroExpertAwareExperts(RoutedExperts):
     """vLLM's container of expert weights, with kernels that skip ids of -1."""
 
     def update_expert_map_info(self) -> None:
-        """Keep an expert map on CUDA even where experts are not spread over ranks: the identity.
-
-        With a map, vLLM's Triton experts drop slots whose id is -1 (`moe_align_block_size`, `moe_sum`); without one,
-        they sum those slots' outputs uninitialised. The price is vLLM's shortcut for batches of very few tokens
-        (`naive_block_assignment`), which it takes only without a map.
-        """
+        """Keep an expert map also where experts are not spread over ranks, if the device's kernels need one."""
         super().update_expert_map_info()
-        if self.expert_map_manager.expert_map is None and not current_platform.is_cpu():
-            self._expert_map = torch.arange(self.global_num_experts, dtype=torch.int32, device=self.moe_config.device)
+        if self.expert_map_manager.expert_map is None:
+            self._expert_map = devices.current().expert_map(self.global_num_experts, self.moe_config.device)
 
     def _get_quant_method(
         self, prefix: str, quant_config: QuantizationConfig | None, moe_config: FusedMoEConfig
     ) -> FusedMoEMethodBase:
         assert quant_config is None, "deployment.check refuses it"
-        if current_platform.is_cpu():
-            from longcat_vllm.cpu_experts import CompactedRowsMethod
-
-            return CompactedRowsMethod(moe_config)
-        moe_config.is_lora_enabled = False  # adapters.py: no adapter changes experts, so any kernel will do
-        return skipping_zero_experts(partial(super()._get_quant_method, prefix, quant_config, moe_config), moe_config)
+        choose = partial(super()._get_quant_method, prefix, quant_config, moe_config)
+        return devices.current().experts_method(choose, moe_config)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """
         Raises:
             RuntimeError: where the weights are in a layout that loading them would make of them once more.
         """
-        method = self.quant_method
-        if hasattr(self, "cpu_kernel") or (kernel_of(method) == "FlashInferExperts" and method.moe_kernel is not None):
+        if devices.current().has_packed(self):
             raise RuntimeError(
                 f"{prefix}: the weights of the experts are packed for this device's kernel, and would be packed once "
                 "more when they are loaded; save the state with --moe-backend triton on a GPU, or serve the checkpoint"
             )
         super()._save_to_state_dict(destination, prefix, keep_vars)
-
-
-SKIP_ZERO_EXPERTS = ("TritonExperts", "FlashInferExperts")
-"""vLLM's experts that were read to skip ids of -1: by the expert map, and by the range of a rank's experts."""
-
-
-def kernel_of(method: FusedMoEMethodBase) -> str:
-    """vLLM's experts class by name; without one, the method's own class, as where a kernel routes by itself."""
-    experts = getattr(method, "experts_cls", None)
-    return (experts or type(method)).__name__
-
-
-def skipping_zero_experts(choose: Callable[[], FusedMoEMethodBase], moe_config: FusedMoEConfig) -> FusedMoEMethodBase:
-    """vLLM's choice of a kernel if that is known to skip zero experts, else Triton's.
-
-    `deployment.check` has refused whatever the user could have asked for instead.
-
-    Raises:
-        ValueError: if there is no such kernel for this deployment.
-    """
-    method = choose()
-    chosen = kernel_of(method)
-    if chosen in SKIP_ZERO_EXPERTS:
-        return method
-    moe_config.moe_backend = "triton"
-    method = choose()
-    if kernel_of(method) not in SKIP_ZERO_EXPERTS:
-        raise ValueError(
-            f"MoE kernel {kernel_of(method)} is not known to skip zero experts, wanted one of "
-            f"{', '.join(SKIP_ZERO_EXPERTS)}; leave --all2all-backend out"
-        )
-    logger.info_once(
-        "LongCat experts: %s instead of vLLM's choice, %s, which is not known to skip zero experts.",
-        kernel_of(method),
-        chosen,
-    )
-    return method

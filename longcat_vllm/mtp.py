@@ -14,10 +14,14 @@ from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.models.utils import maybe_prefix
 
-from longcat_core import checkpoint, drafting, rotary
+from longcat_core import spellings
 from longcat_core.config import LongcatConfig
+from longcat_core.drafting import gate as drafting
+from longcat_core.layers import rotary
+from longcat_core.weights import audit
+from longcat_core.weights.plan import mtp_load_plan
 from longcat_vllm.engine import is_longcat
-from longcat_vllm.model import LongcatAttention, LongcatCausalLM, LongcatFFN, load_published
+from longcat_vllm.model import LAYOUT, LongcatAttention, LongcatCausalLM, LongcatFFN
 from longcat_vllm.speculation import GATE_SCHEDULER, GatedDrafts
 
 
@@ -52,7 +56,7 @@ class LongcatMTPLayer(nn.Module):
 class LongcatMTPModel(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        self.config = config = LongcatConfig.from_hf(vllm_config.model_config.hf_config)
+        self.config = config = spellings.read(vllm_config.model_config.hf_config)
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size, config.hidden_size, prefix=maybe_prefix(prefix, "embed_tokens")
         )
@@ -80,7 +84,7 @@ class LongcatFlashMTP(LongcatCausalLM):
     Its head is the target's, which vLLM's proposer puts into `lm_head`.
     """
 
-    _audited = staticmethod(checkpoint.audited_mtp)
+    _audited = staticmethod(audit.audited_mtp)
     has_own_embed_tokens = True
     """vLLM shares the target's embedding where it is equal, and would wherever this were left out."""
 
@@ -92,7 +96,8 @@ class LongcatFlashMTP(LongcatCausalLM):
         return super().__new__(cls)
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config, LongcatConfig.from_hf(vllm_config.model_config.hf_config))
+        config = spellings.read(vllm_config.model_config.hf_config)
+        super().__init__(vllm_config, config, mtp_load_plan(config, LAYOUT))
         self.model = LongcatMTPModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.gated_drafts: GatedDrafts | None = None
         if vllm_config.scheduler_config.scheduler_cls == GATE_SCHEDULER:
@@ -121,7 +126,3 @@ class LongcatFlashMTP(LongcatCausalLM):
         if self.gated_drafts is not None and logits is not None:
             self.gated_drafts.observe(logits)
         return logits
-
-    def _load(self, parameters: dict[str, Any], name: str, tensor: Tensor) -> set[str]:
-        ours = checkpoint.mtp_parameter(name)
-        return set() if ours is None else load_published(parameters, ours, tensor, self.config)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from longcat_core.options import Option, Outcome
+from longcat_core.plugin.options import Option, Outcome
 
 RUN, TESTED = "run on a CPU", "run on a CPU, in the tests"
 READ = "read in vLLM 0.32"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,12 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
-from longcat_core.drafting import DraftGate, draft_features
+from longcat_core.drafting.gate import DraftGate, draft_features
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+    from vllm.v1.spec_decode.eagle import EagleProposer
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -60,6 +62,16 @@ class GatedDrafts:
             return drafts.tolist()
         lengths = self._gate.kept(torch.stack(self._features, dim=1)).tolist()
         return [chain[:length] for chain, length in zip(drafts.tolist(), lengths, strict=True)]
+
+
+def propose_what_passes(original: Callable[..., Any], proposer: EagleProposer, *args: Any, **kwargs: Any) -> Any:
+    """Hand on the drafts that the draft model's gate lets pass. The runner takes drafts of different lengths, as
+    n-grams have them."""
+    gated = getattr(proposer.model, "gated_drafts", None)
+    if gated is None:
+        return original(proposer, *args, **kwargs)
+    gated.begin()
+    return gated.passed(original(proposer, *args, **kwargs))
 
 
 class GateScheduler(Scheduler):

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longcat_core import checkpoint
+from longcat_core import spellings
 from longcat_core.config import LongcatConfig, RopeConfig
+from longcat_core.weights import checkpoint, names
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def published(
     """
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
-    for name, shape in checkpoint.expected_tensors(config, with_mtp).items():
+    for name, shape in names.expected_tensors(config, with_mtp).items():
         noise = torch.randn(shape, generator=generator)
         if name.endswith("e_score_correction_bias"):
             noise *= 0.5 / config.num_experts  # half a mean score: changes some choices, not all
@@ -149,9 +150,9 @@ def drafting_tensors(config: LongcatConfig, seed: int = 0, disagreement: float =
     for name in ("embed_tokens.weight", "norm.weight"):
         target = tensors[f"model.{name}"]
         spread = _SPREAD * disagreement * target.std()
-        tensors[f"{checkpoint.MTP_PREFIX}{name}"] = target + spread * torch.randn(target.shape, generator=generator)
+        tensors[f"{names.MTP_PREFIX}{name}"] = target + spread * torch.randn(target.shape, generator=generator)
     hidden = config.hidden_size
-    eh_proj = tensors[f"{checkpoint.MTP_PREFIX}layers.0.eh_proj.weight"]
+    eh_proj = tensors[f"{names.MTP_PREFIX}layers.0.eh_proj.weight"]
     eh_proj[:, :hidden] = torch.eye(hidden)
     eh_proj[:, hidden:] *= _HIDDEN * disagreement
     return tensors
@@ -173,14 +174,14 @@ def write_checkpoint(
 ) -> Path:
     """Write `config.json` (`raw`, or as published) and safetensors into `directory`, which is returned."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(config.to_hf() if raw is None else raw, indent=2))
+    (directory / "config.json").write_text(json.dumps(spellings.published(config) if raw is None else raw, indent=2))
     checkpoint.save(tensors, directory)
     return directory
 
 
-def spellings(config: LongcatConfig) -> dict[str, dict[str, Any]]:
+def every_spelling(config: LongcatConfig) -> dict[str, dict[str, Any]]:
     """The same model in every `config.json` spelling that has been met."""
-    raw = config.to_hf()
+    raw = spellings.published(config)
     rope = {"rope_theta": raw["rope_theta"], "rope_type": "default", **raw.get("rope_scaling", {})}
     zero_expert_type = {} if config.zero_expert_num else {"zero_expert_type": None}
     rope_type_as_type = (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from longcat_core import drafting
+from longcat_core.drafting import gate as drafting
 from tests.cases import Case, drafting_tensors, write_checkpoint
 from tests.speculation import CASE, the_gate
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
 
-from longcat_core.config import LongcatConfig, canonical_hf
+from longcat_core import spellings
+from longcat_core.config import LongcatConfig
 
 CLEAR_MARGIN = 1e-3
 """Greedy tokens must be equal wherever the two best logits of the truth differ by more than this."""
@@ -37,7 +38,9 @@ def oracle(
     """
     if not (config.mla_scale_q_lora and config.mla_scale_kv_lora):
         raise ValueError("oracle: transformers always applies both MLA scales; a config without one has no oracle")
-    model = LongcatFlashForCausalLM(LongcatFlashConfig.from_dict(canonical_hf(config.to_hf()))).eval()
+    model = LongcatFlashForCausalLM(
+        LongcatFlashConfig.from_dict(spellings.for_transformers(spellings.published(config)))
+    ).eval()
     state = _transformers_state(config, published)
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]

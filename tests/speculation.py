@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from longcat_core.drafting import Chains, DraftGate, Step, draft_chains, walk
+from longcat_core.drafting.gate import Chains, DraftGate, Step, draft_chains, walk
 from longcat_core.reference import LongcatForCausalLM
 from tests.cases import CASES, Case, drafting_tensors
 

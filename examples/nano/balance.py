@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from examples.nano.settings import Settings
 from longcat_core.inspection import routers
+from longcat_core.layers.routing import Routing, expert_rows
 from longcat_core.reference import LongcatForCausalLM, Router
-from longcat_core.routing import Routing, expert_rows
 
 
 class Routed(NamedTuple):

@@ -16,7 +16,7 @@ from examples.nano.corpus import encode, standard_library
 from examples.nano.settings import Settings
 from longcat_cli import train_gate
 from longcat_cli.loading import read_tokenizer
-from longcat_core import drafting
+from longcat_core.drafting import gate as drafting
 from longcat_core.reference import LongcatForCausalLM
 
 _PROMPTS = 160

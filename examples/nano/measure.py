@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from examples.nano.corpus import END, Corpus
-from longcat_core import drafting
+from longcat_core.drafting import gate as drafting
 from longcat_core.inspection import routings
 from longcat_core.reference import LongcatForCausalLM
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from longcat_cli import example_tokenizer
-from longcat_core import checkpoint
+from longcat_core import spellings
 from longcat_core.reference import LongcatForCausalLM
+from longcat_core.weights import checkpoint
 
 
 def write(model: LongcatForCausalLM, directory: Path) -> None:
@@ -19,7 +20,9 @@ def write(model: LongcatForCausalLM, directory: Path) -> None:
     is there already, or follows."""
     ids = example_tokenizer.TOKEN_IDS
     with_mtp = {"num_nextn_predict_layers": 1} if model.model.mtp is not None else {}
-    write_json(directory / "config.json", model.config.to_hf() | ids | {"torch_dtype": "bfloat16"} | with_mtp)
+    write_json(
+        directory / "config.json", spellings.published(model.config) | ids | {"torch_dtype": "bfloat16"} | with_mtp
+    )
     write_json(directory / "generation_config.json", ids)
     tensors = {
         name: tensor.cpu() if ".mlp.router." in name else tensor.cpu().to(torch.bfloat16)

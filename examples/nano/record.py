@@ -18,8 +18,8 @@ from examples.nano import classes, measure
 from examples.nano.corpus import Corpus
 from examples.nano.settings import Settings
 from examples.nano.trainer import Curves
-from longcat_core.checkpoint import shards
 from longcat_core.reference import LongcatForCausalLM
+from longcat_core.weights.checkpoint import shards
 
 FILE = "record.json"
 NEW_TOKENS = 48

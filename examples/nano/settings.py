@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from longcat_cli import example_tokenizer
+from longcat_core import spellings
 from longcat_core.config import LongcatConfig
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -58,7 +59,7 @@ class Model(Group):
         Raises:
             ConfigError: if it is none.
         """
-        return LongcatConfig.from_hf(self.model_dump() | ({} if num_layers is None else {"num_layers": num_layers}))
+        return spellings.read(self.model_dump() | ({} if num_layers is None else {"num_layers": num_layers}))
 
 
 class ZeroExperts(Group):

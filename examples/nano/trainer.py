@@ -23,8 +23,8 @@ from examples.nano.balance import BiasController, Watch, set_biases
 from examples.nano.corpus import Batches
 from examples.nano.growth import grown, stacked
 from examples.nano.settings import Settings
+from longcat_core.layers.routing import relative_load
 from longcat_core.reference import MTP, LongcatForCausalLM
-from longcat_core.routing import relative_load
 
 _INIT_STD = 0.02
 _BETAS, _EPS = (0.9, 0.95), 1e-16

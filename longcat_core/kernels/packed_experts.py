@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longcat_core.experts import ffn_by_expert
+from longcat_core.layers.experts import ffn_by_expert
 
 
 def is_supported(dtype: torch.dtype) -> bool:

@@ -20,9 +20,9 @@ from typer.testing import CliRunner, Result
 
 from longcat_cli import app, example_tokenizer, loading
 from longcat_cli.inspection_report import Report, _shade, pieces, si
-from longcat_core.checkpoint import read_config
 from longcat_core.inspection import Inspection, inspect
 from longcat_core.reference import LongcatForCausalLM
+from longcat_core.weights.checkpoint import read_config
 from tests.cases import DEFAULT, published, write_checkpoint
 
 TEXT = 'def area(width, height):\n    return width * height  # <b>龙猫</b> & "co"\n'

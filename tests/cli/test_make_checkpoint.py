@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from longcat_cli import app, example_tokenizer
 from longcat_cli.make_checkpoint import make_checkpoint
-from longcat_core import checkpoint
 from longcat_core.config import ConfigError, LongcatConfig, RopeConfig
 from longcat_core.reference import LongcatForCausalLM
+from longcat_core.weights import checkpoint, names
 
 CONFIG = LongcatConfig(
     vocab_size=300,
@@ -86,7 +86,7 @@ def test_the_configuration_is_written_as_the_chat_release_has_it(written: Path) 
 def test_every_expected_tensor_is_there_and_the_router_is_fp32(written: Path) -> None:
     checkpoint.verify(written, CONFIG)
     tensors = checkpoint.load(written, CONFIG)
-    assert tensors.keys() == checkpoint.expected_tensors(CONFIG, with_mtp=True).keys()
+    assert tensors.keys() == names.expected_tensors(CONFIG, with_mtp=True).keys()
     for name, tensor in tensors.items():
         assert tensor.dtype == (torch.float32 if ".router." in name else torch.bfloat16), name
 
@@ -100,7 +100,7 @@ def test_there_are_several_shards_and_an_index_that_names_them(written: Path) ->
 def test_without_mtp_there_is_no_mtp_tensor(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "plain", CONFIG, seed=0, dtype=torch.float32, with_mtp=False)
     tensors = checkpoint.load(tmp_path / "plain", CONFIG)
-    assert not [name for name in tensors if name.startswith(checkpoint.MTP_PREFIX)]
+    assert not [name for name in tensors if name.startswith(names.MTP_PREFIX)]
     assert "num_nextn_predict_layers" not in json.loads((tmp_path / "plain/config.json").read_text())
 
 

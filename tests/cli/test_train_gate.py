@@ -17,8 +17,9 @@ from tokenizers import Tokenizer
 from typer.testing import CliRunner, Result
 
 from longcat_cli import app, example_tokenizer, train_gate
-from longcat_core import checkpoint, drafting
+from longcat_core.drafting import gate as drafting
 from longcat_core.reference import LongcatForCausalLM
+from longcat_core.weights import checkpoint
 from tests.cases import DEFAULT, drafting_tensors, published, write_checkpoint
 
 PROMPTS = ["def f(x):", "The quick brown fox", "import os", "  return self", "龙猫", "a = b + c", "for i in range(3):"]

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from longcat_core import checkpoint
-from longcat_core.audit import SCALE_BLOCK, Audit
-from longcat_core.checkpoint import CheckpointError
 from longcat_core.config import LongcatConfig
 from longcat_core.reference import LongcatForCausalLM
+from longcat_core.weights import audit, checkpoint, names, plan
+from longcat_core.weights.audit import Audit, CheckpointError
+from longcat_core.weights.names import SCALE_BLOCK
 from tests.cases import CASES, DEFAULT, in_dtype, published, write_checkpoint
 
 CONFIG = replace(DEFAULT, num_layers=1, hidden_size=200)
@@ -65,8 +65,8 @@ def test_every_published_tensor_has_a_place_of_its_own_and_none_is_left_empty(ca
     config = CASES[case].config
     model = LongcatForCausalLM(config)
     state = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
-    for name, shape in checkpoint.expected_tensors(config, with_mtp=True).items():
-        place = checkpoint.place(name, config)
+    for name, shape in names.expected_tensors(config, with_mtp=True).items():
+        place = plan.place(name, config)
         assert state[place.parameter][place.part].shape == shape, name
         state[place.parameter][place.part] += 1
     if config.tie_word_embeddings:
@@ -75,8 +75,8 @@ def test_every_published_tensor_has_a_place_of_its_own_and_none_is_left_empty(ca
 
 
 def test_zero_experts_have_no_tensors() -> None:
-    names = checkpoint.expected_tensors(CONFIG, with_mtp=True)
-    experts = {checkpoint.expert_of(name) for name in names} - {None}
+    published = names.expected_tensors(CONFIG, with_mtp=True)
+    experts = {plan.expert_of(name) for name in published} - {None}
     assert experts == set(range(CONFIG.n_routed_experts))
 
 
@@ -142,7 +142,7 @@ def test_fp8_weights_with_scales_of_their_blocks_are_accepted(tensors: dict[str,
     (undeclared,) = problems(tmp_path, tensors)
     assert undeclared.startswith("missing: quantization_config in config.json")
     checkpoint.verify(tmp_path, replace(CONFIG, is_quantized=True))
-    with pytest.raises(checkpoint.CheckpointError, match="wanted float32 or bfloat16 weights"):
+    with pytest.raises(CheckpointError, match="wanted float32 or bfloat16 weights"):
         checkpoint.load(tmp_path, replace(CONFIG, is_quantized=True))
 
 
@@ -214,9 +214,9 @@ def test_what_a_part_of_an_mtp_layer_lacks_is_listed(tmp_path: Path) -> None:
 
 
 def test_an_engine_that_loads_a_part_can_ask_only_for_what_is_unexpected() -> None:
-    audit = Audit(checkpoint.expected_tensors(CONFIG, with_mtp=True), CONFIG)
-    shapes = checkpoint.expected_tensors(CONFIG, with_mtp=True)
-    assert all(audit.accepts(name, shape, None) for name, shape in shapes.items() if checkpoint.expert_of(name) != 3)
+    audit = Audit(names.expected_tensors(CONFIG, with_mtp=True), CONFIG)
+    shapes = names.expected_tensors(CONFIG, with_mtp=True)
+    assert all(audit.accepts(name, shape, None) for name, shape in shapes.items() if plan.expert_of(name) != 3)
     audit.raise_for_unexpected()
     with pytest.raises(CheckpointError, match=DOWN):
         audit.raise_for_all()
@@ -226,7 +226,7 @@ def test_an_engine_that_loads_a_part_can_ask_only_for_what_is_unexpected() -> No
 
 
 def test_a_tensor_with_a_problem_is_not_accepted() -> None:
-    audit = Audit(checkpoint.expected_tensors(CONFIG, with_mtp=True), CONFIG)
+    audit = Audit(names.expected_tensors(CONFIG, with_mtp=True), CONFIG)
     assert not audit.accepts("model.norm.weight", (201,), torch.float32)
     assert not audit.accepts("model.norm.bias", (200,), torch.float32)
     assert audit.accepts("model.norm.weight", (200,), torch.float32)
@@ -278,7 +278,7 @@ def test_a_head_of_the_mtp_layer_alone_is_no_mtp_layer(tmp_path: Path) -> None:
 
 def stacked(tensors: dict[str, Tensor], zero_expert_rows: int) -> dict[str, Tensor]:
     """The same checkpoint with experts as transformers 5 holds them, some rows of zero experts included."""
-    kept = {name: tensor for name, tensor in tensors.items() if checkpoint.expert_of(name) is None}
+    kept = {name: tensor for name, tensor in tensors.items() if plan.expert_of(name) is None}
     for n in range(CONFIG.num_layers):
         experts = f"model.layers.{n}.mlp.experts"
         gate, up, down = (
@@ -298,7 +298,7 @@ def test_stacked_experts_are_read_as_the_published_ones(
     given = stacked(tensors, zero_expert_rows)
     checkpoint.save(given, tmp_path)
     read = checkpoint.load(tmp_path, CONFIG)
-    brought = dict(checkpoint.audited(given.items(), CONFIG, is_partial=False))
+    brought = dict(audit.audited(given.items(), CONFIG, is_partial=False))
     for found in (read, brought):
         assert found.keys() == tensors.keys()
         assert all(found[name].equal(tensor) for name, tensor in tensors.items())
@@ -317,7 +317,7 @@ def test_stacked_experts_of_another_size_are_named(tensors: dict[str, Tensor], t
 def test_an_update_with_an_unknown_name_is_refused_before_anything_is_written(tensors: dict[str, Tensor]) -> None:
     update = {"model.norm.weight": tensors["model.norm.weight"], "model.norm.bias": torch.zeros(2)}
     with pytest.raises(CheckpointError, match=r"extra: model\.norm\.bias"):
-        checkpoint.audited(update.items(), CONFIG, is_partial=True)
+        audit.audited(update.items(), CONFIG, is_partial=True)
 
 
 @pytest.mark.parametrize("break_it", [lambda file: file.symlink_to(file.with_name("nowhere")), Path.mkdir])
@@ -328,11 +328,3 @@ def test_a_file_that_cannot_be_read_is_named(
     break_it(tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match=r"other\.safetensors: (cannot be read|truncated or not safetensors)"):
         checkpoint.verify(tmp_path, CONFIG)
-
-
-@pytest.mark.parametrize("part", ["q_a", "kv_a"])
-def test_a_scaled_norm_is_rounded_once_to_the_dtype_that_is_served(part: str) -> None:
-    name = f"model.layers.0.self_attn.0.{part}_layernorm.weight"
-    published_in_bf16 = published(CONFIG)[name].bfloat16()
-    scale = CONFIG.q_scale if part == "q_a" else CONFIG.kv_scale
-    assert checkpoint.folded(name, published_in_bf16, CONFIG).equal(published_in_bf16.float() * scale)

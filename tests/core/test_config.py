@@ -12,24 +12,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LongcatFlashConfig
 
-from longcat_core import checkpoint, rotary
-from longcat_core.config import ConfigError, LongcatConfig, RopeConfig, canonical_hf
-from tests.cases import CASES, CHAT, DEFAULT, spellings
+from longcat_core import spellings
+from longcat_core.config import ConfigError, LongcatConfig, RopeConfig
+from longcat_core.layers import rotary
+from longcat_core.weights import checkpoint, names
+from tests.cases import CASES, CHAT, DEFAULT, every_spelling
 
-RAW = DEFAULT.to_hf()
-EVERY_SPELLING = [(case, spelling) for case in CASES for spelling in spellings(CASES[case].config)]
+RAW = spellings.published(DEFAULT)
+EVERY_SPELLING = [(case, spelling) for case in CASES for spelling in every_spelling(CASES[case].config)]
 
 
 @pytest.mark.parametrize(("case", "spelling"), EVERY_SPELLING)
 def test_every_spelling_is_the_same_model(case: str, spelling: str) -> None:
     config = CASES[case].config
-    assert LongcatConfig.from_hf(spellings(config)[spelling]) == config
+    assert spellings.read(every_spelling(config)[spelling]) == config
 
 
 @pytest.mark.parametrize(("case", "spelling"), EVERY_SPELLING)
 def test_every_spelling_is_canonical_to_transformers(case: str, spelling: str) -> None:
     config = CASES[case].config
-    theirs = LongcatFlashConfig.from_dict(canonical_hf(spellings(config)[spelling]))
+    theirs = LongcatFlashConfig.from_dict(spellings.for_transformers(every_spelling(config)[spelling]))
     same = ["num_layers", "hidden_size", "moe_topk", "n_routed_experts", "zero_expert_num", "ffn_hidden_size"]
     same += ["expert_ffn_hidden_size", "rms_norm_eps", "qk_head_dim", "tie_word_embeddings", "routed_scaling_factor"]
     assert {name: getattr(theirs, name) for name in same} == {name: getattr(config, name) for name in same}
@@ -41,10 +43,10 @@ def test_every_spelling_is_canonical_to_transformers(case: str, spelling: str) -
 @pytest.mark.parametrize("case", CASES)
 def test_a_config_saved_by_transformers_is_the_same_model(case: str, tmp_path: Any) -> None:
     config = CASES[case].config
-    theirs = LongcatFlashConfig.from_dict(canonical_hf(config.to_hf()))
-    assert LongcatConfig.from_hf(theirs) == config
+    theirs = LongcatFlashConfig.from_dict(spellings.for_transformers(spellings.published(config)))
+    assert spellings.read(theirs) == config
     theirs.save_pretrained(tmp_path)
-    assert LongcatConfig.from_hf(json.loads((tmp_path / "config.json").read_text())) == config
+    assert spellings.read(json.loads((tmp_path / "config.json").read_text())) == config
     assert checkpoint.read_config(tmp_path) == config
 
 
@@ -82,14 +84,14 @@ configs = st.builds(
 
 @given(configs)
 def test_to_hf_is_read_back_unchanged(config: LongcatConfig) -> None:
-    assert LongcatConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+    assert spellings.read(json.loads(json.dumps(spellings.published(config)))) == config
 
 
 # -- derived numbers ---------------------------------------------------------------------------------
 
 
 def test_longcat_flash_chat_has_its_published_numbers() -> None:
-    chat = LongcatConfig.from_hf(CHAT)
+    chat = spellings.read(CHAT)
     assert chat.total_parameters / 1e9 == pytest.approx(560, abs=2)
     assert chat.activated_parameters(0) / 1e9 == pytest.approx(18.6, abs=0.1)
     assert chat.activated_parameters(12) / 1e9 == pytest.approx(31.3, abs=0.1)
@@ -104,12 +106,12 @@ def test_longcat_flash_chat_has_its_published_numbers() -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_total_parameters_are_those_of_the_published_tensors(case: str) -> None:
     config = CASES[case].config
-    shapes = checkpoint.expected_tensors(config, with_mtp=False).values()
+    shapes = names.expected_tensors(config, with_mtp=False).values()
     assert config.total_parameters == sum(math.prod(shape) for shape in shapes)
 
 
 def test_an_mla_scale_turned_off_is_one() -> None:
-    config = LongcatConfig.from_hf({**CHAT, "mla_scale_q_lora": False, "mla_scale_kv_lora": False})
+    config = spellings.read({**CHAT, "mla_scale_q_lora": False, "mla_scale_kv_lora": False})
     assert (config.q_scale, config.kv_scale) == (1.0, 1.0)
 
 
@@ -133,13 +135,13 @@ NEEDED = [
 @pytest.mark.parametrize("field", NEEDED)
 def test_a_missing_field_is_named(field: str) -> None:
     with pytest.raises(ConfigError, match=field) as error:
-        LongcatConfig.from_hf({key: value for key, value in RAW.items() if key != field})
+        spellings.read({key: value for key, value in RAW.items() if key != field})
     assert len(str(error.value).splitlines()) == 2, "one heading and one problem"
 
 
 def test_all_missing_fields_are_listed_at_once() -> None:
     with pytest.raises(ConfigError) as error:
-        LongcatConfig.from_hf({})
+        spellings.read({})
     problems = str(error.value).splitlines()[1:]
     assert len(problems) == len(NEEDED)
     assert all(any(field in problem for problem in problems) for field in NEEDED)
@@ -181,20 +183,20 @@ def test_all_missing_fields_are_listed_at_once() -> None:
 )
 def test_an_error_names_the_field_the_value_and_what_is_wanted(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        LongcatConfig.from_hf({**RAW, **change})
+        spellings.read({**RAW, **change})
     assert message in str(error.value)
     assert len(str(error.value).splitlines()) == 2, "one heading and one problem"
 
 
 def test_zero_expert_type_does_not_matter_without_zero_experts() -> None:
-    config = LongcatConfig.from_hf({**RAW, "zero_expert_num": 0, "zero_expert_type": "copy"})
+    config = spellings.read({**RAW, "zero_expert_num": 0, "zero_expert_type": "copy"})
     assert config == replace(DEFAULT, zero_expert_num=0)
 
 
 def test_problems_of_different_kinds_are_listed_at_once() -> None:
     change = {"hidden_size": -1, "zero_expert_type": "copy", "router_bias": True, "intermediate_size": 5}
     with pytest.raises(ConfigError) as error:
-        LongcatConfig.from_hf({**RAW, **change, "rope_theta": None})
+        spellings.read({**RAW, **change, "rope_theta": None})
     problems = str(error.value).splitlines()[1:]
     assert len(problems) == 5
     assert all(any(field in problem for problem in problems) for field in [*change, "rope_theta"])
@@ -212,26 +214,26 @@ def test_an_unreadable_config_file_is_named(tmp_path: Any) -> None:
 @pytest.mark.parametrize("field", sorted(CHAT.keys() - {"architectures"}))
 def test_a_value_of_the_wrong_kind_is_an_error_that_names_the_field(field: str, wrong: Any) -> None:
     with pytest.raises(ConfigError, match=field):
-        LongcatConfig.from_hf(CHAT | {field: wrong})
+        spellings.read(CHAT | {field: wrong})
 
 
 @pytest.mark.parametrize("wrong", ["x", [1], 5], ids=repr)
 @pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters", "disable_quant_module"])
 def test_a_value_that_should_be_a_collection_is_an_error_that_names_the_field(field: str, wrong: Any) -> None:
     with pytest.raises(ConfigError, match=field):
-        LongcatConfig.from_hf(CHAT | {field: wrong})
+        spellings.read(CHAT | {field: wrong})
 
 
 @pytest.mark.parametrize("content", [[], "x", None, 3])
 def test_a_config_that_is_no_object_is_refused(content: Any) -> None:
     with pytest.raises(ConfigError, match="wanted an object"):
-        LongcatConfig.from_hf(content)
+        spellings.read(content)
 
 
 def test_options_of_a_routers_training_are_ignored_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     raw = {**CHAT, "router_jitter_noise": 0.01, "router_aux_loss_coef": 0.001, "router_z_loss": 0.1}
     for _ in range(2):
-        assert LongcatConfig.from_hf(raw) == LongcatConfig.from_hf(CHAT)
+        assert spellings.read(raw) == spellings.read(CHAT)
     (warning,) = [record.getMessage() for record in caplog.records]
     assert warning.endswith("router_jitter_noise, router_aux_loss_coef, router_z_loss")
 
@@ -240,12 +242,12 @@ def test_options_of_a_routers_training_are_ignored_with_one_warning(caplog: pyte
 @pytest.mark.parametrize("factor", [1, 1.0])
 def test_yarn_of_factor_1_is_plain_rope(kind: dict[str, str], factor: float) -> None:
     scaling = {**kind, "factor": factor, "original_max_position_embeddings": 4096, "mscale": 1.0}
-    config = LongcatConfig.from_hf({**DEFAULT.to_hf(), "rope_scaling": scaling})
+    config = spellings.read({**spellings.published(DEFAULT), "rope_scaling": scaling})
     assert config == DEFAULT
 
 
 def test_yarn_of_factor_1_keeps_a_factor_on_cos_and_sin_that_is_given() -> None:
     scaling = {"rope_type": "yarn", "factor": 1.0, "attention_factor": 1.3}
-    config = LongcatConfig.from_hf({**DEFAULT.to_hf(), "rope_scaling": scaling})
+    config = spellings.read({**spellings.published(DEFAULT), "rope_scaling": scaling})
     assert rotary.attention_factor(config.rope) == 1.3
-    assert LongcatConfig.from_hf(config.to_hf()) == config
+    assert spellings.read(spellings.published(config)) == config

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from longcat_core import drafting
-from longcat_core.diagnosis import checkpoint_findings
+from longcat_core.drafting import gate as drafting
+from longcat_core.plugin.diagnosis import checkpoint_findings
 from tests.cases import drafting_tensors, write_checkpoint
 from tests.speculation import CASE, the_gate
 

@@ -19,12 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from longcat_core import checkpoint, drafting
-from longcat_core.checkpoint import CheckpointError
 from longcat_core.config import LongcatConfig
-from longcat_core.drafting import Chains, DraftGate, GateError, Step, TradeOff, draft_chains, draft_features, walk
+from longcat_core.drafting import gate as drafting
+from longcat_core.drafting.gate import Chains, DraftGate, GateError, Step, TradeOff, draft_chains, draft_features, walk
 from longcat_core.reference import LongcatForCausalLM
-from tests.cases import CASES, DEFAULT, drafting_tensors, in_dtype, published, spellings, write_checkpoint
+from longcat_core.weights import checkpoint
+from longcat_core.weights.audit import CheckpointError
+from tests.cases import CASES, DEFAULT, drafting_tensors, every_spelling, in_dtype, published, write_checkpoint
 
 STEPS = 3
 
@@ -398,7 +399,7 @@ def test_shards_and_spellings_of_a_model_share_a_fingerprint(tmp_path: Path) -> 
     wanted = identity(tmp_path, published(config), config)
     checkpoint.save(published(config), tmp_path, max_shard_size=100_000)
     assert len(checkpoint.shards(tmp_path)) > 2
-    for spelling, raw in spellings(config).items():
+    for spelling, raw in every_spelling(config).items():
         (tmp_path / "config.json").write_text(json.dumps(raw))
         assert drafting.fingerprint(tmp_path, checkpoint.read_config(tmp_path)) == wanted, spelling
 

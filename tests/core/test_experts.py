@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longcat_core.experts import ExpertFFN, add_identity, combine, compact, grouped_ffn, moe, routed_experts
-from longcat_core.routing import Routing, route
+from longcat_core.layers.experts import ExpertFFN, add_identity, combine, compact, grouped_ffn, moe, routed_experts
+from longcat_core.layers.routing import Routing, route
 from tests.oracle import relative_error
 
 

@@ -11,8 +11,8 @@ import pytest
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from longcat_core.engine import Engine, UnsupportedEngineError
-from longcat_core.hooks import Around, Entry, Stage, Wrapper, guarded, module_of_attribute, table, wrap_attribute
+from longcat_core.plugin.engine import Engine, UnsupportedEngineError
+from longcat_core.plugin.hooks import Around, Entry, Stage, Wrapper, guarded, module_of_attribute, table, wrap_attribute
 
 OURS = f"{__name__}:negate"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from longcat_core import drafting
+from longcat_core.drafting import gate as drafting
 from longcat_core.inspection import inspect
 from longcat_core.reference import LongcatForCausalLM
 from tests.cases import DEFAULT, drafting_tensors, published, write_checkpoint

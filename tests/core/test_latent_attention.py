@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longcat_core import latent_attention
-from longcat_core.latent_attention import PagedBatch, RequestGroup, paged_attention, write_latents
+from longcat_core.layers import latent_attention
+from longcat_core.layers.latent_attention import PagedBatch, RequestGroup, paged_attention, write_latents
 from tests.oracle import relative_error
 
 SCALE = 0.3

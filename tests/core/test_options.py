@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from longcat_core.options import Option, Outcome, markdown_table
+from longcat_core.plugin.options import Option, Outcome, markdown_table
 
 
 def test_a_table_has_one_row_an_option_in_their_order() -> None:

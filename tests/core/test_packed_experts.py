@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longcat_core.experts import grouped_ffn, routed_experts
 from longcat_core.kernels import packed_experts
+from longcat_core.layers.experts import grouped_ffn, routed_experts
 from tests.oracle import relative_error
 
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if packed_experts.is_supported(dtype)]

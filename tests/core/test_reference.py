@@ -17,10 +17,9 @@ from transformers.models.longcat_flash.modeling_longcat_flash import (
     LongcatFlashRMSNorm,
 )
 
-from longcat_core import reference
-from longcat_core.config import canonical_hf
+from longcat_core import reference, spellings
+from longcat_core.layers.routing import Routing, route
 from longcat_core.reference import LongcatForCausalLM
-from longcat_core.routing import Routing, route
 from tests.cases import CASES, DEFAULT, Case, in_dtype, published, write_checkpoint
 from tests.oracle import assert_greedy_equal, greedy, oracle, oracle_logits, relative_error, typical_error
 
@@ -201,7 +200,7 @@ def test_a_saved_model_is_loaded_unchanged(name: str, tmp_path: Path) -> None:
 def test_a_config_that_transformers_saved_loads_the_same_model(name: str, tmp_path: Path) -> None:
     config = CASES[name].config
     write_checkpoint(tmp_path, config, CASES[name].published())
-    LongcatFlashConfig.from_dict(canonical_hf(config.to_hf())).save_pretrained(tmp_path)
+    LongcatFlashConfig.from_dict(spellings.for_transformers(spellings.published(config))).save_pretrained(tmp_path)
     model, ids = LongcatForCausalLM.from_checkpoint(tmp_path), tokens(name)
     assert model.config == config
     assert relative_error(model(ids)[0], oracle_logits(truth(name), ids)) < 1e-4

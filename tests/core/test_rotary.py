@@ -12,8 +12,9 @@ from transformers.models.longcat_flash.modeling_longcat_flash import (
     apply_rotary_pos_emb_interleave,
 )
 
-from longcat_core import rotary
-from longcat_core.config import LongcatConfig, RopeConfig, canonical_hf
+from longcat_core import spellings
+from longcat_core.config import LongcatConfig, RopeConfig
+from longcat_core.layers import rotary
 from tests.cases import DEFAULT
 from tests.oracle import relative_error
 
@@ -37,7 +38,9 @@ def config_of(rope: RopeConfig, dim: int) -> LongcatConfig:
 
 
 def theirs(config: LongcatConfig) -> LongcatFlashRotaryEmbedding:
-    return LongcatFlashRotaryEmbedding(LongcatFlashConfig.from_dict(canonical_hf(config.to_hf())))
+    return LongcatFlashRotaryEmbedding(
+        LongcatFlashConfig.from_dict(spellings.for_transformers(spellings.published(config)))
+    )
 
 
 @pytest.mark.parametrize("rope", ROPES)

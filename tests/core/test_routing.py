@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longcat_core.routing import Routing, expert_rows, rank_imbalance, relative_load, route
+from longcat_core.layers.routing import Routing, expert_rows, rank_imbalance, relative_load, route
 
 
 def random_route(

@@ -13,14 +13,15 @@ from packaging.version import Version
 from torch import Tensor
 from transformers import LlamaConfig
 
-from longcat_core import checkpoint
+from longcat_core import spellings
+from longcat_core.weights import checkpoint, names, plan
 from tests.cases import CASES, Case, write_checkpoint
 from tests.harness import engine
 from tests.oracle import assert_greedy_equal, greedy, oracle
 from tests.server import processes_of, started
 
 CASE = CASES["default"]
-RAW = CASE.config.to_hf()
+RAW = spellings.published(CASE.config)
 TENSORS = CASE.published()
 NEEDED = [
     *("vocab_size", "hidden_size", "num_layers", "num_attention_heads", "q_lora_rank", "kv_lora_rank"),
@@ -42,10 +43,10 @@ def in_fp8(tensors: dict[str, Tensor], *, scales: bool) -> dict[str, Tensor]:
     """The experts in FP8, with a scale for every block of 128 x 128 or without any."""
     changed = dict(tensors)
     for name, tensor in tensors.items():
-        if checkpoint.expert_of(name) is not None:
+        if plan.expert_of(name) is not None:
             changed[name] = tensor.to(torch.float8_e4m3fn)
             if scales:
-                changed[name + checkpoint.SCALE_SUFFIX] = torch.ones([-(-size // 128) for size in tensor.shape])
+                changed[name + names.SCALE_SUFFIX] = torch.ones([-(-size // 128) for size in tensor.shape])
     return changed
 
 
@@ -152,7 +153,7 @@ def test_a_directory_without_safetensors_is_refused_unless_the_weights_are_to_be
 
 def test_fp8_weights_without_scales_are_all_named(tmp_path: Path) -> None:
     message = refusal(write_checkpoint(tmp_path, CASE.config, in_fp8(TENSORS, scales=False)))
-    experts = [name for name in TENSORS if checkpoint.expert_of(name) is not None]
+    experts = [name for name in TENSORS if plan.expert_of(name) is not None]
     assert f"({len(experts)} problems)" in message
     for name in experts:
         assert f"missing: {name}_scale_inv, the scales of an FP8 weight" in message

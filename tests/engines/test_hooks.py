@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from longcat_core.hooks import Entry, Hook, Wrapper, guarded
+from longcat_core.plugin.hooks import Entry, Hook, Wrapper, guarded
 from tests.harness import ENGINE, engine
 from tests.plugin import python
 
@@ -23,7 +23,7 @@ LOAD_PLUGINS = {
 """What every process of the engine does."""
 MODULES = f"""
 import json
-from longcat_core.hooks import Stage, of_stage
+from longcat_core.plugin.hooks import Stage, of_stage
 from {engine.PACKAGE}.hooks import HOOKS
 print(json.dumps({{hook.name: hook.module() for hook in of_stage(HOOKS, Stage.PROCESS)}}))
 """

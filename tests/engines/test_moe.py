@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longcat_core.experts import ExpertFFN, routed_experts
+from longcat_core.layers.experts import ExpertFFN, routed_experts
 from longcat_core.reference import LongcatForCausalLM, Router
 from tests.cases import CASES, Case
 from tests.harness import engine
@@ -44,7 +44,7 @@ def count_rows(counts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
         return routed_experts(hidden_states, ids, weights, counted, expert_map)
 
-    monkeypatch.setattr(import_module(f"{engine.PACKAGE}.cpu_experts"), "routed_experts", counting)
+    monkeypatch.setattr(import_module(f"{engine.PACKAGE}.devices.cpu.experts"), "routed_experts", counting)
 
 
 def ffn_slots(directory: Path, prompt: list[int]) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from longcat_core import drafting
+from longcat_core.drafting import gate as drafting
 from longcat_core.reference import LongcatForCausalLM
 from longcat_nano import CHECKPOINT
 from tests.harness import engine

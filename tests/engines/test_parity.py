@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from longcat_core.config import LongcatConfig
-from tests.cases import CASES, DEFAULT, Case, in_dtype, spellings, write_checkpoint
+from tests.cases import CASES, DEFAULT, Case, every_spelling, in_dtype, write_checkpoint
 from tests.harness import engine
 from tests.oracle import assert_greedy_equal, greedy, oracle, oracle_logits, relative_error, typical_error
 
@@ -47,17 +47,17 @@ def test_every_case_is_read_as_it_was_written(name: str, checkpoint_of: Callable
     assert engine.configure(checkpoint_of(CASES[name])) == CASES[name].config
 
 
-@pytest.mark.parametrize("spelling", spellings(DEFAULT))
+@pytest.mark.parametrize("spelling", every_spelling(DEFAULT))
 def test_the_same_model_is_read_from_every_spelling_of_the_config(spelling: str, tmp_path: Path) -> None:
     case = CASES["default"]
-    directory = write_checkpoint(tmp_path, case.config, case.published(), spellings(case.config)[spelling])
+    directory = write_checkpoint(tmp_path, case.config, case.published(), every_spelling(case.config)[spelling])
     assert engine.configure(directory) == case.config
 
 
 @pytest.mark.parametrize("spelling", ["num_hidden_layers_only", "transformers_names"])
 def test_the_spellings_furthest_apart_give_the_same_tokens(spelling: str, tmp_path: Path) -> None:
     case = CASES["default"]
-    directory = write_checkpoint(tmp_path, case.config, case.published(), spellings(case.config)[spelling])
+    directory = write_checkpoint(tmp_path, case.config, case.published(), every_spelling(case.config)[spelling])
     truth = oracle(case.config, case.published())
     prompt = case.prompts(1, 20)[0]
     with engine.serving(directory) as served:

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from longcat_cli.make_checkpoint import make_checkpoint
-from longcat_core import checkpoint
+from longcat_core.weights import checkpoint
 from tests.cases import drafting_tensors
 from tests.harness import ENGINE, engine
 from tests.requests import COMPLETIONS, MODEL

@@ -19,7 +19,7 @@ from openai import DefaultHttpxClient, OpenAI
 from transformers import AutoTokenizer, LongcatFlashForCausalLM
 
 from longcat_cli.make_checkpoint import make_checkpoint
-from longcat_core import checkpoint
+from longcat_core.weights import checkpoint
 from tests.harness import ENGINE, engine
 from tests.oracle import Greedy, assert_greedy_equal, greedy, oracle
 from tests.requests import CACHE_TOKENS, CASE, COMPLETIONS, MAX_MODEL_LEN, MODEL

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from longcat_core import checkpoint, drafting
-from longcat_core.config import LongcatConfig
+from longcat_core.drafting import gate as drafting
+from longcat_core.weights import names
+from longcat_core.weights.plan import Target
 from tests.cases import CASES, Case, drafting_tensors, write_checkpoint
 from tests.harness import ENGINE, engine
 from tests.speculation import CASE, MOST_DRAFTS, NEW_TOKENS, prompts_of, reference_of, steps_of, the_gate, truth
@@ -94,12 +95,12 @@ def test_speculation_on_two_ranks(draft_tokens: int, directory: Path) -> None:
 
 
 def mtp_scales_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    folded = checkpoint.folded
+    folded = Target.folded
 
-    def unfolded(name: str, tensor: Tensor, config: LongcatConfig) -> Tensor:
-        return tensor if name.startswith("model.layers.0.self_attn.kv") else folded(name, tensor, config)
+    def unfolded(target: Target, tensor: Tensor) -> Tensor:
+        return tensor if target.parameter.startswith("model.layers.0.self_attn.kv") else folded(target, tensor)
 
-    monkeypatch.setattr(checkpoint, "folded", unfolded)
+    monkeypatch.setattr(Target, "folded", unfolded)
 
 
 @pytest.mark.parametrize("break_it", [*broken.DRAFTS, mtp_scales_left_out], ids=lambda break_it: break_it.__name__)
@@ -190,7 +191,7 @@ def without(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 
 
 def test_speculation_without_an_mtp_layer_is_refused_before_anything_starts(tmp_path: Path) -> None:
-    tensors = without(drafting_tensors(CASE.config), checkpoint.MTP_PREFIX)
+    tensors = without(drafting_tensors(CASE.config), names.MTP_PREFIX)
     directory = write_checkpoint(tmp_path, CASE.config, tensors)
     assert engine.configure(directory) == CASE.config
     with pytest.raises(Exception, match=r"has no MTP layer .*serve it without speculation"):
@@ -198,7 +199,7 @@ def test_speculation_without_an_mtp_layer_is_refused_before_anything_starts(tmp_
 
 
 def test_mtp_tensors_that_are_missing_or_misshapen_are_named(tmp_path: Path) -> None:
-    layer = f"{checkpoint.MTP_PREFIX}layers.0"
+    layer = f"{names.MTP_PREFIX}layers.0"
     tensors = without(drafting_tensors(CASE.config), f"{layer}.hnorm")
     tensors[f"{layer}.eh_proj.weight"] = tensors[f"{layer}.eh_proj.weight"][:, 1:]
     directory = write_checkpoint(tmp_path, CASE.config, tensors)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from longcat_cli.make_checkpoint import make_checkpoint
-from longcat_core import checkpoint, drafting
+from longcat_core.drafting import gate as drafting
+from longcat_core.weights import checkpoint
 from tests.cases import drafting_tensors
 from tests.harness import engine
 from tests.requests import COMPLETIONS, MODEL

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from longcat_core import rotary
-from longcat_core.routing import Routing, route
+from longcat_core.layers import rotary
+from longcat_core.layers.routing import Routing, route
 from tests.cases import CASES, Case
 from tests.engines.test_parity import assert_parity
 from tests.harness import ENGINE, engine

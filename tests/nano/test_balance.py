@@ -8,8 +8,8 @@ from torch import Tensor
 
 from examples.nano.balance import BiasController, Watch, device_balance_loss
 from examples.nano.settings import PRESETS, Settings
+from longcat_core.layers.routing import Routing, expert_rows, route
 from longcat_core.reference import LongcatForCausalLM
-from longcat_core.routing import Routing, expert_rows, route
 
 TINY = PRESETS["tiny"]
 MODEL = TINY.model

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from examples.nano import gate
 from examples.nano.corpus import standard_library
 from longcat_cli import example_tokenizer
-from longcat_core import drafting
+from longcat_core.drafting import gate as drafting
 from tests.cases import DEFAULT, drafting_tensors, write_checkpoint
 
 HELD_OUT = 0.3

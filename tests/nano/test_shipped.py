@@ -14,8 +14,9 @@ from tokenizers import Tokenizer
 
 from examples.nano import measure, record
 from examples.nano.corpus import encode, standard_library
-from longcat_core import checkpoint, drafting
+from longcat_core.drafting import gate as drafting
 from longcat_core.reference import LongcatForCausalLM
+from longcat_core.weights import checkpoint
 from longcat_nano import CHECKPOINT
 
 RECORD = json.loads((CHECKPOINT / "record.json").read_text())

@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 from examples.nano import measure, train
 from examples.nano.settings import PRESETS, Settings, SettingsError
 from examples.nano.trainer import DivergedError, ResumeError, Trainer, deterministic
-from longcat_core import checkpoint
 from longcat_core.reference import LongcatForCausalLM
+from longcat_core.weights import checkpoint
 
 TINY = PRESETS["tiny"]
 GROWING = TINY.changed({"growth.enabled": True, "growth.at": 0.3})

@@ -21,7 +21,7 @@ from sglang.srt.entrypoints import engine as entry  # as a process that runs an 
 from torch import Tensor
 
 from longcat_core.config import LongcatConfig
-from longcat_core.drafting import Step
+from longcat_core.drafting.gate import Step
 from longcat_sglang.engine import SGLANG
 from tests.metrics import Metrics
 from tests.speculation import Speculated

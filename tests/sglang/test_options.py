@@ -13,7 +13,7 @@ import pytest
 from sglang.srt.arg_groups.arg_utils import record_fields
 from sglang.srt.server_args import ServerArgs
 
-from longcat_core.options import Outcome
+from longcat_core.plugin.options import Outcome
 from longcat_sglang import deployment, options
 from longcat_sglang.options import CHECKED_BY_VALUE, OPTIONS, OWN, WRONG
 from tests.cases import CASES, Case

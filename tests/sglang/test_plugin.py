@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from longcat_core.engine import UnsupportedEngineError
+from longcat_core.plugin.engine import UnsupportedEngineError
 from longcat_sglang import compat, deployment, platform
 from longcat_sglang.engine import SGLANG, is_longcat
 from longcat_sglang.hooks import HOOKS

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from longcat_core.hooks import Wrapper
+from longcat_core.plugin.hooks import Wrapper
 from longcat_sglang import compat
 from longcat_sglang.hooks import HOOKS
 

@@ -9,11 +9,12 @@ import torch
 from sglang.srt.layers.rotary_embedding import get_rope
 from torch import Tensor
 
-from longcat_core import rotary
+from longcat_core import spellings
 from longcat_core.config import LongcatConfig, RopeConfig
+from longcat_core.layers import rotary
 from longcat_sglang import model
 from longcat_sglang.rotary import LongcatRotaryEmbedding
-from tests.cases import DEFAULT, spellings
+from tests.cases import DEFAULT, every_spelling
 from tests.core.test_rotary import ROPES, config_of
 
 CONTEXT, DIM = 16384, 64
@@ -34,8 +35,8 @@ def angles(config: LongcatConfig, last: int) -> Tensor:
 @pytest.mark.parametrize("rope", MORE_ROPES)
 def test_the_table_is_cores_for_every_spelling(rope: str) -> None:
     config = config_of(MORE_ROPES[rope], DIM)
-    for spelling, raw in spellings(config).items():
-        ours = LongcatRotaryEmbedding(LongcatConfig.from_hf(raw)).cos_sin_cache
+    for spelling, raw in every_spelling(config).items():
+        ours = LongcatRotaryEmbedding(spellings.read(raw)).cos_sin_cache
         assert ours.dtype == torch.float32
         assert torch.equal(ours, angles(config, CONTEXT)), spelling
 
@@ -71,6 +72,6 @@ def test_a_gpu_has_one_table_and_a_cpu_none(monkeypatch: pytest.MonkeyPatch) -> 
 def test_sglangs_own_table_is_still_another(rope: str) -> None:
     """If this fails, SGLang's class for DeepSeek may have become right: see `rotary.LongcatRotaryEmbedding`."""
     config = replace(config_of(ROPES[rope], DIM), max_position_embeddings=CONTEXT)
-    scaling = {**config.to_hf()["rope_scaling"], "rope_type": "deepseek_yarn"}
+    scaling = {**spellings.published(config)["rope_scaling"], "rope_type": "deepseek_yarn"}
     theirs = get_rope(DIM, DIM, CONTEXT, config.rope.theta, False, scaling, torch.float32).cos_sin_cache
     assert not torch.allclose(theirs[:CONTEXT].cpu(), angles(config, len(theirs))[:CONTEXT], atol=1e-2)

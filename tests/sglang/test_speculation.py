@@ -15,7 +15,7 @@ import torch
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 from torch import Tensor
 
-from longcat_core.drafting import draft_chains, walk
+from longcat_core.drafting.gate import draft_chains, walk
 from longcat_core.reference import LongcatForCausalLM
 from longcat_sglang import compat, deployment
 from tests.cases import Case, drafting_tensors

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from longcat_core import spellings
 from tests.cases import CASES, Case, write_checkpoint
 from tests.oracle import assert_greedy_equal, greedy, oracle
 from tests.sglang.engine import serving
@@ -30,7 +31,7 @@ def test_weights_that_sglang_has_saved_are_the_same_when_it_loads_them(
     checkpoint_of: Callable[[Case], Path], tmp_path: Path
 ) -> None:
     prompts = CASE.prompts(2, 20)
-    (tmp_path / "config.json").write_text(json.dumps(CASE.config.to_hf()))
+    (tmp_path / "config.json").write_text(json.dumps(spellings.published(CASE.config)))
     with serving(checkpoint_of(CASE), tensor_parallel=2) as served:
         tokens = served.greedy(prompts, 8)
         served.sglang.save_sharded_model(path=str(tmp_path), pattern=None, max_size=None)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from longcat_core.experts import ExpertFFN, routed_experts
-from longcat_vllm import cpu_experts
+from longcat_core.layers.experts import ExpertFFN, routed_experts
+from longcat_vllm.devices.cpu import experts
 
 
 def _with_the_map_reversed(
@@ -18,4 +18,4 @@ class BrokenExpertMap:
     """Nothing is asked of it: what breaks the map is that this module is imported."""
 
 
-cpu_experts.routed_experts = _with_the_map_reversed
+experts.routed_experts = _with_the_map_reversed

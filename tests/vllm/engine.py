@@ -17,8 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from longcat_core import spellings
 from longcat_core.config import LongcatConfig
-from longcat_core.drafting import Step
+from longcat_core.drafting.gate import Step
 from longcat_vllm.engine import VLLM
 from tests.cases import DEFAULT
 from tests.metrics import Metrics
@@ -242,7 +243,7 @@ def configure(directory: Path, **engine_args: Any) -> LongcatConfig | None:
     model = config.model_config
     if model.architecture != "LongcatFlashForCausalLM":
         return None
-    longcat = LongcatConfig.from_hf(model.hf_config)
+    longcat = spellings.read(model.hf_config)
     assert model.get_total_num_hidden_layers() == longcat.num_layers
     assert model.get_head_size() == longcat.latent_dim
     return longcat

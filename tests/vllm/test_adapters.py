@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from longcat_core import checkpoint
 from longcat_core.reference import LongcatForCausalLM
+from longcat_core.weights import names
 from tests.cases import CASES, Case, drafting_tensors
 from tests.engines.test_bad_checkpoints import refusal
 from tests.oracle import relative_error
@@ -33,7 +33,7 @@ def adapter_of(projections: tuple[str, ...], seed: int) -> dict[str, Tensor]:
     """Random A and B for every such projection of the attentions and dense FFNs, by their published modules."""
     generator = torch.Generator().manual_seed(seed)
     matrices: dict[str, Tensor] = {}
-    for name, shape in checkpoint.expected_tensors(CASE.config, with_mtp=False).items():
+    for name, shape in names.expected_tensors(CASE.config, with_mtp=False).items():
         module = name.removesuffix(".weight")
         if module.rpartition(".")[2] in projections and ".experts." not in module:
             matrices[f"{module}.lora_A.weight"] = torch.randn(RANK, shape[1], generator=generator) * shape[1] ** -0.5

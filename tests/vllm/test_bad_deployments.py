@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from longcat_core import checkpoint
-from longcat_core.checkpoint import CheckpointError
+from longcat_core.weights import checkpoint
+from longcat_core.weights.audit import CheckpointError
 from tests.cases import Case, write_checkpoint
 from tests.engines.test_bad_checkpoints import CASE, EXPERT, NORM, TENSORS, refusal
 from tests.vllm.engine import serving
@@ -115,8 +115,8 @@ def test_a_tensor_that_the_first_load_lacks_is_named(tmp_path: Path, monkeypatch
 
 
 def test_every_refusal_is_a_row_of_the_table_of_options_and_the_reverse() -> None:
-    from longcat_core import engine
-    from longcat_core.options import Outcome
+    from longcat_core.plugin import engine
+    from longcat_core.plugin.options import Outcome
     from longcat_vllm import adapters, deployment, loading
     from longcat_vllm.options import OPTIONS
 

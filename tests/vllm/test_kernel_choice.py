@@ -27,6 +27,8 @@ def chosen_by_vllm(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None, str
     from vllm.model_executor.layers.fused_moe import routed_experts
     from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
+    from longcat_vllm import devices
+    from longcat_vllm.devices.cuda.device import Cuda
     from longcat_vllm.moe import ZeroExpertAwareExperts
 
     def choosing(left_alone: str | None, asked_for_triton: str | None) -> Callable[[], Any]:
@@ -37,7 +39,7 @@ def chosen_by_vllm(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None, str
                 self.experts_cls = type(name, (), {}) if name is not None else None
 
         Method.__abstractmethods__ = frozenset[str]()
-        monkeypatch.setattr("longcat_vllm.moe.current_platform", SimpleNamespace(is_cpu=lambda: False))
+        monkeypatch.setattr(devices, "current", Cuda)
         monkeypatch.setattr(routed_experts, "UnquantizedFusedMoEMethod", Method)
         moe_config = SimpleNamespace(moe_backend="auto", is_lora_enabled=True)
         experts = ZeroExpertAwareExperts.__new__(ZeroExpertAwareExperts)
@@ -48,7 +50,7 @@ def chosen_by_vllm(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None, str
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], str]]:
-    logger = logging.getLogger("vllm.longcat_vllm.moe")
+    logger = logging.getLogger("vllm.longcat_vllm.devices.cuda.experts")
     logger.addHandler(caplog.handler)
     logger.setLevel(logging.INFO)
     yield lambda: caplog.text
@@ -59,7 +61,7 @@ def said(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], str]]:
 def test_a_kernel_that_is_not_known_to_skip_zero_experts_is_not_taken(
     kernel: str | None, chosen_by_vllm: Callable[[str | None, str | None], Callable[[], Any]], said: Callable[[], str]
 ) -> None:
-    from longcat_vllm.moe import SKIP_ZERO_EXPERTS, kernel_of
+    from longcat_vllm.devices.cuda.experts import SKIP_ZERO_EXPERTS, kernel_of
 
     taken = kernel_of(chosen_by_vllm(kernel, "TritonExperts")())
     if kernel in SKIP_ZERO_EXPERTS:
@@ -108,13 +110,10 @@ def test_a_kernel_that_was_asked_for_and_is_not_known_to_skip_zero_experts_is_re
 
 @pytest.mark.parametrize("backend", ["deepep_low_latency", "nixl_ep", "moonep"])
 def test_a_transport_without_such_a_kernel_is_refused_where_it_would_be_used(
-    backend: str, monkeypatch: pytest.MonkeyPatch
+    backend: str,
 ) -> None:
-    from vllm.platforms import current_platform
-
     from longcat_vllm.deployment import _unsupported_parallelism
 
-    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)  # which has no such ranks at all
     parallel = SimpleNamespace(
         all2all_backend=backend,
         data_parallel_size=2,

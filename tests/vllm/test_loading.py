@@ -12,7 +12,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from longcat_core.checkpoint import CheckpointError
+from longcat_core.weights.audit import CheckpointError
 from tests.cases import Case, write_checkpoint
 from tests.engines.test_bad_checkpoints import CASE, EXPERT, TENSORS, refusal
 from tests.vllm.engine import configure, serving
@@ -156,10 +156,15 @@ def test_drafts_from_a_saved_state_are_refused(checkpoint_of: Callable[[Case], P
     ("kernel", "is_set_up", "is_saved"),
     [("TritonExperts", True, True), ("FlashInferExperts", True, False), ("FlashInferExperts", False, True)],
 )
-def test_experts_that_a_gpus_kernel_has_rearranged_are_not_saved(kernel: str, is_set_up: bool, is_saved: bool) -> None:
+def test_experts_that_a_gpus_kernel_has_rearranged_are_not_saved(
+    kernel: str, is_set_up: bool, is_saved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """FlashInfer's has the up projections above the gates."""
+    from longcat_vllm import devices
+    from longcat_vllm.devices.cuda.device import Cuda
     from longcat_vllm.moe import ZeroExpertAwareExperts
 
+    monkeypatch.setattr(devices, "current", Cuda)
     experts = ZeroExpertAwareExperts.__new__(ZeroExpertAwareExperts)
     torch.nn.Module.__init__(experts)
     experts.quant_method = SimpleNamespace(experts_cls=type(kernel, (), {}), moe_kernel=object() if is_set_up else None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longcat_core.experts import moe
-from longcat_core.routing import Routing
+from longcat_core.layers.experts import moe
+from longcat_core.layers.routing import Routing
+from longcat_vllm import devices
+from longcat_vllm.devices.cuda.device import Cuda
 from tests.cases import DEFAULT, Case
 from tests.oracle import relative_error
 from tests.vllm.engine import serving
@@ -37,7 +38,7 @@ def layers(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Routing]:
 
 def assert_kernel_is_reference(kernel: str, ranks: int, layer: tuple[Tensor, Tensor, Tensor, Routing]) -> None:
     """Against `longcat_core.experts.moe` in fp64: the sum of the shares of ranks that have the experts between them."""
-    from longcat_vllm.cpu_experts import CPU_KERNELS
+    from longcat_vllm.devices.cpu.experts import CPU_KERNELS
 
     x, w13, w2, routing = layer
     pack = CPU_KERNELS[kernel].pack
@@ -62,7 +63,7 @@ def assert_kernel_is_reference(kernel: str, ranks: int, layer: tuple[Tensor, Ten
 def test_every_cpu_kernel_is_the_reference(
     kernel: str, ranks: int, layer: tuple[Tensor, Tensor, Tensor, Routing]
 ) -> None:
-    from longcat_vllm.cpu_experts import select_cpu_kernel
+    from longcat_vllm.devices.cpu.experts import select_cpu_kernel
 
     dtype = torch.bfloat16 if kernel == "bf16_dot" else torch.float32
     if kernel == "bf16_dot" and select_cpu_kernel(32, 32, dtype) != kernel:
@@ -79,6 +80,6 @@ def test_off_the_cpu_there_is_always_an_expert_map(
     case = Case(DEFAULT)
     with serving(checkpoint_of(case)) as served:
         experts = served.model.model.layers[0].mlp.experts.routed_experts
-        monkeypatch.setattr("longcat_vllm.moe.current_platform", SimpleNamespace(is_cpu=lambda: False))
+        monkeypatch.setattr(devices, "current", Cuda)
         experts.update_expert_map_info()
         assert experts.expert_map.tolist() == list(range(case.config.n_routed_experts))

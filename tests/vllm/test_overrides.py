@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from longcat_core import spellings
 from longcat_core.config import RopeConfig
 from tests.cases import CASES
 from tests.engines.test_bad_checkpoints import refusal
@@ -22,7 +23,7 @@ SCALING = {"factor": 4.0, "original_max_position_embeddings": 128}
 
 @pytest.fixture
 def good(tmp_path: Path) -> Path:
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_hf()))
+    (tmp_path / "config.json").write_text(json.dumps(spellings.published(CONFIG)))
     return tmp_path
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from longcat_core import spellings
 from longcat_core.config import LongcatConfig
 from tests.cases import CASES, DEFAULT, write_checkpoint
 from tests.plugin import python, save_llama
@@ -39,8 +40,10 @@ def test_register_loads_no_model_code() -> None:
         "print(json.dumps([name for name in sys.modules if name.startswith('longcat_')]))"
     )
     rooms = {name.partition(".")[2] for name in json.loads(loaded)}
-    assert "compat" in rooms
-    assert rooms.isdisjoint({"model", "moe", "attention", "reference", "experts", "checkpoint"})
+    assert "registration" in rooms
+    assert rooms.isdisjoint(
+        {"model", "moe", "devices.cpu.attention", "reference", "layers.experts", "weights.checkpoint"}
+    )
 
 
 def test_another_model_is_served_as_without_the_plugin(llama: Path) -> None:
@@ -86,13 +89,13 @@ def test_a_hook_that_fails_is_an_error_for_longcat_and_for_nothing_else(
     from vllm.engine.arg_utils import EngineArgs
 
     import longcat_vllm
-    from longcat_vllm import compat
+    from longcat_vllm import registration
     from longcat_vllm.engine import VLLM
 
     def broken() -> None:
         raise ImportError("no such table")
 
-    monkeypatch.setattr(compat, "register_config_check", broken)
+    monkeypatch.setattr(registration, "register_config_check", broken)
     monkeypatch.setattr(VLLM, "failures", {})
     longcat_vllm.register()
     longcat_vllm.register()
@@ -179,7 +182,7 @@ def test_another_longcat_under_a_name_of_flash_is_refused(
     architecture: str, fields: dict[str, int], tmp_path: Path
 ) -> None:
     case = CASES["default"]
-    raw = case.config.to_hf() | fields | {"architectures": [architecture]}
+    raw = spellings.published(case.config) | fields | {"architectures": [architecture]}
     directory = write_checkpoint(tmp_path, case.config, case.published(), raw)
     with pytest.raises((ValueError, RuntimeError), match=r"with fields of LongCat-.*: wanted LongCat-Flash"):
         configure(directory)
@@ -202,7 +205,7 @@ def test_doctor_finds_nothing_wrong_here_and_what_is_wrong_elsewhere(tmp_path: P
 
     well = doctor()
     assert well.returncode == 0, well.stdout
-    assert "longcat_vllm.attention.LatentAttentionBackend" in well.stdout
+    assert "longcat_vllm.devices.cpu.attention.LatentAttentionBackend" in well.stdout
     ill = doctor(VLLM_PLUGINS="")
     assert ill.returncode == 1
     assert "VLLM_PLUGINS='' leaves the plugin out" in " ".join(ill.stdout.split())

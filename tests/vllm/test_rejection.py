@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longcat_vllm import compat
+from longcat_vllm.devices.cpu import patches
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM takes the kernels of the GPU")
 VOCABULARY = 11
@@ -100,6 +100,6 @@ def test_sampling_parameters_are_repeated_for_each_draft(dtype: torch.dtype) -> 
     values = torch.tensor([3, 0, 7, 1], dtype=dtype)
     for replaced in (0, 1):
         wanted = [int(value) or replaced for value, count in zip(values, DRAFTS, strict=True) for _ in range(count)]
-        expanded = compat.expand_on_a_cpu(never, values, ENDS, sum(DRAFTS), 0, replaced)
+        expanded = patches.expand_on_a_cpu(never, values, ENDS, sum(DRAFTS), 0, replaced)
         assert expanded.dtype is dtype
         assert expanded.tolist() == wanted

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from longcat_vllm import compat
+from longcat_vllm import speculation
+from longcat_vllm.devices.cpu import patches
 from tests.cases import CASES, Case, drafting_tensors, write_checkpoint
 from tests.engines.test_speculation import assert_drafts_are_the_references, assert_drafts_pass_the_gate
 from tests.plugin import python
@@ -58,7 +59,7 @@ def test_metrics_without_a_gate_count_every_draft(directory: Path) -> None:
 
 
 def test_a_seed_draws_the_same_tokens_when_its_prompt_comes_in_chunks(checkpoint_of: Callable[[Case], Path]) -> None:
-    """vLLM's runner cannot take a draw back on a CPU; if its engine does not end, see `compat`."""
+    """vLLM's runner cannot take a draw back on a CPU; if its engine does not end, see `patches`."""
     prompt = CASES["default"].prompts(1, 40)[0]
     drawn = []
     for chunk in (16, None):
@@ -75,7 +76,7 @@ def test_vllm_still_ends_over_a_seed_whose_prompt_comes_in_chunks(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If this fails, the hook 'generators of discarded chunks' may have become unnecessary."""
-    monkeypatch.setattr(compat, "sample_without_discarded_requests", as_the_original)
+    monkeypatch.setattr(patches, "sample_without_discarded_requests", as_the_original)
     with (
         serving(directory, chunk=16, prefix_caching=False) as served,
         pytest.raises(RuntimeError, match="does not use offset"),
@@ -91,7 +92,7 @@ def test_vllm_still_loses_the_temperatures_of_drafts() -> None:
     expanded = torch.full((3,), -1.0)
     _expand_kernel_impl(expanded, values, ends, 0, 1)
     assert expanded.tolist() == [-1.0, -1.0, -1.0]
-    assert compat.expand_on_a_cpu(_expand_kernel_impl, values, ends, 3, 0, 1).tolist() == [0.5, 0.5, 2.0]
+    assert patches.expand_on_a_cpu(_expand_kernel_impl, values, ends, 3, 0, 1).tolist() == [0.5, 0.5, 2.0]
 
 
 def test_vllm_still_cannot_constrain_no_drafts_to_top_k() -> None:
@@ -104,8 +105,8 @@ def test_vllm_still_cannot_constrain_no_drafts_to_top_k() -> None:
     nothing, row = torch.empty(0, 4), torch.tensor([[1.0, 4.0, 3.0, 2.0]])
     with pytest.raises(RuntimeError, match="Expected reduction dim"):
         constrain(nothing)
-    assert compat.constrain_drafts_there_are(constrain, nothing) is nothing
-    assert compat.constrain_drafts_there_are(constrain, row).isfinite().tolist() == [[False, True, True, False]]
+    assert patches.constrain_drafts_there_are(constrain, nothing) is nothing
+    assert patches.constrain_drafts_there_are(constrain, row).isfinite().tolist() == [[False, True, True, False]]
 
 
 def test_a_request_with_top_k_alone_is_answered_beside_others(directory: Path) -> None:
@@ -152,8 +153,8 @@ if __name__ == "__main__":
 
 
 def test_vllm_still_drafts_from_another_token_after_a_chunk(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If this fails, `compat.keep_scheduling_settings` may leave padded batches on."""
-    monkeypatch.setattr(compat, "drafts_with_mtp", lambda config: False)
+    """If this fails, `patches.keep_scheduling_settings` may leave padded batches on."""
+    monkeypatch.setattr(patches, "drafts_with_mtp", lambda config: False)
     with (
         serving(directory, draft_tokens=2, chunk=16, prefix_caching=False) as served,
         pytest.raises(AssertionError, match="accepted drafts"),
@@ -163,7 +164,7 @@ def test_vllm_still_drafts_from_another_token_after_a_chunk(directory: Path, mon
 
 def test_vllm_still_has_no_place_for_a_gate(gated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If this fails, the hook 'draft gate' may have become unnecessary."""
-    monkeypatch.setattr(compat, "propose_what_passes", as_the_original)
+    monkeypatch.setattr(speculation, "propose_what_passes", as_the_original)
     monkeypatch.setattr("longcat_vllm.speculation.GatedDrafts.observe", lambda self, logits: None)
     with (
         serving(gated, draft_tokens=3, **GATED) as served,
@@ -195,7 +196,7 @@ def test_vllm_still_makes_one_tensor_of_lengths_and_of_their_bound(
     drafting_checkpoint_of: Callable[[Case], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If this fails, the hook 'lengths of drafts' may have become unnecessary."""
-    monkeypatch.setattr(compat, "prepare_with_lengths_of_its_own", as_the_original)
+    monkeypatch.setattr(patches, "prepare_with_lengths_of_its_own", as_the_original)
     case = CASES["latent_512_rope_64"]  # of which a draft changes for it
     with (
         serving(drafting_checkpoint_of(case), draft_tokens=3) as served,

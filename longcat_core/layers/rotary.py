@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from longcat_core.config import LongcatConfig
-from longcat_core.rope import RopeConfig, yarn_mscale
+from longcat_core.config import LongcatConfig, RopeConfig, yarn_mscale
 
 
 def inverse_frequencies(config: LongcatConfig) -> Tensor:

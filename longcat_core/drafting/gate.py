@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from longcat_core import checkpoint
-from longcat_core.checkpoint import CheckpointError
 from longcat_core.config import LongcatConfig
+from longcat_core.weights import checkpoint, names
+from longcat_core.weights.audit import CheckpointError
 
 if TYPE_CHECKING:
     from longcat_core.reference import LongcatForCausalLM
@@ -273,8 +273,8 @@ def fingerprint(directory: Path, config: LongcatConfig) -> str:
     """
     fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in _NOT_FINGERPRINTED}
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
-    shapes = checkpoint.expected_tensors(config, with_mtp=True)
-    wanted = [n for n, s in shapes.items() if len(s) == 1 and n.startswith((checkpoint.MTP_PREFIX, "model.norm."))]
+    shapes = names.expected_tensors(config, with_mtp=True)
+    wanted = [n for n, s in shapes.items() if len(s) == 1 and n.startswith((names.MTP_PREFIX, "model.norm."))]
     norms: dict[str, Tensor] = {}
     for shard in checkpoint.shards(directory):
         with checkpoint.OpenShard(shard) as opened:

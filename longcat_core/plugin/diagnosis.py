@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from longcat_core.engine import Engine
-from longcat_core.hooks import Hook, Stage, of_stage
+from longcat_core.plugin.engine import Engine
+from longcat_core.plugin.hooks import Hook, Stage, of_stage
 
 
 class Finding(NamedTuple):
@@ -42,7 +42,8 @@ def hook_findings(engine: Engine, hooks: Iterable[Hook], package: str, group: st
 
 def checkpoint_findings(directory: Path) -> list[Finding]:
     """Of the checkpoint, and of its gate for drafts, if it has one."""
-    from longcat_core import checkpoint, drafting  # which need torch, and the command line starts without
+    from longcat_core.drafting import gate as drafting  # which need torch, and the command line starts without
+    from longcat_core.weights import checkpoint  # which need torch, and the command line starts without
 
     try:
         config = checkpoint.read_config(directory)

@@ -23,7 +23,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from longcat_core.latent_attention import PagedBatch, paged_attention, write_latents
+from longcat_core.layers.latent_attention import PagedBatch, paged_attention, write_latents
 
 
 @dataclass

@@ -16,7 +16,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 from vllm.model_executor.utils import replace_parameter
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from longcat_core.experts import ExpertFFN, grouped_ffn, routed_experts
+from longcat_core.layers.experts import ExpertFFN, grouped_ffn, routed_experts
 
 logger = init_logger(__name__)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
-from longcat_core.hooks import Hook, Stage, of_stage
+from longcat_core.plugin.hooks import Hook, Stage, of_stage
 
 logger = logging.getLogger(__name__)
 

@@ -74,9 +74,9 @@ class Wrapper(Hook):
     """`module:function`, an `Around`; imported when it is first needed."""
     concerns: str
     """`module:function` of the call's arguments: whether it is about a LongCat model."""
-    wrap: str = "longcat_core.hooks:wrap_attribute"
+    wrap: str = "longcat_core.plugin.hooks:wrap_attribute"
     """`module:function` (target, around) that puts the wrapper in place."""
-    wrapped_by: str = "longcat_core.hooks:module_of_attribute"
+    wrapped_by: str = "longcat_core.plugin.hooks:module_of_attribute"
     """`module:function` (target) that returns the module of what is in place."""
 
     def install(self) -> None:

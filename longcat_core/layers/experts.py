@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longcat_core.routing import Routing
+from longcat_core.layers.routing import Routing
 
 ExpertFFN = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(rows [R, H], experts int32 [R, k], weights fp32 [R, k]) -> [R, H]: the weighted sum of each row's k experts."""

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
+from torch import Tensor
 
 from longcat_core.config import LongcatConfig
+from longcat_core.weights.names import (
+    MTP_PREFIX,
+    SCALE_BLOCK,
+    SCALE_SUFFIX,
+    all_tensors,
+    expert_parts,
+    mtp_tensors,
+    stacked_experts,
+)
 
 logger = logging.getLogger(__name__)
 
-MTP_PREFIX = "model.mtp."
-SCALE_SUFFIX = "_scale_inv"
-SCALE_BLOCK = 128
-"""FP8 releases scale weights by blocks of 128 x 128 (report, section 5)."""
-
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-_STACKED = re.compile(r"(?P<experts>.*\.mlp\.experts)\.(?P<part>gate_up|down)_proj")
 _HARMLESS = re.compile(
     r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)"  # follow from the configuration
     r"|.*\.self_attn(\.\d)?(\.\w+)?\.(q|k|v|kv|kv_cache|prob|output)_scale"  # of a cache in FP8, which has its own here
@@ -136,16 +140,64 @@ class Audit:
             )
 
 
-def stacked_experts(name: str) -> bool:
-    """Whether a tensor has all experts of a layer, as transformers 5 holds them: `gate_up_proj` [E, 2 I, H], the gate
-    above the up projection, or `down_proj` [E, H, I]."""
-    return _STACKED.fullmatch(name) is not None
+def audited(
+    weights: Iterable[tuple[str, Tensor]], config: LongcatConfig, *, is_partial: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that are to be loaded, one at a time, by their published names: stacked experts come one by one.
+
+    is_partial: none is missed, as in an update of a running model.
+
+    Raises:
+        CheckpointError: listing every tensor that is extra, misshapen, or missing: after the last one, or, for an
+            update whose tensors are there already (not read while they are iterated over), at once.
+    """
+    return _audited(weights, all_tensors(config), config, is_partial)
 
 
-def expert_parts(name: str, config: LongcatConfig) -> list[str]:
-    """The published names of what a tensor of stacked experts holds, expert by expert, the gate before the up
-    projection. Rows of zero experts, which transformers keeps, have none."""
-    match = _STACKED.fullmatch(name)
-    assert match is not None, name
-    parts = ("gate", "up") if match["part"] == "gate_up" else ("down",)
-    return [f"{match['experts']}.{e}.{part}_proj.weight" for e in range(config.n_routed_experts) for part in parts]
+def audited_mtp(
+    weights: Iterable[tuple[str, Tensor]], config: LongcatConfig, *, is_partial: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """As `audited`, where the MTP layer is a model of its own: the model's tensors are passed over without a look, and
+    the layer has to be there."""
+    mine: Iterable[tuple[str, Tensor]] = (each for each in weights if each[0].startswith(MTP_PREFIX))
+    if isinstance(weights, Collection):
+        mine = list(mine)
+    return _audited(mine, mtp_tensors(config), config, is_partial, requires_mtp=True)
+
+
+def _audited(
+    weights: Iterable[tuple[str, Tensor]],
+    expected: Mapping[str, tuple[int, ...]],
+    config: LongcatConfig,
+    is_partial: bool,
+    requires_mtp: bool = False,
+) -> Iterator[tuple[str, Tensor]]:
+    if is_partial and isinstance(weights, Collection):
+        audit = Audit(expected, config)
+        for name, tensor in weights:
+            audit.accepts(name, tuple(tensor.shape), tensor.dtype)
+        audit.raise_for_unexpected()
+    return _accepted(weights, Audit(expected, config), config, is_partial, requires_mtp)
+
+
+def _accepted(
+    weights: Iterable[tuple[str, Tensor]], audit: Audit, config: LongcatConfig, is_partial: bool, requires_mtp: bool
+) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in weights:
+        if not audit.accepts(name, tuple(tensor.shape), tensor.dtype):
+            continue
+        if stacked_experts(name):
+            yield from zip(expert_parts(name, config), unstacked(name, tensor, config), strict=True)
+        else:
+            yield name, tensor
+    if is_partial:
+        audit.raise_for_unexpected()
+    else:
+        audit.raise_for_all(requires_mtp)
+    audit.warn_of_ignored()
+
+
+def unstacked(name: str, tensor: Tensor, config: LongcatConfig) -> Iterator[Tensor]:
+    """What `expert_parts` names, in its order."""
+    for expert in tensor[: config.n_routed_experts]:
+        yield from expert.chunk(2) if name.endswith("gate_up_proj") else (expert,)

@@ -1,0 +1,1 @@
+"""Drafts of the MTP layer: which of them are worth verifying (C2T)."""

@@ -1,0 +1,1 @@
+"""Routing, experts, latent attention and rotary embedding: pure functions over tensors."""

@@ -1,0 +1,1 @@
+"""What both engine packages are made of: an engine, its hooks, its options, a diagnosis."""

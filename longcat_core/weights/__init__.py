@@ -1,0 +1,1 @@
+"""Published checkpoints: tensor names, where each goes, what is wrong with them, files."""

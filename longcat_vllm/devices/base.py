@@ -1,0 +1,58 @@
+"""The interface of a device: all that the model, its experts and its deployment ask of what vLLM runs on."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from longcat_core.config import LongcatConfig
+from longcat_core.plugin.diagnosis import Finding
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from vllm.config import VllmConfig
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+    from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.v1.attention.backend import AttentionBackend
+
+
+class Device(ABC):
+    """Without state, so that each can be made, and asked, on any machine."""
+
+    @abstractmethod
+    def attention_backend(self) -> type[AttentionBackend] | None:
+        """Our MLA backend, or None where vLLM chooses one of its own."""
+
+    @abstractmethod
+    def experts_method(
+        self, choose: Callable[[], FusedMoEMethodBase], moe_config: FusedMoEConfig
+    ) -> FusedMoEMethodBase:
+        """The kernel of FFN experts, which computes nothing for an id of -1. `choose` makes vLLM's own choice.
+
+        Raises:
+            ValueError: if there is no such kernel for this deployment.
+        """
+
+    @abstractmethod
+    def expert_map(self, num_experts: int, device: torch.device) -> Tensor | None:
+        """Where a rank holds all FFN experts: the map from an expert to its place that the kernel needs, int32
+        [num_experts], or None."""
+
+    @abstractmethod
+    def has_packed(self, experts: RoutedExperts) -> bool:
+        """Whether a kernel has rearranged the weights of a layer's experts, so that they cannot be saved."""
+
+    @abstractmethod
+    def reasons_for_own_class(self, vllm_config: VllmConfig) -> list[str]:
+        """What our class cannot serve yet on this device, and vLLM's own can."""
+
+    @abstractmethod
+    def unsupported(self, vllm_config: VllmConfig) -> list[str]:
+        """Options that vLLM would accept on this device and then get wrong, each with what to do."""
+
+    @abstractmethod
+    def implementations(self, config: LongcatConfig | None) -> list[Finding]:
+        """Which attention and experts a model gets here, for `longcat doctor`; of Chat's sizes without a `config`."""

@@ -1,0 +1,78 @@
+"""A CPU: our MLA over vLLM's paged cache, and vLLM's MoE kernels over rows of FFN experts only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from longcat_core.config import LongcatConfig
+from longcat_core.plugin.diagnosis import Finding
+from longcat_core.plugin.engine import unsupported_cpu_cache
+from longcat_vllm.devices.base import Device
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+    from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.v1.attention.backend import AttentionBackend
+
+
+class Cpu(Device):
+    def attention_backend(self) -> type[AttentionBackend]:
+        from longcat_vllm.devices.cpu.attention import LatentAttentionBackend
+
+        return LatentAttentionBackend
+
+    def experts_method(
+        self, choose: Callable[[], FusedMoEMethodBase], moe_config: FusedMoEConfig
+    ) -> FusedMoEMethodBase:
+        from longcat_vllm.devices.cpu.experts import CompactedRowsMethod
+
+        return CompactedRowsMethod(moe_config)
+
+    def expert_map(self, num_experts: int, device: torch.device) -> None:
+        return None
+
+    def has_packed(self, experts: RoutedExperts) -> bool:
+        return hasattr(experts, "cpu_kernel")
+
+    def reasons_for_own_class(self, vllm_config: VllmConfig) -> list[str]:
+        return []  # vLLM's own does not run on a CPU
+
+    def unsupported(self, vllm_config: VllmConfig) -> list[str]:
+        from vllm.utils.torch_utils import is_quantized_kv_cache
+
+        problems, parallel = [], vllm_config.parallel_config
+        cache_dtype = vllm_config.cache_config.cache_dtype
+        if is_quantized_kv_cache(cache_dtype):
+            problems.append(unsupported_cpu_cache(cache_dtype))
+        if parallel.data_parallel_size > 1:
+            problems.append(
+                f"data_parallel_size: {parallel.data_parallel_size}, wanted 1 on a CPU, on which ranks of vLLM's "
+                "experts cannot exchange tokens; leave --data-parallel-size out, and start a server for each"
+            )
+        if parallel.decode_context_parallel_size > 1:
+            problems.append(
+                f"decode_context_parallel_size: {parallel.decode_context_parallel_size}, wanted 1 on a CPU, where "
+                "every rank attends to the whole context; leave --decode-context-parallel-size out"
+            )
+        return problems
+
+    def implementations(self, config: LongcatConfig | None) -> list[Finding]:
+        import torch
+
+        from longcat_vllm.devices.cpu.experts import select_cpu_kernel
+
+        backend = self.attention_backend()
+        hidden, inner = (config.hidden_size, config.expert_ffn_hidden_size) if config is not None else (6144, 2048)
+        kernels = [
+            f"{select_cpu_kernel(hidden, inner, dtype)} in {str(dtype).removeprefix('torch.')}"
+            for dtype in (torch.bfloat16, torch.float32)
+        ]
+        name = f"{backend.__module__}.{backend.__qualname__}"
+        return [
+            Finding("attention", f"{name}: any sizes, chunked prefill, prefix caching"),
+            Finding("MoE", f"rows of FFN experts only; {', '.join(kernels)}"),
+        ]

@@ -1,0 +1,90 @@
+"""What a CPU needs of vLLM's own functions: wrappers that the rows of `hooks.HOOKS` name, where each has its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from longcat_vllm.engine import drafts_with_mtp
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+    from vllm.v1.spec_decode.eagle import EagleProposer
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+
+def is_on_a_cpu(values: Any, *_: Any, **__: Any) -> bool:
+    return bool(values.device.type == "cpu")
+
+
+def has_tokens_without_adapter(punica: Any, *_: Any, **__: Any) -> bool:
+    return bool((punica.token_lora_indices < 0).any())
+
+
+def keep_scheduling_settings(
+    original: Callable[..., None], platform: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any
+) -> None:
+    """Chunked prefill, prefix caching and the block size as they were set."""
+    scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
+    chunked, prefix = scheduler.enable_chunked_prefill, cache.enable_prefix_caching
+    budget = scheduler.max_num_batched_tokens
+    block_size = cache.block_size if cache.user_specified_block_size else None
+    original(platform, vllm_config, *args, **kwargs)
+    scheduler.enable_chunked_prefill, cache.enable_prefix_caching = chunked, prefix
+    scheduler.max_num_batched_tokens = budget
+    if block_size is not None:
+        cache.block_size = block_size
+    if drafts_with_mtp(vllm_config):
+        # Padded batches save a synchronisation that a CPU has not. They draft over rejected tokens too, and take the
+        # prompt's last token for the one that follows a chunk (prepare_next_token_ids_padded in 0.32).
+        vllm_config.speculative_config.disable_padded_drafter_batch = True
+
+
+def sample_without_discarded_requests(
+    original: Callable[..., Any], runner: CPUModelRunner, *args: Any, **kwargs: Any
+) -> Any:
+    """Keep a seeded request's generator out of the sampling of a chunk whose token is thrown away."""
+    generators: dict[int, torch.Generator] = runner.input_batch.generators
+    discarded = {row: generators.pop(row) for row in list(generators) if runner.discard_request_mask.np[row]}
+    try:
+        return original(runner, *args, **kwargs)
+    finally:
+        generators.update(discarded)
+
+
+def expand_on_a_cpu(
+    _original: Callable[..., torch.Tensor],
+    values: torch.Tensor,
+    ends: torch.Tensor,
+    num_tokens: int,
+    replace_from: float = 0,
+    replace_to: float = 0,
+) -> torch.Tensor:
+    """Repeat values [B] up to each one's end in ends [B], with `replace_from` replaced: [num_tokens]."""
+    replaced = values.masked_fill(values == replace_from, replace_to)
+    return replaced.repeat_interleave(ends.diff(prepend=ends.new_zeros(1)), output_size=num_tokens)
+
+
+def constrain_drafts_there_are(
+    original: Callable[..., torch.Tensor], logits: torch.Tensor, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """logits: [drafts, vocabulary]."""
+    return original(logits, *args, **kwargs) if len(logits) else logits
+
+
+def shrink_with_adapters_only(
+    original: Callable[..., None], punica: PunicaWrapperCPU, shrunk: torch.Tensor, *args: Any, **kwargs: Any
+) -> None:
+    """shrunk: [T, rank], which is multiplied with B next, and added to what the layer gives without adapters."""
+    original(punica, shrunk, *args, **kwargs)
+    shrunk[punica.token_lora_indices < 0] = 0
+
+
+def prepare_with_lengths_of_its_own(
+    original: Callable[..., Any], proposer: EagleProposer, *args: Any, **kwargs: Any
+) -> Any:
+    metadata, token_indices = original(proposer, *args, **kwargs)
+    metadata.seq_lens = metadata.seq_lens.clone()
+    return metadata, token_indices

@@ -1,0 +1,97 @@
+"""A GPU: vLLM's own MLA backends, and those of its MoE kernels that drop a zero expert."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from longcat_core.config import LongcatConfig
+from longcat_core.plugin.diagnosis import Finding
+from longcat_vllm.devices.base import Device
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from vllm.config import VllmConfig
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+    from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+
+class Cuda(Device):
+    def attention_backend(self) -> None:
+        return None
+
+    def experts_method(
+        self, choose: Callable[[], FusedMoEMethodBase], moe_config: FusedMoEConfig
+    ) -> FusedMoEMethodBase:
+        from longcat_vllm.devices.cuda.experts import skipping_zero_experts
+
+        moe_config.is_lora_enabled = False  # adapters.py: no adapter changes experts, so any kernel will do
+        return skipping_zero_experts(choose, moe_config)
+
+    def expert_map(self, num_experts: int, device: torch.device) -> Tensor:
+        """The identity. With a map, vLLM's Triton experts drop an id of -1 (`moe_align_block_size`, `moe_sum`);
+        without one, they sum its uninitialised output. The price is vLLM's shortcut for batches of very few tokens
+        (`naive_block_assignment`), which it takes only without a map.
+        """
+        import torch
+
+        return torch.arange(num_experts, dtype=torch.int32, device=device)
+
+    def has_packed(self, experts: RoutedExperts) -> bool:
+        from longcat_vllm.devices.cuda.experts import kernel_of
+
+        method = experts.quant_method
+        return kernel_of(method) == "FlashInferExperts" and method.moe_kernel is not None
+
+    def reasons_for_own_class(self, vllm_config: VllmConfig) -> list[str]:
+        quantization = vllm_config.model_config.quantization
+        return [] if quantization is None else [f"quantization {quantization!r} is not there yet in longcat-serving"]
+
+    def unsupported(self, vllm_config: VllmConfig) -> list[str]:
+        return []
+
+    def implementations(self, config: LongcatConfig | None) -> list[Finding]:
+        import torch
+
+        from longcat_vllm.devices.cuda.experts import SKIP_ZERO_EXPERTS
+
+        attention, experts = engine_choice(config, torch.bfloat16)
+        kernel = experts if experts in SKIP_ZERO_EXPERTS else f"TritonExperts instead of vLLM's choice, {experts},"
+        return [
+            Finding("attention", f"{attention} in bfloat16, unless --attention-backend says otherwise"),
+            Finding("MoE", f"{kernel} in bfloat16, unless --moe-backend says otherwise; zero experts as id -1"),
+        ]
+
+
+def engine_choice(config: LongcatConfig | None, dtype: torch.dtype) -> tuple[str, str]:
+    """vLLM's own attention backend and MoE kernel for one rank; without a configuration, LongCat-Flash-Chat's sizes."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEParallelConfig, RoutingMethodType
+    from vllm.model_executor.layers.fused_moe.oracle.unquantized import select_unquantized_moe_backend
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.selector import get_attn_backend
+
+    hidden, inner = (config.hidden_size, config.expert_ffn_hidden_size) if config is not None else (6144, 2048)
+    experts, top_k = (config.n_routed_experts, config.moe_topk) if config is not None else (512, 12)
+    latent, heads = (config.latent_dim, config.num_attention_heads) if config is not None else (576, 64)
+    with set_current_vllm_config(VllmConfig()):
+        attention = get_attn_backend(latent, dtype, "auto", use_mla=True, num_heads=heads)
+        backend, kernel = select_unquantized_moe_backend(
+            FusedMoEConfig(
+                num_experts=experts,
+                experts_per_token=top_k,
+                hidden_dim=hidden,
+                intermediate_size=inner,
+                num_local_experts=experts,
+                num_logical_experts=experts,
+                activation=MoEActivation.SILU,
+                device=current_platform.device_type,
+                routing_method=RoutingMethodType.Unspecified,
+                moe_parallel_config=FusedMoEParallelConfig.make_no_parallel(),
+                in_dtype=dtype,
+            )
+        )
+    return attention.get_name(), kernel.__name__ if kernel is not None else backend.value

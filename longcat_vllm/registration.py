@@ -1,0 +1,101 @@
+"""Entries of vLLM's tables, and of transformers': what the rows of `hooks.HOOKS` put there, and find there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from longcat_core.family import ARCHITECTURE, ARCHITECTURES
+from longcat_vllm.engine import DRAFT_ARCHITECTURE, OWN_ARCHITECTURE
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+def register_model() -> None:
+    _register(ARCHITECTURE, "longcat_vllm.model:LongcatFlashForCausalLM")
+
+
+def registered_model() -> str:
+    return _registered(ARCHITECTURE)
+
+
+def register_own_model() -> None:
+    _register(OWN_ARCHITECTURE, "vllm.model_executor.models.longcat_flash:LongcatFlashForCausalLM")
+
+
+def registered_own_model() -> str:
+    return __name__ if _registered(OWN_ARCHITECTURE).endswith(".longcat_flash") else "none"
+
+
+def register_draft_model() -> None:
+    """Flash-Lite's drafter has the same architecture: `mtp.LongcatFlashMTP` hands it to vLLM's own class."""
+    _register(DRAFT_ARCHITECTURE, "longcat_vllm.mtp:LongcatFlashMTP")
+
+
+def registered_draft_model() -> str:
+    return _registered(DRAFT_ARCHITECTURE)
+
+
+def _register(architecture: str, model: str) -> None:
+    from vllm import ModelRegistry
+
+    ModelRegistry.register_model(architecture, model)
+
+
+def _registered(architecture: str) -> str:
+    from vllm import ModelRegistry
+
+    model = ModelRegistry.models.get(architecture)
+    return str(getattr(model, "module_name", type(model).__module__))
+
+
+def register_config_class() -> None:
+    from transformers import CONFIG_MAPPING
+
+    from longcat_vllm.config import LongcatFlashConfig
+
+    CONFIG_MAPPING.register("longcat_flash", LongcatFlashConfig, exist_ok=True)
+
+
+def registered_config_class() -> str:
+    from transformers import CONFIG_MAPPING
+
+    return str(CONFIG_MAPPING["longcat_flash"].__module__)
+
+
+def register_architecture() -> None:
+    from vllm.transformers_utils.config import _ARCHITECTURE_TO_MODEL_TYPE
+
+    for architecture in ARCHITECTURES:
+        _ARCHITECTURE_TO_MODEL_TYPE.setdefault(architecture, "longcat_flash")
+
+
+def registered_architecture() -> str:
+    from vllm.transformers_utils.config import _ARCHITECTURE_TO_MODEL_TYPE
+
+    return __name__ if set(ARCHITECTURES) <= _ARCHITECTURE_TO_MODEL_TYPE.keys() else "none"
+
+
+def register_config_check() -> None:
+    """
+    Raises:
+        RuntimeError: if the table has an entry that is not ours, which would have to be called as well.
+    """
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+
+    class LongcatFlashForCausalLMConfig(VerifyAndUpdateConfig):
+        @staticmethod
+        def verify_and_update_config(vllm_config: VllmConfig) -> None:
+            from longcat_vllm import deployment
+
+            deployment.check(vllm_config)
+
+    entry = MODELS_CONFIG_MAP.setdefault(ARCHITECTURE, LongcatFlashForCausalLMConfig)
+    if entry.__module__ != __name__:
+        raise RuntimeError(f"{entry.__module__}.{entry.__qualname__} is there already, wanted no entry")
+
+
+def registered_config_check() -> str:
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    return str(getattr(MODELS_CONFIG_MAP.get(ARCHITECTURE), "__module__", "none"))
