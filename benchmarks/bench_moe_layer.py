@@ -66,11 +66,12 @@ def vllm_ffns(w13: Tensor, w2: Tensor) -> tuple[ExpertFFN, ExpertFFN]:
 
 
 def sglang_ffns(w13: Tensor, w2: Tensor) -> tuple[ExpertFFN, ExpertFFN]:
-    from longcat_sglang.platform import prepare_cpu
+    from longcat_sglang.devices.cpu.platform import prepare_cpu
 
     prepare_cpu()
-    from longcat_sglang.devices.cpu.experts import CPU_KERNELS, select_cpu_kernel
     from sglang.srt.layers.moe.fused_moe_native import moe_forward_native
+
+    from longcat_sglang.devices.cpu.experts import CPU_KERNELS, select_cpu_kernel
 
     layer = SimpleNamespace(num_experts=w13.shape[0], w13_weight=w13, w2_weight=w2)
     config = SimpleNamespace(apply_router_weight_on_input=False, activation="silu", gemm1_alpha=None)

@@ -23,8 +23,8 @@ def register_platform() -> None:
     SGLang calls it when it is imported, before anything that needs what is prepared; a platform of our own would
     turn its speculation off (speculative/eagle_worker_v2.py in 0.5.21).
     """
+    from longcat_sglang.devices.cpu.platform import prepare_cpu
     from longcat_sglang.one_batch import load_plugins_for_one_batch
-    from longcat_sglang.platform import prepare_cpu
 
     prepare_cpu()
     load_plugins_for_one_batch()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sglang.srt import configs
@@ -10,7 +10,8 @@ from sglang.srt import configs
 from longcat_core import spellings
 from longcat_core.config import LongcatConfig
 from longcat_core.family import Member, member_of
-from longcat_sglang.compat import require_supported
+from longcat_sglang.engine import is_longcat
+from longcat_sglang.hooks import require_supported
 
 
 class LongcatFlashConfig(configs.LongcatFlashConfig):
@@ -57,3 +58,8 @@ class LongcatFlashConfig(configs.LongcatFlashConfig):
         fields = super().to_dict()
         fields.pop("_longcat", None)
         return fields
+
+
+def read_again_as_overridden(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    config = original(*args, **kwargs)
+    return config.overridden(kwargs["model_override_args"]) if is_longcat(config) else config

@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-from longcat_core.config import LongcatConfig
 from longcat_core.drafting import gate as drafting
-from longcat_core.plugin.engine import refuse, unsupported_cpu_cache, unsupported_quantization, uses_gate
-from longcat_core.weights import checkpoint
-from longcat_sglang import options
-from longcat_sglang.compat import require_supported
-from longcat_sglang.engine import CPU_ATTENTION
+from longcat_core.plugin.engine import refuse, tell_of_own_class, unsupported_quantization, uses_gate
+from longcat_sglang import devices, loading, options
+from longcat_sglang.engine import MTP_ALGORITHMS, OWN_CLASS, algorithm_of, drafts_with_mtp
+from longcat_sglang.hooks import require_supported
+
+if TYPE_CHECKING:
+    from sglang.srt.server_args import ServerArgs
 
 logger = logging.getLogger(__name__)
 
-MTP_ALGORITHMS = ("NEXTN", "EAGLE")
-"""SGLang's names for drafting with a layer that takes the target's hidden states."""
+
+def settle(server_args: ServerArgs) -> None:
+    """Check a LongCat's deployment, and settle what SGLang would otherwise choose, or ask of its class.
+
+    Raises:
+        ValueError: as `check`.
+    """
+    from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
+
+    settings, hf_config = resolving_view(server_args), model_config_of(server_args).hf_config
+    if reasons := reasons_for_sglangs_own_class(settings, hf_config):
+        tell_of_own_class("SGLang", reasons, _LOST, logger)
+        # Every process of SGLang reads the configuration again, and these with it.
+        overrides = {**json.loads(settings.json_model_override_args), OWN_CLASS: True}
+        declare_resolution(server_args, "longcat-serving", json_model_override_args=json.dumps(overrides))
+        setattr(hf_config, OWN_CLASS, True)
+        return
+    check(server_args, settings, hf_config)
+    if (backend := devices.of(settings.device).attention_backend) is not None:
+        declare_resolution(server_args, "longcat-serving", attention_backend=backend)
+    drafts_some = settings.speculative_num_steps is not None
+    if drafts_with_mtp(settings) and drafts_some and settings.speculative_eagle_topk is None:
+        # SGLang compares it with 1 whether it is there or not (arg_groups/speculative_hook.py).
+        declare_resolution(server_args, "longcat-serving", speculative_eagle_topk=1)
 
 
 def check(server_args: Any, settings: Any, hf_config: Any) -> None:
@@ -30,59 +50,26 @@ def check(server_args: Any, settings: Any, hf_config: Any) -> None:
     """
     require_supported()
     refuse(_unsupported(server_args, settings, hf_config))
-    directory = local_directory(settings)
-    _check_checkpoint(directory, settings, hf_config.longcat)
+    directory = loading.local_directory(settings)
+    loading.check(directory, settings, hf_config.longcat)
     if is_gate_asked_for(hf_config) or drafts_with_mtp(settings):
         gate = drafting.load(directory) if directory is not None else None
         threshold = None if gate is None else gate.threshold
         uses_gate(threshold, is_gate_asked_for(hf_config), obstacles_to_gate(settings), GATE_OPTION, logger)
 
 
-def local_directory(settings: Any) -> Path | None:
-    """Where the checkpoint is on this machine, if it is: its directory, or its snapshot in the cache of the Hub."""
-    if Path(settings.model_path).is_dir():
-        return Path(settings.model_path)
-    try:
-        return Path(
-            snapshot_download(
-                settings.model_path, revision=settings.revision, cache_dir=settings.download_dir, local_files_only=True
-            )
-        )
-    except (HFValidationError, LocalEntryNotFoundError):
-        return None
-
-
-READS_PUBLISHED_TENSORS = ("auto", "safetensors", "fastsafetensors", "runai_streamer", "presharded")
-"""Load formats whose safetensors have the published names. Others have files or names of their own."""
-
-
-def _check_checkpoint(directory: Path | None, settings: Any, longcat: LongcatConfig) -> None:
-    """Check what can be before it is loaded, and say in the log what is not."""
-    unchecked = ""
-    if settings.load_format not in READS_PUBLISHED_TENSORS:
-        unchecked = f"--load-format {settings.load_format} does not read published safetensors"
-    elif directory is None:
-        unchecked = f"{settings.model_path} is not on this machine yet"
-    elif not any(directory.glob("*.safetensors")) and (found := [*directory.glob("*.bin"), *directory.glob("*.pt")]):
-        unchecked = f"{found[0].name} is not safetensors"
-    if unchecked or directory is None:
-        logger.info("The checkpoint is not checked before it is loaded: %s.", unchecked)
-        return
-    checkpoint.verify(directory, longcat, requires_mtp=drafts_with_mtp(settings))
-
-
 def reasons_for_sglangs_own_class(settings: Any, hf_config: Any) -> list[str]:
-    """What our class cannot serve yet, and SGLang's own can, which runs on GPUs only."""
-    reasons, quantization = (
-        options.reasons_for_own_class(settings, hf_config.longcat),
-        _quantization(settings, hf_config),
-    )
-    if quantization is not None and settings.device != "cpu":
+    """What our class cannot serve yet, and SGLang's own can, where it runs."""
+    if not devices.of(settings.device).runs_own_class:
+        return []
+    reasons = options.reasons_for_own_class(settings, hf_config.longcat)
+    quantization = _quantization(settings, hf_config)
+    if quantization is not None:
         reasons.append(f"quantization {quantization!r} is not there yet in longcat-serving")
     return reasons
 
 
-LOST = (
+_LOST = (
     "zero experts scaled by routed_scaling_factor (sglang#10019), without which its answers are not LongCat's; expert "
     "choices of zero experts without a GEMM row, the audit of the checkpoint, drafts from the MTP layer's own latent"
 )
@@ -100,23 +87,8 @@ def _unsupported(server_args: Any, settings: Any, hf_config: Any) -> list[str]:
     quantization = _quantization(settings, hf_config)
     if quantization is not None:
         problems.append(unsupported_quantization(quantization))
-    if settings.device == "cpu":
-        wanted = (None, "auto", CPU_ATTENTION)
-        for option in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
-            given = getattr(server_args, option)
-            if given not in wanted:
-                problems.append(f"{option}: {given!r}, wanted our own on a CPU; leave --{option.replace('_', '-')} out")
-        if settings.kv_cache_dtype.startswith("fp"):
-            problems.append(unsupported_cpu_cache(settings.kv_cache_dtype))
-        if server_args.page_size not in (None, 1):
-            problems.append(
-                f"page_size: {server_args.page_size}, wanted 1 on a CPU, as SGLang's pages need Triton; "
-                "leave --page-size out"
-            )
-        if settings.enable_dp_attention:
-            problems.append("data-parallel attention on a CPU is not there yet; leave --enable-dp-attention out")
-        if settings.enable_torch_compile:
-            problems.append("torch.compile on a CPU is not there yet; leave --enable-torch-compile out")
+    device = devices.of(settings.device)
+    problems += device.unsupported(server_args, settings)
     if settings.pp_size > 1:
         problems.append(
             f"pp_size: {settings.pp_size}, wanted 1, as SGLang's layer boundaries have no pipeline for LongCat; "
@@ -133,16 +105,16 @@ def _unsupported(server_args: Any, settings: Any, hf_config: Any) -> list[str]:
             "give --ep-size one"
         )
     problems += _unsupported_speculation(server_args, settings)
-    return problems + options.refusals(settings, longcat)
+    return problems + options.refusals(settings, longcat, device.runs_own_class)
 
 
 def _unsupported_speculation(server_args: Any, settings: Any) -> list[str]:
-    algorithm, problems = _algorithm(settings), []
-    if algorithm not in (None, *MTP_ALGORITHMS, *(() if settings.device == "cpu" else ("NGRAM",))):
+    algorithm, problems = algorithm_of(settings), []
+    device = devices.of(settings.device)
+    if algorithm not in (None, *MTP_ALGORITHMS, *device.other_algorithms):
         problems.append(
             f"speculative_algorithm: {algorithm!r}, wanted NEXTN, which drafts with LongCat's own MTP layer"
-            + (", or NGRAM" if settings.device != "cpu" else "; NGRAM on a CPU needs sgl_kernel")
-            + "; change --speculative-algorithm"
+            f"{device.algorithm_advice}; change --speculative-algorithm"
         )
     if not drafts_with_mtp(settings):
         return problems
@@ -166,12 +138,6 @@ def _unsupported_speculation(server_args: Any, settings: Any) -> list[str]:
         if getattr(settings, option):
             flag = option.replace("_", "-")
             problems.append(f"{option} is not there for LongCat's MTP layer; leave --{flag} out")
-    backend = settings.speculative_draft_attention_backend
-    if settings.device == "cpu" and backend not in (None, CPU_ATTENTION):
-        problems.append(
-            f"speculative_draft_attention_backend: {backend!r}, wanted our own on a CPU; "
-            "leave --speculative-draft-attention-backend out"
-        )
     return problems
 
 
@@ -209,9 +175,7 @@ def obstacles_to_gate(settings: Any) -> list[str]:
     """Options with which the number of drafts is fixed before a gate can judge them, or drafts are not its own."""
     if not drafts_with_mtp(settings):
         return ["there are no drafts of the MTP layer; give --speculative-algorithm NEXTN"]
-    obstacles = []
-    if settings.device != "cpu":
-        obstacles.append(f"device is {settings.device!r}, where graphs verify a fixed number of drafts")
+    obstacles = devices.of(settings.device).obstacles_to_gate()
     if (settings.speculative_eagle_topk or 1) > 1:
         obstacles.append(f"speculative_eagle_topk is {settings.speculative_eagle_topk}, wanted 1, as it judges chains")
     obstacles += [
@@ -220,12 +184,3 @@ def obstacles_to_gate(settings: Any) -> list[str]:
         if getattr(settings, option)
     ]
     return obstacles
-
-
-def drafts_with_mtp(settings: Any) -> bool:
-    return _algorithm(settings) in MTP_ALGORITHMS
-
-
-def _algorithm(settings: Any) -> str | None:
-    """As SGLang will spell it; NEXTN and EAGLE are one thing to it."""
-    return settings.speculative_algorithm and settings.speculative_algorithm.upper()

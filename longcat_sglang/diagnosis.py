@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 from longcat_core.plugin.diagnosis import Finding, checkpoint_findings, hook_findings, version_of
-from longcat_sglang import options
+from longcat_sglang import devices
+from longcat_sglang.devices.cpu.platform import prepare_cpu_as_for_longcat
 from longcat_sglang.engine import SGLANG
 from longcat_sglang.hooks import HOOKS
-from longcat_sglang.platform import prepare_cpu_as_for_longcat
 
 
 def diagnose(checkpoint: Path | None = None) -> list[Finding]:
@@ -32,7 +32,7 @@ def diagnose(checkpoint: Path | None = None) -> list[Finding]:
     if checkpoint is not None:
         findings += checkpoint_findings(checkpoint)
     if not any(finding.problem for finding in findings):
-        findings += _implementations()
+        findings += devices.current().implementations()
     return findings
 
 
@@ -45,26 +45,3 @@ def _platform() -> Finding:
         return Finding("platform", name)
     wanted = f"SGLANG_PLATFORM={selected!r} keeps longcat-serving from preparing a CPU; unset it" if selected else ""
     return Finding("platform", name, wanted)
-
-
-def _implementations() -> list[Finding]:
-    import torch
-    from sglang.srt.utils import is_cpu
-
-    if not is_cpu():
-        return [
-            Finding("attention", "SGLang's MLA backend of its choice (--attention-backend)"),
-            Finding("MoE", f"zero experts as id -1, skipped by one of {', '.join(options.SKIP_ZERO_EXPERTS)}"),
-        ]
-    from longcat_sglang.attention import LatentAttentionBackend
-    from longcat_sglang.cpu_experts import select_cpu_kernel
-
-    backend = f"{LatentAttentionBackend.__module__}.{LatentAttentionBackend.__qualname__}"
-    kernels = [
-        f"{select_cpu_kernel(dtype)} in {str(dtype).removeprefix('torch.')}"
-        for dtype in (torch.bfloat16, torch.float32)
-    ]
-    return [
-        Finding("attention", f"{backend}: any sizes, chunked prefill, radix cache"),
-        Finding("MoE", f"rows of FFN experts only; {', '.join(kernels)}"),
-    ]

@@ -18,7 +18,8 @@ CPU_ATTENTION = "torch_native"
 """The name under which our attention backend is chosen on a CPU: it is the one that SGLang takes to need no Triton and
 no graph (`support_triton`, arg_groups/attention_hook.py). For other models it stays SGLang's own."""
 
-
+MTP_ALGORITHMS = ("NEXTN", "EAGLE")
+"""SGLang's names for drafting with a layer that takes the target's hidden states."""
 OWN_CLASS = "longcat_own_class"
 """Field of the configuration object: true where a LongCat-Flash is left to SGLang's own class."""
 
@@ -28,7 +29,16 @@ def is_longcat(hf_config: Any) -> bool:
     return hasattr(hf_config, "longcat") and not getattr(hf_config, OWN_CLASS, False)
 
 
-# -- what a call of a wrapped function is about: see `longcat_core.hooks.guarded` ----------------------
+def algorithm_of(settings: Any) -> str | None:
+    """The speculative algorithm as SGLang will spell it; NEXTN and EAGLE are one thing to it."""
+    return settings.speculative_algorithm and settings.speculative_algorithm.upper()
+
+
+def drafts_with_mtp(settings: Any) -> bool:
+    return algorithm_of(settings) in MTP_ALGORITHMS
+
+
+# -- what a call of a wrapped function is about: see `longcat_core.plugin.hooks.guarded` ----------------------
 
 
 def configures_longcat(model_config: Any, *_: Any, **__: Any) -> bool:

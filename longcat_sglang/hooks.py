@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import partial
 
 from longcat_core.plugin.hooks import Entry, Hook, Stage, Wrapper
+from longcat_sglang.engine import SGLANG
 
 _Registered = partial(
-    Wrapper, wrap="longcat_sglang.compat:register_around", wrapped_by="longcat_sglang.compat:module_around"
+    Wrapper, wrap="longcat_sglang.registration:register_around", wrapped_by="longcat_sglang.registration:module_around"
 )
 """Wrapped through SGLang's own registry of hooks, after all plugins have been called: of `Stage.PROCESS` only what no
 process needs an accelerator or `sgl_kernel` to import."""
@@ -16,7 +17,7 @@ HOOKS: tuple[Hook, ...] = (
     _Registered(
         name="model class",
         target="sglang.srt.model_loader.utils.get_model_architecture",
-        around="longcat_sglang.compat:our_model_class",
+        around="longcat_sglang.registration:our_model_class",
         concerns="longcat_sglang.engine:configures_longcat",
         why="SGLang's own model does not scale zero experts, and computes them as expert 0. Not through "
         "`ModelRegistry.register`, which imports every model there is, in every process, and would give us Flash-Lite "
@@ -27,8 +28,8 @@ HOOKS: tuple[Hook, ...] = (
     Entry(
         name="configuration class",
         target="sglang.srt.utils.hf_transformers.common._CONFIG_REGISTRY['longcat_flash']",
-        put="longcat_sglang.compat:register_config_class",
-        found="longcat_sglang.compat:registered_config_class",
+        put="longcat_sglang.registration:register_config_class",
+        found="longcat_sglang.registration:registered_config_class",
         why="SGLang takes the `num_hidden_layers` that transformers saves, which is twice the layers, and puts the "
         "sizes of the 560 B model in for whatever is missing.",
         remove_when="SGLang's LongcatFlashConfig reads both spellings, and has no default sizes.",
@@ -36,8 +37,8 @@ HOOKS: tuple[Hook, ...] = (
     Entry(
         name="checkpoint check",
         target="sglang.srt.arg_groups.resolution_hooks['handle_model_specific_adjustments']",
-        put="longcat_sglang.compat:register_config_check",
-        found="longcat_sglang.compat:registered_config_check",
+        put="longcat_sglang.registration:register_config_check",
+        found="longcat_sglang.registration:registered_config_check",
         why="A wrong checkpoint or deployment is found by a worker, tens of seconds later, if at all. SGLang has these "
         "hooks for plugins.",
         remove_when="Never: it is SGLang's way.",
@@ -45,15 +46,15 @@ HOOKS: tuple[Hook, ...] = (
     Entry(
         name="attention backend",
         target="sglang.srt.layers.attention.attention_registry.ATTENTION_BACKENDS['torch_native']",
-        put="longcat_sglang.compat:register_attention_backend",
-        found="longcat_sglang.compat:registered_attention_backend",
+        put="longcat_sglang.registration:register_attention_backend",
+        found="longcat_sglang.registration:registered_attention_backend",
         why="On a CPU SGLang's torch_native backend takes MLA's queries for those of plain attention.",
         remove_when="It has MLA, in latent space and for any sizes.",
     ),
     _Registered(
         name="overridden configuration",
         target="sglang.srt.utils.hf_transformers.config.get_config",
-        around="longcat_sglang.compat:read_again_as_overridden",
+        around="longcat_sglang.config:read_again_as_overridden",
         concerns="longcat_sglang.engine:overrides_fields",
         why="SGLang sets the fields of `--json-model-override-args` on a configuration that has been read, so that "
         "nothing that is derived from them follows.",
@@ -62,7 +63,7 @@ HOOKS: tuple[Hook, ...] = (
     _Registered(
         name="prompt check",
         target="sglang.srt.managers.scheduler.Scheduler._add_request_to_queue",
-        around="longcat_sglang.compat:refuse_tokens_outside_the_vocabulary",
+        around="longcat_sglang.requests:refuse_tokens_outside_the_vocabulary",
         concerns="longcat_sglang.engine:schedules_longcat",
         stage=Stage.MODEL,
         why="A prompt with a token outside the vocabulary ends the server: SGLang checks the number of tokens only, "
@@ -73,7 +74,7 @@ HOOKS: tuple[Hook, ...] = (
     _Registered(
         name="draft attention",
         target="sglang.srt.speculative.draft_utils.DraftBackendFactory.create_decode_backend",
-        around="longcat_sglang.compat:our_drafting_backend",
+        around="longcat_sglang.devices.cpu.patches:our_drafting_backend",
         concerns="longcat_sglang.engine:drafts_for_longcat",
         why="SGLang has a list of attention backends that can draft, and refuses ours: 'EAGLE is not supported in "
         "decode attention backend torch_native'.",
@@ -82,7 +83,7 @@ HOOKS: tuple[Hook, ...] = (
     _Registered(
         name="draft attention, extending",
         target="sglang.srt.speculative.draft_utils.DraftBackendFactory.create_draft_extend_backend",
-        around="longcat_sglang.compat:no_backend_beside_ours",
+        around="longcat_sglang.devices.cpu.patches:no_backend_beside_ours",
         concerns="longcat_sglang.engine:drafts_for_longcat",
         why="As draft attention.",
         remove_when="As draft attention.",
@@ -90,19 +91,30 @@ HOOKS: tuple[Hook, ...] = (
     _Registered(
         name="sampled verification",
         target="sglang.srt.speculative.eagle_utils.eagle_sample",
-        around="longcat_sglang.compat:sample_where_requests_do",
+        around="longcat_sglang.devices.cpu.patches:sample_where_requests_do",
         concerns="longcat_sglang.engine:verifies_longcat",
         stage=Stage.MODEL,
+        device="cpu",
         why="On a CPU requests that sample are answered greedily while drafting, whatever their temperature: "
-        "`_verify_uses_greedy` takes the greedy path for every request there. On every device all drafts of a request "
-        "get the penalties of the token before them ('a relaxed version of penalties'), and no custom logit processor. "
-        "So for every model. A processor that looks at the request sees it as it was before the drafts.",
-        remove_when="`eagle_sample` samples on a CPU, penalises a draft for those before it, and applies processors.",
+        "`_verify_uses_greedy` takes the greedy path for every request there. So for every model.",
+        remove_when="`eagle_sample` samples on a CPU.",
+    ),
+    _Registered(
+        name="penalties of drafts",
+        target="sglang.srt.speculative.eagle_utils.eagle_sample",
+        around="longcat_sglang.penalties:transform_at_every_node",
+        concerns="longcat_sglang.engine:verifies_longcat",
+        stage=Stage.MODEL,
+        why="All drafts of a request get the penalties of the token before them ('a relaxed version of penalties'), "
+        "and no custom logit processor. So for every model. A processor that looks at the request sees it as it was "
+        "before the drafts.",
+        remove_when="`eagle_sample` penalises a draft for those before it, and applies processors.",
+        upstream="sgl-project/sglang#33643, sgl-project/sglang#27769 (open)",
     ),
     Wrapper(
         name="penalties",
         target="sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.copy_for_forward",
-        around="longcat_sglang.compat:penalties_of_what_was_generated",
+        around="longcat_sglang.penalties:penalties_of_what_was_generated",
         concerns="longcat_sglang.engine:samples_longcat",
         stage=Stage.MODEL,
         why="Penalties (frequency, presence, repetition, min_new_tokens) count one token a step, whatever number of "
@@ -114,7 +126,7 @@ HOOKS: tuple[Hook, ...] = (
     Wrapper(
         name="order of steps under penalties",
         target="sglang.srt.managers.scheduler.Scheduler.is_disable_overlap_for_batch",
-        around="longcat_sglang.compat:process_what_is_penalised",
+        around="longcat_sglang.penalties:process_what_is_penalised",
         concerns="longcat_sglang.engine:schedules_longcat",
         stage=Stage.MODEL,
         why="As penalties: with overlapping steps the scheduler does not know the last step's tokens when the next "
@@ -124,7 +136,7 @@ HOOKS: tuple[Hook, ...] = (
     _Registered(
         name="draft gate",
         target="sglang.srt.speculative.spec_info.SpeculativeAlgorithm.create_worker",
-        around="longcat_sglang.compat:gated_worker",
+        around="longcat_sglang.speculation:gated_worker",
         concerns="longcat_sglang.engine:works_for_longcat",
         why="All drafts are verified, worth it or not. A worker for an algorithm of our own would need another flag "
         "than the stock one.",
@@ -134,7 +146,7 @@ HOOKS: tuple[Hook, ...] = (
         name="refused update",
         target="sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
         ".update_weights_from_tensor",
-        around="longcat_sglang.compat:say_that_an_update_is_refused",
+        around="longcat_sglang.loading:say_that_an_update_is_refused",
         concerns="longcat_sglang.engine:updates_longcat",
         why="An update whose tensors are not the model's ends the server: only updates from a disk and from another "
         "process's group are tried.",
@@ -143,7 +155,7 @@ HOOKS: tuple[Hook, ...] = (
     Wrapper(
         name="slots that drafts reserve",
         target="sglang.srt.mem_cache.kv_cache_configurator.get_req_to_token_extra_context_len",
-        around="longcat_sglang.compat:count_what_is_reserved",
+        around="longcat_sglang.requests:count_what_is_reserved",
         concerns="longcat_sglang.engine:is_longcats_process",
         stage=Stage.MODEL,
         why="On a CPU a request that comes near the end of the context ends the server, if there are many drafts: what "
@@ -152,3 +164,23 @@ HOOKS: tuple[Hook, ...] = (
         remove_when="It is counted for pages of one token too.",
     ),
 )
+
+
+def require_supported() -> None:
+    """Raise UnsupportedEngineError unless this SGLang is one that we know, with our hooks in place; it only logs it if
+    one of them does not take."""
+    SGLANG.require_supported(HOOKS)
+
+
+def install(stage: Stage) -> None:
+    """Called when a LongCat model is about to be served, or is built in this process.
+
+    Raises:
+        UnsupportedEngineError: as `require_supported`.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry
+    from sglang.srt.utils import get_device
+
+    SGLANG.install(HOOKS, stage, get_device().partition(":")[0])
+    HookRegistry.apply_hooks()  # as SGLang has done with what was registered while it loaded its plugins
+    require_supported()

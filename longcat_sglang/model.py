@@ -24,7 +24,7 @@ from sglang.srt.model_loader.utils import maybe_executor_submit, should_async_lo
 from sglang.srt.model_loader.weight_utils import default_weight_loader
 from sglang.srt.models.deepseek_v2 import DeepseekV2AttentionMLA
 from sglang.srt.runtime_context import get_parallel, get_stream
-from sglang.srt.utils import BumpAllocator, add_prefix, bind_or_assign, is_cpu
+from sglang.srt.utils import BumpAllocator, add_prefix, bind_or_assign
 from torch import Tensor, nn
 
 from longcat_core import spellings
@@ -33,11 +33,10 @@ from longcat_core.layers import rotary
 from longcat_core.plugin.hooks import Stage
 from longcat_core.weights import audit
 from longcat_core.weights.plan import Layout, Target, load_plan
-from longcat_sglang.compat import mend_for_longcat
+from longcat_sglang import devices, hooks
 from longcat_sglang.config import LongcatFlashConfig
+from longcat_sglang.devices.cuda.rotary import LongcatRotaryEmbedding
 from longcat_sglang.moe import LongcatMoE
-from longcat_sglang.platform import bind_rank_to_its_cores
-from longcat_sglang.rotary import LongcatRotaryEmbedding
 
 LAYOUT = Layout(fused_qkv_a="fused_qkv_a_proj_with_mqa", experts="experts")
 WORTH_A_THREAD = 2**18
@@ -47,7 +46,7 @@ WORTH_A_THREAD = 2**18
 class LongcatAttention(DeepseekV2AttentionMLA):
     """MLA. Both MLA scales are folded into the norms' weights when these are loaded.
 
-    SGLang's layer for DeepSeek's MLA, which knows its CUDA backends; on a CPU only its parameters are used.
+    SGLang's layer for DeepSeek's MLA, whose forward pass knows its CUDA backends; a device may have another one.
     """
 
     def __init__(
@@ -99,21 +98,8 @@ class LongcatAttention(DeepseekV2AttentionMLA):
         sin: Tensor,
     ) -> Tensor:
         """hidden_states: [T, H]; cos and sin: fp32 [T, 1, rope / 2]. Returns [T, H], a part of the sum over ranks."""
-        if not is_cpu():
-            return super().forward(positions, hidden_states, forward_batch, zero_allocator)
-        qkv_a = self.prepare_qkv_latent(hidden_states, forward_batch)
-        q_a, latent, k_rope = qkv_a.split([self.q_lora_rank, self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-        query = self.q_b_proj_forward(self.q_a_layernorm(q_a))
-        q_nope, q_rope = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        rotated = rotary.rotate_interleaved(torch.cat((q_rope, k_rope.unsqueeze(1)), dim=1), cos, sin)
-        q_rope, k_rope = rotated.split([self.num_local_heads, 1], dim=1)
-        query = torch.cat((q_nope, q_rope), dim=-1)
-        latent = self.kv_a_layernorm(latent).unsqueeze(1)
-        keys = torch.cat((latent, k_rope), dim=-1)
-        w_uk, w_uv = self.w_kc, self.w_vc.transpose(1, 2)
-        attended = self.attn_mqa(query, keys, latent, forward_batch, w_uk=w_uk, w_uv=w_uv)
-        output, _ = self.o_proj(attended)
-        return output
+        device = devices.current()
+        return device.attend(self, positions, hidden_states, forward_batch, zero_allocator, cos, sin)
 
     def process_weights_after_loading(self) -> None:
         """Take `kv_b_proj` apart into w_kc [heads, nope, latent] and w_vc [heads, latent, v], in SGLang's strides."""
@@ -121,11 +107,6 @@ class LongcatAttention(DeepseekV2AttentionMLA):
         w_kc, w_vc = parts.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
         self.w_kc = bind_or_assign(self.w_kc, w_kc.transpose(1, 2).contiguous().transpose(1, 2))
         self.w_vc = bind_or_assign(self.w_vc, w_vc.contiguous().transpose(1, 2))
-
-
-def rotary_embedding_of(config: LongcatConfig) -> LongcatRotaryEmbedding | None:
-    """One for all attentions of a model, as its table is large; none on a CPU, where `LongcatAttention` rotates."""
-    return None if is_cpu() else LongcatRotaryEmbedding(config)
 
 
 class LongcatFFN(nn.Module):
@@ -233,7 +214,7 @@ class LongcatModel(nn.Module):
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size, config.hidden_size, use_attn_tp_group=is_dp_attention_enabled()
         )
-        alt_stream, rotary_embedding = get_stream("alt"), rotary_embedding_of(config)
+        alt_stream, rotary_embedding = get_stream("alt"), devices.current().rotary_embedding(config)
         self.layers = nn.ModuleList(
             LongcatDecoderLayer(
                 hf_config, n, quant_config, add_prefix(f"layers.{n}", prefix), alt_stream, rotary_embedding
@@ -291,10 +272,9 @@ class LongcatCausalLM(nn.Module):
                 later loads update a running model and may be partial.
         """
         tensors = self._audited(weights, self.config.longcat, is_partial=self._is_loaded())
-        if is_cpu():  # SGLang does so itself before some updates, and not before one from a disk
-            for module in self.modules():
-                if isinstance(module, LongcatMoE):
-                    module.experts.quant_method.restore_weights_before_loading(module.experts)
+        for module in self.modules():
+            if isinstance(module, LongcatMoE):
+                devices.current().restore_experts(module.experts)
         parameters, copies = dict(self.named_parameters()), list[Future[None]]()
         with ThreadPoolExecutor() as executor:  # as SGLang's own models do
             for name, tensor in tensors:
@@ -341,9 +321,8 @@ class LongcatFlashForCausalLM(LongcatCausalLM):
     def __init__(
         self, config: LongcatFlashConfig, quant_config: QuantizationConfig | None = None, prefix: str = ""
     ) -> None:
-        if is_cpu():
-            bind_rank_to_its_cores()
-        mend_for_longcat(Stage.MODEL)
+        devices.current().prepare_process()
+        hooks.install(Stage.MODEL)
         super().__init__(config, quant_config, load_plan(config.longcat, LAYOUT))
         self.model = LongcatModel(config, quant_config, add_prefix("model", prefix))
         longcat = config.longcat

@@ -14,12 +14,13 @@ from sglang.srt.layers.moe.utils import get_moe_a2a_backend
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
-from sglang.srt.utils import add_prefix, get_device, is_cpu
+from sglang.srt.utils import add_prefix, get_device
 from torch import Tensor, nn
 
 from longcat_core.config import LongcatConfig
 from longcat_core.layers.experts import add_identity
 from longcat_core.layers.routing import route
+from longcat_sglang import devices
 
 
 class LongcatMoE(nn.Module):
@@ -40,7 +41,7 @@ class LongcatMoE(nn.Module):
             quant_config=quant_config,
             inplace=False,  # the dense branch reads the same input
             prefix=add_prefix("experts", prefix),
-            **_cpu_method(),
+            **devices.current().expert_arguments(),
         )
         _skip_zero_experts(self.experts, config)
 
@@ -85,14 +86,6 @@ class LongcatRouter(nn.Module):
         """fp32 logits [T, FFN experts + zero experts]."""
         logits, _ = self.classifier(hidden_states.float())
         return logits
-
-
-def _cpu_method() -> dict[str, object]:
-    if not is_cpu():
-        return {}
-    from longcat_sglang.cpu_experts import CompactedRowsMethod
-
-    return {"quant_method": CompactedRowsMethod()}
 
 
 def _skip_zero_experts(experts: Any, config: LongcatConfig) -> None:

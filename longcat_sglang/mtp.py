@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from longcat_core.layers import rotary
 from longcat_core.weights import audit
 from longcat_core.weights.plan import mtp_load_plan
+from longcat_sglang import devices
 from longcat_sglang.config import LongcatFlashConfig
-from longcat_sglang.model import LAYOUT, LongcatAttention, LongcatCausalLM, LongcatFFN, rotary_embedding_of
+from longcat_sglang.model import LAYOUT, LongcatAttention, LongcatCausalLM, LongcatFFN
 
 
 class LongcatMTPLayer(nn.Module):
@@ -49,7 +50,7 @@ class LongcatMTPLayer(nn.Module):
             quant_config,
             add_prefix("self_attn", prefix),
             get_stream("alt"),
-            rotary_embedding_of(config),
+            devices.current().rotary_embedding(config),
         )
         self.post_attention_layernorm = RMSNorm(hidden, eps=eps)
         ffn = LongcatFFN(hidden, config.ffn_hidden_size, quant_config, add_prefix("transformer_layer.mlp", prefix))

@@ -9,9 +9,9 @@ from importlib.abc import MetaPathFinder
 from typing import TYPE_CHECKING, Any
 
 from longcat_core.plugin.hooks import Wrapper
+from longcat_sglang.devices.cpu.platform import is_longcat as names_longcat
+from longcat_sglang.devices.cpu.platform import model_of
 from longcat_sglang.engine import is_longcat
-from longcat_sglang.platform import is_longcat as names_longcat
-from longcat_sglang.platform import model_of
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch

@@ -17,6 +17,11 @@ class Rule(NamedTuple):
     concerns: Concern
     instead: str = ""
     """What else helps than to leave the option out."""
+    device: str = ""
+    """The one device that it holds for, by SGLang's name; for all if there is none."""
+
+    def applies(self, settings: Any, longcat: LongcatConfig) -> bool:
+        return self.device in ("", settings.device) and self.concerns(settings, longcat)
 
 
 READ, RUN = "read in SGLang 0.5.21", "run on a CPU"
@@ -33,10 +38,6 @@ def _is(name: str, *values: Any) -> Concern:
 
 def _is_set(*names: str) -> Concern:
     return lambda settings, _: any(getattr(settings, name) for name in names)
-
-
-def _on_a_cpu(concern: Concern) -> Concern:
-    return lambda settings, longcat: settings.device == "cpu" and concern(settings, longcat)
 
 
 def _refused(flag: str, why: str, known_by: str = READ) -> Option:
@@ -103,7 +104,8 @@ WRONG: tuple[Rule, ...] = (
             "on a CPU SGLang's buffer for them, of pinned memory, needs CUDA",
             RUN,
         ),
-        _on_a_cpu(_is_set("enable_return_routed_experts")),
+        _is_set("enable_return_routed_experts"),
+        device="cpu",
     ),
     Rule(
         _refused(
@@ -158,7 +160,7 @@ OWN: tuple[Rule, ...] = (
             f"it is not known to skip zero experts, as {', '.join(SKIP_ZERO_EXPERTS)} do",
             READ,
         ),
-        lambda settings, _: settings.device != "cpu" and settings.moe_runner_backend not in SKIP_ZERO_EXPERTS,
+        lambda settings, _: settings.moe_runner_backend not in SKIP_ZERO_EXPERTS,
     ),
     Rule(
         Option(
@@ -248,19 +250,16 @@ OPTIONS: tuple[Option, ...] = (
 )
 
 
-def refusals(settings: Any, longcat: LongcatConfig) -> list[str]:
-    """What is wrong in any class, and on a CPU, where SGLang's own does not run, what is its: for `refuse`."""
-    asked = [rule for rule in WRONG if rule.concerns(settings, longcat)]
-    if settings.device == "cpu":
-        asked += [rule for rule in OWN if rule.concerns(settings, longcat)]
+def refusals(settings: Any, longcat: LongcatConfig, runs_own_class: bool) -> list[str]:
+    """What is wrong in any class, and, where SGLang's own does not run, what that one is for: for `refuse`."""
+    rules = WRONG if runs_own_class else (*WRONG, *OWN)
     return [
         f"{rule.option.flag}: {rule.option.why}; {rule.instead and rule.instead + ', or '}leave {rule.option.name} out"
-        for rule in asked
+        for rule in rules
+        if rule.applies(settings, longcat)
     ]
 
 
 def reasons_for_own_class(settings: Any, longcat: LongcatConfig) -> list[str]:
-    """Why SGLang's own class is to serve it; none on a CPU, where that class does not run."""
-    if settings.device == "cpu":
-        return []
-    return [f"{rule.option.flag}: {rule.option.why}" for rule in OWN if rule.concerns(settings, longcat)]
+    """Why SGLang's own class is to serve it, where it runs."""
+    return [f"{rule.option.flag}: {rule.option.why}" for rule in OWN if rule.applies(settings, longcat)]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.sampling.penaltylib import (
@@ -15,6 +16,12 @@ from sglang.srt.sampling.penaltylib import (
 )
 from sglang.srt.speculative.eagle_info import EagleVerifyInput
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
 UNLIKELY = -1e9
 """Added to the logits of tokens that end a request too early. SGLang adds -inf, which leaves no token at all where a
@@ -113,3 +120,51 @@ def paths(next_child: Tensor, next_sibling: Tensor) -> Tensor:
         parents[every, children[:, node]] = node
         parents[every, siblings[:, node]] = parent
     return led
+
+
+# -- wrappers of SGLang's functions --------------------------------------------------------------------
+
+
+def penalties_of_what_was_generated(
+    original: Callable[..., SamplingBatchInfo], sampling: SamplingBatchInfo, *args: Any, **kwargs: Any
+) -> SamplingBatchInfo:
+    """The copy that a batch runs with. SGLang's has penalties that are added up already; this one has the tokens."""
+    copy = original(sampling, *args, **kwargs)
+    if not sampling.penalizer_orchestrator.is_required:
+        return copy
+    copy.penalizer_orchestrator = GeneratedTokenPenalties.of(sampling.penalizer_orchestrator)
+    copy.acc_additive_penalties = copy.acc_scaling_penalties = None
+    return copy
+
+
+def process_what_is_penalised(
+    original: Callable[..., bool], scheduler: Scheduler, batch: ScheduleBatch | None, *args: Any, **kwargs: Any
+) -> bool:
+    """Whether to process the last batch's tokens before this batch runs, as SGLang does for some grammars."""
+    sampling = batch.sampling_info if batch else None
+    if sampling is not None and sampling.penalizer_orchestrator.is_required and scheduler.result_queue:
+        return True
+    return original(scheduler, batch, *args, **kwargs)
+
+
+def transform_at_every_node(
+    original: Callable[..., Any],
+    draft: EagleVerifyInput,
+    batch: ScheduleBatch,
+    logits_output: LogitsProcessorOutput,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """With penalties and custom processors, which `eagle_sample` applies as to the root of drafts, or not at all."""
+    if not batch.forward_mode.is_idle():
+        _transform_at_every_node(draft, batch.sampling_info, logits_output.next_token_logits)
+    return original(draft, batch, logits_output, *args, **kwargs)
+
+
+def _transform_at_every_node(draft: EagleVerifyInput, sampling: SamplingBatchInfo, logits: Tensor) -> None:
+    from sglang.srt.layers.sampler import apply_custom_logit_processor
+
+    if isinstance(sampling.penalizer_orchestrator, GeneratedTokenPenalties):
+        sampling.penalizer_orchestrator.apply(logits, draft)
+    if sampling.has_custom_logit_processor:
+        apply_custom_logit_processor(logits, sampling, num_tokens_in_batch=draft.draft_token_num)

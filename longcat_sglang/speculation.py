@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from prometheus_client import Counter
+from sglang.srt.arg_groups.overrides import model_config_of
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.utils import GenerationBatchResult
@@ -14,11 +16,12 @@ from sglang.srt.runtime_context import get_parallel
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.speculative.eagle_info import EagleDraftInput, EagleVerifyInput
 from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from torch import Tensor
 
 from longcat_core.drafting import gate as drafting
 from longcat_core.drafting.gate import draft_features
-from longcat_sglang import deployment
+from longcat_sglang import deployment, loading
 
 PRUNED = "sglang:spec_num_drafts_pruned"
 
@@ -34,9 +37,9 @@ class GatedWorker(EAGLEWorkerV2):
     def __init__(self, server_args: ServerArgs, *args: Any, **kwargs: Any) -> None:
         super().__init__(server_args, *args, **kwargs)
         runner = self.draft_worker.draft_runner
-        directory = deployment.local_directory(server_args)
+        directory = loading.local_directory(server_args)
         gate = None if directory is None else drafting.load(directory)
-        assert gate is not None, "compat.gated_worker asks for this worker where there is one"
+        assert gate is not None, "gated_worker asks for this worker where there is one"
         self._gate = gate.to(self.device)
         self._most = self.speculative_num_draft_tokens - 1
         self._made: list[LogitsProcessorOutput] = []
@@ -121,3 +124,14 @@ def shorten(chains: EagleVerifyInput, kept: Tensor, longest: int) -> None:
     chains.retrieve_next_sibling = chains.retrieve_next_sibling[:, :nodes].contiguous()
     chains.draft_token_num = chains.num_tokens_per_req = chains.num_tokens_for_logprob_per_req = nodes
     chains.spec_steps = longest
+
+
+def gated_worker(
+    original: Callable[..., type], algorithm: SpeculativeAlgorithm, server_args: ServerArgs, *args: Any, **kwargs: Any
+) -> type:
+    """A worker that verifies only what passes the draft gate, where that is asked for; `deployment.check` has seen to
+    it that there is one, with nothing in its way."""
+    worker = original(algorithm, server_args, *args, **kwargs)
+    if not algorithm.is_eagle() or not deployment.is_gate_asked_for(model_config_of(server_args).hf_config):
+        return worker
+    return GatedWorker

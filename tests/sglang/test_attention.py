@@ -9,7 +9,7 @@ import pytest
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from longcat_sglang.attention import DraftingBackend, LatentAttentionBackend
+from longcat_sglang.devices.cpu.attention import DraftingBackend, LatentAttentionBackend
 from tests.core.test_latent_attention import Largest
 
 CONTEXT, ROWS, LENGTHS = 131_072, [5, 0, 3], [40, 30, 55]

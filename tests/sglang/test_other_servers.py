@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from longcat_sglang import compat
+from longcat_sglang import registration
 from tests.plugin import save_llama
 from tests.sglang.engine import configure
 
@@ -35,4 +35,4 @@ def raised_in(call: Callable[[], object]) -> str:
 
 
 def test_options_without_a_model_are_no_longcats() -> None:
-    assert not compat._serves_longcat(SimpleNamespace())
+    assert not registration._serves_longcat(SimpleNamespace())

@@ -18,7 +18,7 @@ from sglang.srt.sampling.penaltylib import BatchedPresencePenalizer as Presence
 from sglang.srt.sampling.penaltylib import BatchedRepetitionPenalizer as Repetition
 from torch import Tensor
 
-from longcat_sglang import compat
+from longcat_sglang import penalties
 from longcat_sglang.penalties import UNLIKELY, GeneratedTokenPenalties, paths
 
 VOCABULARY, END = 24, 5
@@ -166,8 +166,8 @@ def test_a_batch_with_penalties_waits_for_the_tokens_before_it(
     def original(scheduler: Any, batch: Any, last_batch: Any) -> bool:
         return False
 
-    assert compat.process_what_is_penalised(original, scheduler, batch, last_batch=None) is waits
-    assert not compat.process_what_is_penalised(original, scheduler, None, last_batch=None)
+    assert penalties.process_what_is_penalised(original, scheduler, batch, last_batch=None) is waits
+    assert not penalties.process_what_is_penalised(original, scheduler, None, last_batch=None)
 
 
 def test_sglang_still_counts_one_token_a_step() -> None:

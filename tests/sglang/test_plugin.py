@@ -15,10 +15,11 @@ import torch
 from transformers import LlamaForCausalLM
 
 from longcat_core.plugin.engine import UnsupportedEngineError
-from longcat_sglang import compat, deployment, platform
+from longcat_sglang import deployment, registration
+from longcat_sglang.devices.cpu import platform
+from longcat_sglang.devices.cpu.platform import PREPARED, is_server, model_of, read_cores
 from longcat_sglang.engine import SGLANG, is_longcat
 from longcat_sglang.hooks import HOOKS
-from longcat_sglang.platform import PREPARED, is_server, model_of, read_cores
 from tests.cases import CASES, Case
 from tests.plugin import python, save_llama
 from tests.sglang.engine import configure, serving
@@ -62,8 +63,10 @@ def test_registering_imports_no_model_code() -> None:
         "print(json.dumps([name for name in sys.modules if name.startswith('longcat_')]))"
     )
     rooms = {name.partition(".")[2] for name in json.loads(loaded)}
-    assert "compat" in rooms
-    assert rooms.isdisjoint({"model", "moe", "attention", "cpu_experts", "reference", "experts", "checkpoint"})
+    assert "registration" in rooms
+    assert rooms.isdisjoint(
+        {"model", "moe", "devices.cpu.attention", "reference", "layers.experts", "weights.checkpoint"}
+    )
 
 
 def test_another_model_has_transformers_tokens(llama: Path) -> None:
@@ -96,7 +99,7 @@ def test_a_hook_that_fails_is_named(checkpoint_of: Callable[[Case], Path], monke
     def broken() -> None:
         raise ImportError("no such table")
 
-    monkeypatch.setattr(compat, "register_config_check", broken)
+    monkeypatch.setattr(registration, "register_config_check", broken)
     monkeypatch.setattr(SGLANG, "failures", {})
     longcat_sglang.register()
     with pytest.raises(UnsupportedEngineError, match=r"could not hook into SGLang .*checkpoint check.*no such table"):
@@ -186,7 +189,7 @@ def test_quantised_weights_on_a_gpu_are_left_to_sglangs_own_class(
     monkeypatch.setattr(deployment, "_quantization", lambda settings, hf_config: "fp8")
     monkeypatch.setattr(deployment, "reasons_for_sglangs_own_class", lambda settings, hf_config: ["it is quantised"])
     with caplog.at_level("WARNING"):
-        compat._check_after_adjustments(server_args, lambda server_args: None)
+        registration._check_after_adjustments(server_args, lambda server_args: None)
     assert "is served by SGLang's own class: it is quantised. It lacks: zero experts scaled" in caplog.text
     of_another_process = ModelConfig.from_server_args(resolving_view(server_args))
     assert not is_longcat(of_another_process.hf_config)
@@ -217,7 +220,8 @@ def outcome(script: str, *arguments: str | Path, **environment: str) -> str:
 def test_an_installed_sgl_kernel_is_not_shadowed(tmp_path: Path) -> None:
     (tmp_path / "sgl_kernel.py").write_text("REAL = True\n")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    script = "from longcat_sglang import platform; platform.prepare_cpu_as_for_longcat(); platform.prepare_cpu()\n"
+    script = "from longcat_sglang.devices.cpu import platform\n"
+    script += "platform.prepare_cpu_as_for_longcat(); platform.prepare_cpu()\n"
     assert outcome(script + "import sgl_kernel; print(sgl_kernel.__name__, sgl_kernel.REAL)", PYTHONPATH=path) == (
         "sgl_kernel True"
     )
@@ -347,7 +351,7 @@ def test_doctor_finds_nothing_wrong_here_and_what_is_wrong_elsewhere(checkpoint_
 
     well = doctor()
     assert well.returncode == 0, well.stdout
-    assert "longcat_sglang.attention.LatentAttentionBackend" in well.stdout
+    assert "longcat_sglang.devices.cpu.attention.LatentAttentionBackend" in well.stdout
     ill = doctor(SGLANG_PLUGINS="other")
     assert ill.returncode == 1
     assert "SGLANG_PLUGINS" in ill.stdout

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from longcat_core.plugin.hooks import Wrapper
-from longcat_sglang import compat
+from longcat_sglang import requests
 from longcat_sglang.hooks import HOOKS
 
 VOCABULARY = 320
@@ -24,7 +24,7 @@ def queued(tokens: list[int], finish: Any = None) -> list[str]:
         origin_input_ids=array("q", tokens), to_finish=finish, set_finish_with_abort=messages.append
     )
     scheduler = SimpleNamespace(model_config=SimpleNamespace(vocab_size=VOCABULARY))
-    compat.refuse_tokens_outside_the_vocabulary(
+    requests.refuse_tokens_outside_the_vocabulary(
         lambda _scheduler, request, is_retracted: queue.append((request, is_retracted)), scheduler, request, True
     )
     assert queue == [(request, True)]

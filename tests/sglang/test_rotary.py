@@ -12,8 +12,9 @@ from torch import Tensor
 from longcat_core import spellings
 from longcat_core.config import LongcatConfig, RopeConfig
 from longcat_core.layers import rotary
-from longcat_sglang import model
-from longcat_sglang.rotary import LongcatRotaryEmbedding
+from longcat_sglang.devices.cpu.device import Cpu
+from longcat_sglang.devices.cuda.device import Cuda
+from longcat_sglang.devices.cuda.rotary import LongcatRotaryEmbedding
 from tests.cases import DEFAULT, every_spelling
 from tests.core.test_rotary import ROPES, config_of
 
@@ -60,11 +61,9 @@ def test_a_context_beyond_the_models_is_more_of_the_same() -> None:
     assert torch.equal(embedding.cos_sin_cache, angles(config, CONTEXT + 10))
 
 
-def test_a_gpu_has_one_table_and_a_cpu_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert model.rotary_embedding_of(DEFAULT) is None
-    monkeypatch.setattr(model, "is_cpu", lambda: False)
-    embedding = model.rotary_embedding_of(DEFAULT)
-    assert embedding is not None
+def test_a_gpu_has_one_table_and_a_cpu_none() -> None:
+    assert Cpu().rotary_embedding(DEFAULT) is None
+    embedding = Cuda().rotary_embedding(DEFAULT)
     assert not embedding.is_neox_style, "pairs are interleaved"
 
 

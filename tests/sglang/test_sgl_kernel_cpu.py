@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longcat_sglang import sgl_kernel_cpu as kernel
+from longcat_sglang.devices.cpu import sgl_kernel as kernel
 
 FULL_MASK, TREE_ONLY = 0, 1
 seeds = st.integers(0, 2**31)
@@ -249,6 +249,6 @@ def test_the_longest_path_that_the_target_predicts_is_accepted(shape: tuple[int,
 
 def test_what_is_not_there_is_an_attribute_error() -> None:
     with pytest.raises(ImportError):
-        from longcat_sglang.sgl_kernel_cpu import topk_softmax_cpu  # noqa: F401
+        from longcat_sglang.devices.cpu.sgl_kernel import topk_softmax_cpu  # noqa: F401
     with pytest.raises(AttributeError, match="sgl_kernel is not installed, and LongCat-Flash does without its topk"):
         _ = kernel.topk_softmax_cpu

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longcat_core.drafting.gate import draft_chains, walk
 from longcat_core.reference import LongcatForCausalLM
-from longcat_sglang import compat, deployment
+from longcat_sglang import deployment, engine
 from tests.cases import Case, drafting_tensors
 from tests.engines.test_speculation import (
     assert_drafts_are_the_references,
@@ -205,7 +205,7 @@ def test_sglangs_mtp_layer_still_takes_the_targets_latent() -> None:
 
 
 def test_sglang_still_drafts_with_backends_of_its_own_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If this fails, `compat.install_draft_attention` may have become unnecessary."""
+    """If this fails, the row "draft attention" may have become unnecessary."""
     from sglang.srt.speculative.draft_utils import DraftBackendFactory
 
     known: dict[str, Any] = {}
@@ -216,11 +216,11 @@ def test_sglang_still_drafts_with_backends_of_its_own_only(monkeypatch: pytest.M
     monkeypatch.setattr(factory, "_create_backend", lambda name, backends, *rest, **named: known.update(backends))
     factory.create_decode_backend()
     assert known
-    assert compat.CPU_ATTENTION not in known
+    assert engine.CPU_ATTENTION not in known
 
 
 def test_sglang_still_verifies_greedily_on_a_cpu() -> None:
-    """If this fails, `compat.install_sampled_verification` may have become unnecessary."""
+    """If this fails, the row "sampled verification" may have become unnecessary."""
     from sglang.srt.speculative.eagle_utils import _verify_uses_greedy
 
     how = {"is_all_greedy": False, "is_cpu": True, "is_hip": False, "is_xpu": False, "use_rejection_sampling": False}
@@ -228,14 +228,14 @@ def test_sglang_still_verifies_greedily_on_a_cpu() -> None:
 
 
 def test_sglang_still_compiles_the_choice_of_drafts() -> None:
-    """If this fails, `compat.select_drafts_without_a_compiler` may have become unnecessary, or does nothing."""
+    """If this fails, `patches.select_drafts_without_a_compiler` may have become unnecessary, or does nothing."""
     from sglang.srt.speculative.spec_utils import _select_top_k_tokens_later
 
     assert callable(_select_top_k_tokens_later._torchdynamo_orig_callable)
 
 
 def test_sglang_still_cannot_take_a_number_of_steps_alone(tmp_path: Path) -> None:
-    """If this fails, `compat` need not choose a chain where there is only a number of steps."""
+    """If this fails, `deployment.settle` need not choose a chain where there is only a number of steps."""
     with pytest.raises(TypeError, match="'>' not supported"):
         configure(save_llama(tmp_path), speculative_algorithm="EAGLE", speculative_num_steps=2)
 
@@ -281,7 +281,7 @@ def test_trees_change_no_token(steps: int, branches: int, nodes: int, directory:
 
 def note_widths(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Write down for how many tokens a request the target runs in each verification."""
-    from longcat_sglang.attention import LatentAttentionBackend
+    from longcat_sglang.devices.cpu.attention import LatentAttentionBackend
 
     def noted(self: LatentAttentionBackend, forward_batch: Any, in_capture: bool = False) -> None:
         if forward_batch.forward_mode.is_target_verify():
@@ -302,7 +302,9 @@ def test_the_target_runs_on_no_draft_of_a_lone_request_that_is_pruned(gated: Pat
 
 
 def sglangs_own_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat, "gated_worker", lambda original, *args, **kwargs: original(*args, **kwargs))
+    monkeypatch.setattr(
+        "longcat_sglang.speculation.gated_worker", lambda original, *args, **kwargs: original(*args, **kwargs)
+    )
 
 
 def test_sglangs_own_worker_verifies_all_drafts(gated: Path) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from longcat_vllm import speculation
 from longcat_vllm.devices.cpu import patches
 from tests.cases import CASES, Case, drafting_tensors, write_checkpoint
 from tests.engines.test_speculation import assert_drafts_are_the_references, assert_drafts_pass_the_gate
@@ -164,7 +163,7 @@ def test_vllm_still_drafts_from_another_token_after_a_chunk(directory: Path, mon
 
 def test_vllm_still_has_no_place_for_a_gate(gated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If this fails, the hook 'draft gate' may have become unnecessary."""
-    monkeypatch.setattr(speculation, "propose_what_passes", as_the_original)
+    monkeypatch.setattr("longcat_vllm.speculation.propose_what_passes", as_the_original)
     monkeypatch.setattr("longcat_vllm.speculation.GatedDrafts.observe", lambda self, logits: None)
     with (
         serving(gated, draft_tokens=3, **GATED) as served,

@@ -1,4 +1,4 @@
-"""What a CPU needs of vLLM's own functions: wrappers that the rows of `hooks.HOOKS` name, where each has its reason."""
+"""What a CPU needs of vLLM's functions: wrappers that rows of `hooks.HOOKS` name, where each has its reason."""
 
 from __future__ import annotations
 

@@ -112,9 +112,9 @@ def _prepare() -> None:
     os.environ[PREPARED] = "1"
     # Without it SGLang takes no device for a CPU (srt/platforms, srt/utils/common.py `is_cpu`).
     os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
-    from longcat_sglang import sgl_kernel_cpu
+    from longcat_sglang.devices.cpu import sgl_kernel
 
-    sys.modules["sgl_kernel"] = sgl_kernel_cpu
+    sys.modules["sgl_kernel"] = sgl_kernel
 
 
 def bind_rank_to_its_cores() -> None:

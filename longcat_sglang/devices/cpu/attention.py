@@ -7,7 +7,7 @@ Without `sgl_kernel` SGLang has none for a CPU.
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
@@ -17,7 +17,11 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.model_runner import ModelRunner
 from torch import Tensor
 
+from longcat_core.layers import rotary
 from longcat_core.layers.latent_attention import PagedBatch, paged_attention
+
+if TYPE_CHECKING:
+    from longcat_sglang.model import LongcatAttention
 
 
 class LatentAttentionBackend(AttentionBackend):
@@ -110,3 +114,24 @@ class DraftingBackend:
                 block_table=table,
                 block_size=1,
             )
+
+
+def attend(
+    attention: LongcatAttention, hidden_states: Tensor, forward_batch: ForwardBatch, cos: Tensor, sin: Tensor
+) -> Tensor:
+    """The forward pass of MLA around `LatentAttentionBackend`, as `devices.base.Device.attend`."""
+    qkv_a = attention.prepare_qkv_latent(hidden_states, forward_batch)
+    q_a, latent, k_rope = qkv_a.split(
+        [attention.q_lora_rank, attention.kv_lora_rank, attention.qk_rope_head_dim], dim=-1
+    )
+    query = attention.q_b_proj_forward(attention.q_a_layernorm(q_a))
+    q_nope, q_rope = query.split([attention.qk_nope_head_dim, attention.qk_rope_head_dim], dim=-1)
+    rotated = rotary.rotate_interleaved(torch.cat((q_rope, k_rope.unsqueeze(1)), dim=1), cos, sin)
+    q_rope, k_rope = rotated.split([attention.num_local_heads, 1], dim=1)
+    query = torch.cat((q_nope, q_rope), dim=-1)
+    latent = attention.kv_a_layernorm(latent).unsqueeze(1)
+    keys = torch.cat((latent, k_rope), dim=-1)
+    w_uk, w_uv = attention.w_kc, attention.w_vc.transpose(1, 2)
+    attended = attention.attn_mqa(query, keys, latent, forward_batch, w_uk=w_uk, w_uv=w_uv)
+    output, _ = attention.o_proj(attended)
+    return output

@@ -1,0 +1,73 @@
+"""The interface of a device: all that the model, its experts and its deployment ask of what SGLang runs on."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from longcat_core.config import LongcatConfig
+from longcat_core.plugin.diagnosis import Finding
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.utils import BumpAllocator
+    from torch import Tensor
+
+    from longcat_sglang.devices.cuda.rotary import LongcatRotaryEmbedding
+    from longcat_sglang.model import LongcatAttention
+
+
+class Device(ABC):
+    """Without state, so that each can be made, and asked, on any machine."""
+
+    attention_backend: ClassVar[str | None]
+    """The name of our attention backend in SGLang's table, or None where SGLang chooses one of its own."""
+    runs_own_class: ClassVar[bool]
+    """Whether SGLang's own class of LongCat-Flash runs here."""
+    other_algorithms: ClassVar[tuple[str, ...]]
+    """Speculative algorithms that are served beside the MTP layer's."""
+    algorithm_advice: ClassVar[str]
+    """What the refusal of another algorithm says of these."""
+
+    @abstractmethod
+    def prepare_process(self) -> None:
+        """Called in each rank, before its model is built."""
+
+    @abstractmethod
+    def rotary_embedding(self, config: LongcatConfig) -> LongcatRotaryEmbedding | None:
+        """What SGLang's attention rotates with, one for all attentions of a model; None where `attend` rotates."""
+
+    @abstractmethod
+    def attend(
+        self,
+        attention: LongcatAttention,
+        positions: Tensor,
+        hidden_states: Tensor,
+        forward_batch: ForwardBatch,
+        zero_allocator: BumpAllocator,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> Tensor:
+        """hidden_states: [T, H]; cos and sin: fp32 [T, 1, rope / 2]. Returns [T, H], a part of the sum over ranks."""
+
+    @abstractmethod
+    def expert_arguments(self) -> dict[str, Any]:
+        """What SGLang's FusedMoE is made with beside the model's sizes."""
+
+    @abstractmethod
+    def restore_experts(self, experts: Any) -> None:
+        """Bring a layer's expert weights back into the layout in which tensors are loaded."""
+
+    @abstractmethod
+    def unsupported(self, server_args: Any, settings: Any) -> list[str]:
+        """Options that SGLang would accept on this device and then get wrong, each with what to do.
+
+        server_args: what the user gave; settings: what SGLang made of it so far."""
+
+    @abstractmethod
+    def obstacles_to_gate(self) -> list[str]:
+        """Why no draft gate can be used here."""
+
+    @abstractmethod
+    def implementations(self) -> list[Finding]:
+        """Which attention and experts a model gets here, for `longcat doctor`."""

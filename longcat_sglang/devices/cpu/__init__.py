@@ -1,0 +1,1 @@
+"""All that a CPU does differently: attention, FFN experts, patches of SGLang, what it refuses."""

@@ -1,0 +1,101 @@
+"""A CPU: our MLA over SGLang's paged cache, and core's packed experts over rows of FFN experts only."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from longcat_core.config import LongcatConfig
+from longcat_core.plugin.diagnosis import Finding
+from longcat_core.plugin.engine import unsupported_cpu_cache
+from longcat_sglang.devices.base import Device
+from longcat_sglang.engine import CPU_ATTENTION, drafts_with_mtp
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.utils import BumpAllocator
+    from torch import Tensor
+
+    from longcat_sglang.model import LongcatAttention
+
+
+class Cpu(Device):
+    attention_backend = CPU_ATTENTION
+    runs_own_class = False
+    other_algorithms = ()
+    algorithm_advice = "; NGRAM on a CPU needs sgl_kernel"
+
+    def prepare_process(self) -> None:
+        from longcat_sglang.devices.cpu.platform import bind_rank_to_its_cores
+
+        bind_rank_to_its_cores()
+
+    def rotary_embedding(self, config: LongcatConfig) -> None:
+        return None
+
+    def attend(
+        self,
+        attention: LongcatAttention,
+        positions: Tensor,
+        hidden_states: Tensor,
+        forward_batch: ForwardBatch,
+        zero_allocator: BumpAllocator,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> Tensor:
+        from longcat_sglang.devices.cpu.attention import attend
+
+        return attend(attention, hidden_states, forward_batch, cos, sin)
+
+    def expert_arguments(self) -> dict[str, Any]:
+        from longcat_sglang.devices.cpu.experts import CompactedRowsMethod
+
+        return {"quant_method": CompactedRowsMethod()}
+
+    def restore_experts(self, experts: Any) -> None:
+        """SGLang does so itself before some updates, and not before one from a disk."""
+        experts.quant_method.restore_weights_before_loading(experts)
+
+    def unsupported(self, server_args: Any, settings: Any) -> list[str]:
+        problems = []
+        wanted = (None, "auto", CPU_ATTENTION)
+        for option in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
+            given = getattr(server_args, option)
+            if given not in wanted:
+                problems.append(f"{option}: {given!r}, wanted our own on a CPU; leave --{option.replace('_', '-')} out")
+        if settings.kv_cache_dtype.startswith("fp"):
+            problems.append(unsupported_cpu_cache(settings.kv_cache_dtype))
+        if server_args.page_size not in (None, 1):
+            problems.append(
+                f"page_size: {server_args.page_size}, wanted 1 on a CPU, as SGLang's pages need Triton; "
+                "leave --page-size out"
+            )
+        if settings.enable_dp_attention:
+            problems.append("data-parallel attention on a CPU is not there yet; leave --enable-dp-attention out")
+        if settings.enable_torch_compile:
+            problems.append("torch.compile on a CPU is not there yet; leave --enable-torch-compile out")
+        backend = settings.speculative_draft_attention_backend
+        if drafts_with_mtp(settings) and backend not in (None, CPU_ATTENTION):
+            problems.append(
+                f"speculative_draft_attention_backend: {backend!r}, wanted our own on a CPU; "
+                "leave --speculative-draft-attention-backend out"
+            )
+        return problems
+
+    def obstacles_to_gate(self) -> list[str]:
+        return []
+
+    def implementations(self) -> list[Finding]:
+        import torch
+
+        from longcat_sglang.devices.cpu.attention import LatentAttentionBackend
+        from longcat_sglang.devices.cpu.experts import select_cpu_kernel
+
+        backend = f"{LatentAttentionBackend.__module__}.{LatentAttentionBackend.__qualname__}"
+        kernels = [
+            f"{select_cpu_kernel(dtype)} in {str(dtype).removeprefix('torch.')}"
+            for dtype in (torch.bfloat16, torch.float32)
+        ]
+        return [
+            Finding("attention", f"{backend}: any sizes, chunked prefill, radix cache"),
+            Finding("MoE", f"rows of FFN experts only; {', '.join(kernels)}"),
+        ]

@@ -1,0 +1,65 @@
+"""What a CPU needs of SGLang's functions: wrappers that rows of `hooks.HOOKS` name, where each has its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.speculative.draft_utils import DraftBackendFactory
+    from sglang.srt.speculative.eagle_info import EagleVerifyInput
+
+
+def our_drafting_backend(original: Callable[..., Any], factory: DraftBackendFactory, *args: Any, **kwargs: Any) -> Any:
+    if not _attends_with_ours(factory.draft_model_runner) or factory.speculative_num_steps < 2:
+        return original(factory, *args, **kwargs)
+    from longcat_sglang.devices.cpu.attention import DraftingBackend
+
+    select_drafts_without_a_compiler()
+    return DraftingBackend(factory.draft_model_runner, factory.topk, factory.speculative_num_steps)
+
+
+def no_backend_beside_ours(
+    original: Callable[..., Any], factory: DraftBackendFactory, *args: Any, **kwargs: Any
+) -> Any:
+    """None is what makes SGLang's worker use the drafter's own backend, which is ours already."""
+    return None if _attends_with_ours(factory.draft_model_runner) else original(factory, *args, **kwargs)
+
+
+def _attends_with_ours(runner: ModelRunner) -> bool:
+    from longcat_sglang.devices.cpu.attention import LatentAttentionBackend
+
+    return isinstance(runner.attn_backend, LatentAttentionBackend)
+
+
+def select_drafts_without_a_compiler() -> None:
+    """Run in plain PyTorch what SGLang compiles, in a process that drafts for LongCat on a CPU.
+
+    Without it: the first answer of a server with two drafts or more waits 16 s for `torch.compile`, which needs a C++
+    compiler, for a few operations on tensors of a few numbers.
+    Remove when: `_select_top_k_tokens_later` is not compiled on a CPU (speculative/spec_utils.py).
+    """
+    from sglang.srt.speculative import spec_utils
+
+    compiled = spec_utils._select_top_k_tokens_later
+    spec_utils._select_top_k_tokens_later = getattr(compiled, "_torchdynamo_orig_callable", compiled)
+
+
+def sample_where_requests_do(
+    original: Callable[..., Any],
+    draft: EagleVerifyInput,
+    batch: ScheduleBatch,
+    logits_output: LogitsProcessorOutput,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """`original` also applies biases and grammars, in place, so that it is called in any case."""
+    greedy = original(draft, batch, logits_output, *args, **kwargs)
+    if batch.forward_mode.is_idle() or batch.sampling_info.is_all_greedy:
+        return greedy
+    from longcat_sglang.devices.cpu.verification import verify_sampled
+
+    return verify_sampled(draft, batch, logits_output)

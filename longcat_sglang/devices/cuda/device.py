@@ -1,0 +1,67 @@
+"""A GPU: SGLang's own MLA with core's rotary table, and those of its MoE kernels that drop a zero expert."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from longcat_core.config import LongcatConfig
+from longcat_core.plugin.diagnosis import Finding
+from longcat_sglang.devices.base import Device
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.utils import BumpAllocator
+    from torch import Tensor
+
+    from longcat_sglang.devices.cuda.rotary import LongcatRotaryEmbedding
+    from longcat_sglang.model import LongcatAttention
+
+
+class Cuda(Device):
+    attention_backend = None
+    runs_own_class = True
+    other_algorithms = ("NGRAM",)
+    algorithm_advice = ", or NGRAM"
+
+    def prepare_process(self) -> None:
+        """Nothing is to be prepared."""
+
+    def rotary_embedding(self, config: LongcatConfig) -> LongcatRotaryEmbedding:
+        from longcat_sglang.devices.cuda.rotary import LongcatRotaryEmbedding
+
+        return LongcatRotaryEmbedding(config)
+
+    def attend(
+        self,
+        attention: LongcatAttention,
+        positions: Tensor,
+        hidden_states: Tensor,
+        forward_batch: ForwardBatch,
+        zero_allocator: BumpAllocator,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> Tensor:
+        """SGLang's own forward pass, which dispatches to its MLA backends and rotates by `rotary_embedding`."""
+        from sglang.srt.models.deepseek_v2 import DeepseekV2AttentionMLA
+
+        return DeepseekV2AttentionMLA.forward(attention, positions, hidden_states, forward_batch, zero_allocator)
+
+    def expert_arguments(self) -> dict[str, Any]:
+        return {}
+
+    def restore_experts(self, experts: Any) -> None:
+        """SGLang does what is to be done."""
+
+    def unsupported(self, server_args: Any, settings: Any) -> list[str]:
+        return []
+
+    def obstacles_to_gate(self) -> list[str]:
+        return ["graphs of a GPU verify a fixed number of drafts"]
+
+    def implementations(self) -> list[Finding]:
+        from longcat_sglang.options import SKIP_ZERO_EXPERTS
+
+        return [
+            Finding("attention", "SGLang's MLA backend of its choice (--attention-backend)"),
+            Finding("MoE", f"zero experts as id -1, skipped by one of {', '.join(SKIP_ZERO_EXPERTS)}"),
+        ]

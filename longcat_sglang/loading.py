@@ -1,0 +1,65 @@
+"""Load formats: which files SGLang will read, and whether they can be held against the configuration beforehand."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+from longcat_core.config import LongcatConfig
+from longcat_core.weights import checkpoint
+from longcat_core.weights.audit import CheckpointError
+from longcat_sglang.engine import drafts_with_mtp
+
+logger = logging.getLogger(__name__)
+
+
+def local_directory(settings: Any) -> Path | None:
+    """Where the checkpoint is on this machine, if it is: its directory, or its snapshot in the cache of the Hub."""
+    if Path(settings.model_path).is_dir():
+        return Path(settings.model_path)
+    try:
+        return Path(
+            snapshot_download(
+                settings.model_path, revision=settings.revision, cache_dir=settings.download_dir, local_files_only=True
+            )
+        )
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None
+
+
+READS_PUBLISHED_TENSORS = ("auto", "safetensors", "fastsafetensors", "runai_streamer", "presharded")
+"""Load formats whose safetensors have the published names. Others have files or names of their own."""
+
+
+def check(directory: Path | None, settings: Any, longcat: LongcatConfig) -> None:
+    """Hold the checkpoint against its configuration where it can be read from here; else say once that it was not.
+
+    Raises:
+        CheckpointError: as `checkpoint.verify`.
+    """
+    unchecked = ""
+    if settings.load_format not in READS_PUBLISHED_TENSORS:
+        unchecked = f"--load-format {settings.load_format} does not read published safetensors"
+    elif directory is None:
+        unchecked = f"{settings.model_path} is not on this machine yet"
+    elif not any(directory.glob("*.safetensors")) and (found := [*directory.glob("*.bin"), *directory.glob("*.pt")]):
+        unchecked = f"{found[0].name} is not safetensors"
+    if unchecked or directory is None:
+        logger.info("The checkpoint is not checked before it is loaded: %s.", unchecked)
+        return
+    checkpoint.verify(directory, longcat, requires_mtp=drafts_with_mtp(settings))
+
+
+def say_that_an_update_is_refused(
+    original: Callable[..., tuple[bool, str]], updater: Any, *args: Any, **kwargs: Any
+) -> tuple[bool, str]:
+    """False, and the reason, where an update is not of the model's tensors."""
+    try:
+        return original(updater, *args, **kwargs)
+    except CheckpointError as error:
+        return False, str(error)
