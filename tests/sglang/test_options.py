@@ -14,7 +14,7 @@ from sglang.srt.arg_groups.arg_utils import record_fields
 from sglang.srt.server_args import ServerArgs
 
 from longcat_core.plugin.options import Outcome
-from longcat_sglang import deployment, options
+from longcat_sglang import deployment, loading, options
 from longcat_sglang.options import CHECKED_BY_VALUE, OPTIONS, OWN, WRONG
 from tests.cases import CASES, Case
 from tests.sglang.engine import configure
@@ -134,14 +134,14 @@ def test_files_that_a_load_format_does_not_read_are_not_checked(
 ) -> None:
     (tmp_path / "model.safetensors").write_text("of another format")
     with caplog.at_level("INFO"):
-        deployment._check_checkpoint(tmp_path, settings("cpu", load_format=load_format), HF_CONFIG.longcat)
+        loading.check(tmp_path, settings("cpu", load_format=load_format), HF_CONFIG.longcat)
     assert f"not checked before it is loaded: --load-format {load_format} does not read" in caplog.text
 
 
 def test_a_checkpoint_without_safetensors_is_not_checked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "pytorch_model.bin").touch()
     with caplog.at_level("INFO"):
-        deployment._check_checkpoint(tmp_path, settings("cpu"), HF_CONFIG.longcat)
+        loading.check(tmp_path, settings("cpu"), HF_CONFIG.longcat)
     assert "pytorch_model.bin is not safetensors" in caplog.text
 
 
@@ -159,14 +159,14 @@ def test_a_snapshot_in_the_cache_of_the_hub_is_checked(
         blob.write_bytes(file.read_bytes())
         (snapshot / file.name).symlink_to(blob)
     cached = settings("cpu", model_path="someone/longcat", download_dir=str(tmp_path))
-    directory = deployment.local_directory(cached)
+    directory = loading.local_directory(cached)
     assert directory == snapshot
     longcat = CASES["default"].config
     with caplog.at_level("INFO"):
-        deployment._check_checkpoint(directory, cached, longcat)
+        loading.check(directory, cached, longcat)
         assert caplog.text == ""
         with pytest.raises(ValueError, match="does not match its config"):
-            deployment._check_checkpoint(directory, cached, replace(longcat, num_layers=3))
+            loading.check(directory, cached, replace(longcat, num_layers=3))
         absent = settings("cpu", model_path="someone/else", download_dir=str(tmp_path))
-        deployment._check_checkpoint(deployment.local_directory(absent), absent, longcat)
+        loading.check(loading.local_directory(absent), absent, longcat)
     assert "someone/else is not on this machine yet" in caplog.text
