@@ -28,20 +28,9 @@ def diagnose(checkpoint: Path | None = None) -> list[Finding]:
     prepare_cpu_as_for_longcat()
     load_plugins()
     findings += hook_findings(SGLANG, HOOKS, "longcat_sglang", "sglang.srt.plugins", left_out="")
-    findings.append(_platform())
+    findings.append(devices.found())
     if checkpoint is not None:
         findings += checkpoint_findings(checkpoint)
     if not any(finding.problem for finding in findings):
         findings += devices.current().implementations()
     return findings
-
-
-def _platform() -> Finding:
-    from sglang.srt.platforms import current_platform
-
-    name = f"{type(current_platform).__module__}.{type(current_platform).__qualname__}"
-    selected = os.environ.get("SGLANG_PLATFORM")
-    if current_platform.is_cpu() or current_platform.is_cuda():
-        return Finding("platform", name)
-    wanted = f"SGLANG_PLATFORM={selected!r} keeps longcat-serving from preparing a CPU; unset it" if selected else ""
-    return Finding("platform", name, wanted)

@@ -88,6 +88,17 @@ HOOKS: tuple[Hook, ...] = (
         why="As draft attention.",
         remove_when="As draft attention.",
     ),
+    Wrapper(
+        name="selection of drafts",
+        target="sglang.srt.speculative.spec_utils._select_top_k_tokens_later",
+        around="longcat_sglang.devices.cpu.patches:select_drafts_without_a_compiler",
+        concerns="longcat_sglang.engine:is_longcats_process",
+        stage=Stage.MODEL,
+        device="cpu",
+        why="On a CPU the first answer of a server with two drafts or more waits 16 s for `torch.compile`, which needs "
+        "a C++ compiler, for a few operations on tensors of a few numbers.",
+        remove_when="`_select_top_k_tokens_later` is not compiled on a CPU.",
+    ),
     _Registered(
         name="sampled verification",
         target="sglang.srt.speculative.eagle_utils.eagle_sample",

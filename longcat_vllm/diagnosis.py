@@ -23,7 +23,7 @@ def diagnose(checkpoint: Path | None = None) -> list[Finding]:
 
     load_general_plugins()
     findings += _hooks()
-    findings.append(_platform())
+    findings.append(devices.found())
     if checkpoint is not None:
         findings += checkpoint_findings(checkpoint)
     if not any(finding.problem for finding in findings):
@@ -38,9 +38,3 @@ def _hooks() -> list[Finding]:
     is_left_out = plugins is not None and "longcat" not in plugins.split(",")
     left_out = f"VLLM_PLUGINS={plugins!r} leaves the plugin out; unset it or add 'longcat'" if is_left_out else ""
     return hook_findings(VLLM, HOOKS, "longcat_vllm", "vllm.general_plugins", left_out)
-
-
-def _platform() -> Finding:
-    from vllm.platforms import current_platform
-
-    return Finding("platform", f"{type(current_platform).__module__}.{type(current_platform).__qualname__}")

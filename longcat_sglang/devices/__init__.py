@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+
+from longcat_core.plugin.diagnosis import Finding
 from longcat_sglang.devices.base import Device
 
 
@@ -21,3 +24,16 @@ def current() -> Device:
     from sglang.srt.utils import is_cpu
 
     return of("cpu" if is_cpu() else "cuda")
+
+
+def found() -> Finding:
+    """The platform that SGLang has found, and what is wrong if it has found none of ours."""
+    from sglang.srt.platforms import current_platform
+
+    name = f"{type(current_platform).__module__}.{type(current_platform).__qualname__}"
+    selected = os.environ.get("SGLANG_PLATFORM")
+    if current_platform.is_cpu() or current_platform.is_cuda() or not selected:
+        return Finding("platform", name)
+    return Finding(
+        "platform", name, f"SGLANG_PLATFORM={selected!r} keeps longcat-serving from preparing a CPU; unset it"
+    )

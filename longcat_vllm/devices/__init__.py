@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from longcat_core.plugin.diagnosis import Finding
 from longcat_vllm.devices.base import Device
 
 
@@ -16,3 +17,10 @@ def current() -> Device:
     from longcat_vllm.devices.cuda.device import Cuda
 
     return Cuda()
+
+
+def found() -> Finding:
+    """The platform that vLLM has found."""
+    from vllm.platforms import current_platform
+
+    return Finding("platform", f"{type(current_platform).__module__}.{type(current_platform).__qualname__}")

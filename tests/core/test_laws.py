@@ -1,8 +1,9 @@
-"""The laws of the house that can be read off the source: who may import whom, and what a file looks like."""
+"""The laws of the house that can be read off the source: imports, devices, patches, rooms, what a file looks like."""
 
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,111 @@ def test_imports_are_found_wherever_they_hide() -> None:
     source = "import vllm.config\nfrom sglang import srt\ndef f():\n    from transformers.a import b\n"
     source += "    importlib.import_module('longcat_vllm.model')\n    from . import compat\n"
     assert imports(source) == {"vllm", "sglang", "transformers", "longcat_vllm"}
+
+
+def modules_imported(source: str, ours: set[str]) -> set[str]:
+    """Those of `ours` that a file needs when it runs, at its top or inside a function."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    found = set[str]()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= names & ours or {node.module}
+    return found & ours
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle, if there are any."""
+    done = set[str]()
+
+    def visit(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return []
+        for imported in sorted(graph[module]):
+            if found := visit(imported, [*path, module]):
+                return found
+        done.add(module)
+        return []
+
+    return next((found for module in sorted(graph) if (found := visit(module, []))), [])
+
+
+def test_no_modules_import_each_other() -> None:
+    files = {source.removesuffix(".py").removesuffix("/__init__").replace("/", "."): ROOT / source for source in ROOMS}
+    assert circle({name: modules_imported(file.read_text(), set(files)) - {name} for name, file in files.items()}) == []
+
+
+def test_a_circle_is_found_where_it_hides() -> None:
+    first = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import c\ndef f():\n    from b.d import g\n"
+    assert modules_imported(first, {"b", "b.d", "c"}) == {"b.d"}
+    assert circle({"a": {"b"}, "b": {"c", "d"}, "c": set(), "d": {"a"}}) == ["a", "b", "d", "a"]
+
+
+ENGINES = ("longcat_vllm", "longcat_sglang")
+DEVICE = re.compile(r"""\bis_(cpu|cuda|cpu_only)\(|[=!]= ?"(cpu|cuda)"|device_type [=!]=""")
+
+
+@pytest.mark.parametrize("source", [source for source in ROOMS if source.split("/")[0] in ENGINES])
+def test_a_device_is_a_room_and_no_branch(source: str) -> None:
+    if "/devices/" not in source:
+        assert DEVICE.search((ROOT / source).read_text()) is None
+
+
+ONLY = {
+    "longcat_vllm": {"adapters": "LoRA, which SGLang's package refuses"},
+    "longcat_sglang": {
+        "one_batch": "a benchmark that loads no plugins",
+        "penalties": "which vLLM has right",
+        "requests": "which vLLM checks itself",
+    },
+}
+"""Rooms of one engine package that the other has no use for, with the reason. What a device is made of is its own."""
+
+
+def test_the_engine_packages_have_the_same_rooms() -> None:
+    rooms = {
+        package: {
+            source.removeprefix(f"{package}/").removesuffix(".py")
+            for source in ROOMS
+            if source.startswith(f"{package}/") and source.count("/") == 1
+        }
+        for package in ENGINES
+    }
+    devices = [
+        {source.split("/", 1)[1] for source in ROOMS if source.startswith(f"{package}/devices/")} for package in ENGINES
+    ]
+    vllm, sglang = (rooms[package] - ONLY[package].keys() for package in ENGINES)
+    assert vllm == sglang
+    common = {f"devices/{name}.py" for name in ("__init__", "base", "cpu/device", "cpu/attention", "cpu/experts")}
+    common |= {f"devices/{name}.py" for name in ("cpu/patches", "cuda/device")}
+    assert all(common <= found for found in devices)
+
+
+PATCHING = re.compile(
+    r"\bsetattr\(|sys\.modules\[|HookRegistry\.register\(|\.register_model\(|CONFIG_MAPPING\.register\("
+)
+MAY_PATCH = {
+    "longcat_core/plugin/hooks.py": "wrap_attribute",
+    "longcat_vllm/registration.py": "entries that rows of HOOKS put",
+    "longcat_sglang/registration.py": "entries that rows of HOOKS put",
+    "longcat_sglang/devices/cpu/platform.py": "the stand-in for sgl_kernel",
+    "longcat_vllm/config.py": "a field of a configuration object of ours",
+    "longcat_sglang/deployment.py": "a field of a configuration object of ours",
+}
+"""Where an engine may be changed from, by what."""
+
+
+@pytest.mark.parametrize("source", [source for source in ROOMS if source.split("/")[0] in (*ENGINES, "longcat_core")])
+def test_engines_are_changed_by_the_table_of_hooks_alone(source: str) -> None:
+    if source not in MAY_PATCH:
+        assert PATCHING.search((ROOT / source).read_text()) is None
 
 
 @pytest.mark.parametrize("source", SOURCES)

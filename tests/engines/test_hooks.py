@@ -55,7 +55,7 @@ def test_every_process_has_the_hooks_that_belong_there() -> None:
 def test_an_engine_of_another_version_is_left_as_it_is(version: str) -> None:
     of_another_version = (
         "from packaging.version import Version\n"
-        "from longcat_core.engine import Engine\n"
+        "from longcat_core.plugin.engine import Engine\n"
         f"Engine.version = lambda self: Version({version!r})\n"
     )
     modules = json.loads(python(of_another_version + LOAD_PLUGINS + "load_plugins()" + MODULES))

@@ -37,7 +37,7 @@ def layers(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Routing]:
 
 
 def assert_kernel_is_reference(kernel: str, ranks: int, layer: tuple[Tensor, Tensor, Tensor, Routing]) -> None:
-    """Against `longcat_core.experts.moe` in fp64: the sum of the shares of ranks that have the experts between them."""
+    """Against core's `moe` in fp64: the sum of the shares of ranks that have the experts between them."""
     from longcat_vllm.devices.cpu.experts import CPU_KERNELS
 
     x, w13, w2, routing = layer

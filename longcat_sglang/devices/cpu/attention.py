@@ -1,4 +1,4 @@
-"""The MLA backend for CPUs: SGLang's paged cache and batches around `longcat_core.latent_attention`.
+"""The MLA backend for CPUs: SGLang's paged cache and batches around `longcat_core.layers.latent_attention`.
 
 On CUDA SGLang's own MLA backends (FlashAttention 3, FlashMLA, FlashInfer, Triton) are used and nothing here is loaded.
 Without `sgl_kernel` SGLang has none for a CPU.

@@ -18,7 +18,6 @@ def our_drafting_backend(original: Callable[..., Any], factory: DraftBackendFact
         return original(factory, *args, **kwargs)
     from longcat_sglang.devices.cpu.attention import DraftingBackend
 
-    select_drafts_without_a_compiler()
     return DraftingBackend(factory.draft_model_runner, factory.topk, factory.speculative_num_steps)
 
 
@@ -35,17 +34,9 @@ def _attends_with_ours(runner: ModelRunner) -> bool:
     return isinstance(runner.attn_backend, LatentAttentionBackend)
 
 
-def select_drafts_without_a_compiler() -> None:
-    """Run in plain PyTorch what SGLang compiles, in a process that drafts for LongCat on a CPU.
-
-    Without it: the first answer of a server with two drafts or more waits 16 s for `torch.compile`, which needs a C++
-    compiler, for a few operations on tensors of a few numbers.
-    Remove when: `_select_top_k_tokens_later` is not compiled on a CPU (speculative/spec_utils.py).
-    """
-    from sglang.srt.speculative import spec_utils
-
-    compiled = spec_utils._select_top_k_tokens_later
-    spec_utils._select_top_k_tokens_later = getattr(compiled, "_torchdynamo_orig_callable", compiled)
+def select_drafts_without_a_compiler(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run in plain PyTorch what SGLang compiles."""
+    return getattr(original, "_torchdynamo_orig_callable", original)(*args, **kwargs)
 
 
 def sample_where_requests_do(

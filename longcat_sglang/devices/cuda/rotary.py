@@ -1,4 +1,4 @@
-"""SGLang's rotary embedding, with the angles of `longcat_core.rotary`: what its MLA backends rotate with on a GPU."""
+"""SGLang's rotary embedding with the angles of `longcat_core.layers.rotary`, for its MLA backends on a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The MLA backend for CPUs: vLLM's paged cache and metadata around `longcat_core.latent_attention`.
+"""The MLA backend for CPUs: vLLM's paged cache and metadata around `longcat_core.layers.latent_attention`.
 
 On CUDA vLLM's own MLA backends (FlashMLA, FlashAttention, Triton) are used and nothing here is loaded. vLLM's CPU_MLA
 takes latent 512 + rope 64 and block size 16 only, and neither chunked prefill nor prefix caching.
