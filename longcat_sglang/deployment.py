@@ -7,7 +7,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from longcat_core.drafting import gate as drafting
-from longcat_core.plugin.engine import refuse, tell_of_own_class, unsupported_quantization, uses_gate
+from longcat_core.plugin.engine import refuse, tell_of_gate, tell_of_own_class, unsupported_quantization, use_gate
 from longcat_sglang import devices, loading, options
 from longcat_sglang.engine import MTP_ALGORITHMS, OWN_CLASS, algorithm_of, drafts_with_mtp
 from longcat_sglang.hooks import require_supported
@@ -28,6 +28,8 @@ def settle(server_args: ServerArgs) -> None:
 
     settings, hf_config = resolving_view(server_args), model_config_of(server_args).hf_config
     if reasons := reasons_for_sglangs_own_class(settings, hf_config):
+        if is_gate_asked_for(hf_config):
+            refuse([f"{GATE_OPTION}: SGLang's own class has no draft gate, and is needed, as {'; '.join(reasons)}"])
         tell_of_own_class("SGLang", reasons, _LOST, logger)
         # Every process of SGLang reads the configuration again, and these with it.
         overrides = {**json.loads(settings.json_model_override_args), OWN_CLASS: True}
@@ -52,17 +54,19 @@ def check(server_args: Any, settings: Any, hf_config: Any) -> None:
     refuse(_unsupported(server_args, settings, hf_config))
     directory = loading.local_directory(settings)
     loading.check(directory, settings, hf_config.longcat)
-    if is_gate_asked_for(hf_config) or drafts_with_mtp(settings):
-        gate = drafting.load(directory) if directory is not None else None
-        threshold = None if gate is None else gate.threshold
-        uses_gate(threshold, is_gate_asked_for(hf_config), obstacles_to_gate(settings), GATE_OPTION, logger)
+    if is_gate_asked_for(hf_config):
+        gate = None if directory is None else drafting.load(directory)
+        use_gate(None if gate is None else gate.threshold, obstacles_to_gate(settings), GATE_OPTION, logger)
+    elif drafts_with_mtp(settings) and directory is not None and (directory / drafting.GATE_FILE).exists():
+        tell_of_gate(GATE_OPTION, logger)
 
 
 def reasons_for_sglangs_own_class(settings: Any, hf_config: Any) -> list[str]:
     """What our class cannot serve yet, and SGLang's own can, where it runs."""
     if not devices.of(settings.device).runs_own_class:
         return []
-    reasons = options.reasons_for_own_class(settings, hf_config.longcat)
+    reasons = devices.of(settings.device).reasons_for_own_class()
+    reasons += options.reasons_for_own_class(settings, hf_config.longcat)
     quantization = _quantization(settings, hf_config)
     if quantization is not None:
         reasons.append(f"quantization {quantization!r} is not there yet in longcat-serving")

@@ -24,7 +24,7 @@ from longcat_core.weights import audit
 from longcat_core.weights.plan import mtp_load_plan
 from longcat_sglang import devices
 from longcat_sglang.config import LongcatFlashConfig
-from longcat_sglang.model import LAYOUT, LongcatAttention, LongcatCausalLM, LongcatFFN
+from longcat_sglang.model import LAYOUT, ZEROS_OF_AN_ATTENTION, LongcatAttention, LongcatCausalLM, LongcatFFN
 
 
 class LongcatMTPLayer(nn.Module):
@@ -97,7 +97,7 @@ class LongcatMTPModel(nn.Module):
             "forward_batch": forward_batch,
             "cos": cos,
             "sin": sin,
-            "zero_allocator": BumpAllocator(2, dtype=torch.float32, device=embedded.device),
+            "zero_allocator": BumpAllocator(ZEROS_OF_AN_ATTENTION, dtype=torch.float32, device=embedded.device),
         }
         residual_batch.start(forward_batch)
         with get_global_expert_distribution_recorder().disable_this_region():

@@ -64,7 +64,9 @@ class AdapterNames(WeightsMapper):
         Raises:
             ValueError: for a module that the model has not, or that an adapter cannot change here.
         """
-        module = key.partition(".lora_")[0]
+        module, is_adapters, _ = key.partition(".lora_")
+        if not is_adapters:  # a published tensor, as vLLM's pooling models ask for
+            return key
         is_expert = ".mlp.experts" in module
         if module.rpartition(".")[2] in ADAPTED and not is_expert and f"{module}.weight" in self._tensors:
             return key

@@ -43,7 +43,7 @@ from longcat_core.weights.audit import CheckpointError
 from longcat_core.weights.plan import Layout, Target, load_plan
 from longcat_vllm import devices, hooks
 from longcat_vllm.adapters import AdapterNames
-from longcat_vllm.moe import LongcatMoE
+from longcat_vllm.moe import LongcatMoE, ZeroExpertAwareExperts
 
 LAYOUT = Layout(fused_qkv_a="fused_qkv_a_proj", experts="experts.routed_experts")
 
@@ -245,7 +245,8 @@ class LongcatCausalLM(nn.Module):
 
     def __init__(self, vllm_config: VllmConfig, config: LongcatConfig, plan: Mapping[str, Target]) -> None:
         super().__init__()
-        self.config = config
+        self.config = vllm_config.model_config.hf_config  # as vLLM's pooling models want it
+        self.longcat = config
         self._plan = plan
         self.logits_processor = LogitsProcessor(config.vocab_size)
         self._model_config = vllm_config.model_config
@@ -267,8 +268,10 @@ class LongcatCausalLM(nn.Module):
         # With LoRA, vLLM puts a module around each one that adapters change.
         parameters = {name.replace(".base_layer.", "."): parameter for name, parameter in self.named_parameters()}
         loaded: set[str] = set()
+        experts = (module for module in self.modules() if isinstance(module, ZeroExpertAwareExperts))
+        self._experts_are_packed = any(devices.current().has_packed(module) for module in experts)
         try:
-            for name, tensor in self._audited(weights, self.config, is_partial=self._loads_are_partial):
+            for name, tensor in self._audited(weights, self.longcat, is_partial=self._loads_are_partial):
                 loaded |= self._load(parameters, name, tensor)
         except CheckpointError:
             if any(parameter.is_meta for parameter in parameters.values()):
@@ -286,6 +289,11 @@ class LongcatCausalLM(nn.Module):
         parameter = parameters[target.parameter]
         loader = getattr(parameter, "weight_loader", default_weight_loader)
         if target.expert is not None:
+            if self._experts_are_packed and not parameter.is_meta:
+                raise CheckpointError(
+                    f"{name}: the weights of the experts are packed for this device's kernel, and cannot be written in "
+                    "place; update them with vLLM's reload_weights"
+                )
             part = {"shard_id": target.shard, "expert_id": target.expert}
             is_local = loader(parameter, tensor, target.parameter, **part, return_success=True)
             return {target.parameter} if is_local else set()
@@ -304,7 +312,7 @@ class LongcatFlashForCausalLM(LongcatCausalLM, SupportsLoRA, SupportsPP):
         config = spellings.read(vllm_config.model_config.hf_config)
         super().__init__(vllm_config, config, load_plan(config, LAYOUT))
         hooks.install(Stage.MODEL)
-        self.hf_to_vllm_mapper = AdapterNames(config=self.config)
+        self.hf_to_vllm_mapper = AdapterNames(config=config)
         self.model = LongcatModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         if get_pp_group().is_last_rank:
             self.lm_head = ParallelLMHead(

@@ -36,7 +36,6 @@ class LongcatMoE(nn.Module):
             quant_config=quant_config,
             prefix=f"{prefix}.experts",
             router=PrecomputedRouting(config.moe_topk, config.n_routed_experts),
-            router_logits_dtype=torch.float32,
             routed_experts_cls=ZeroExpertAwareExperts,
         )
 

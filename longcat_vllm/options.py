@@ -39,6 +39,12 @@ OPTIONS: tuple[Option, ...] = (
         "On a CPU, where weights are bfloat16, float16 or float32 so far; on a GPU it is left to vLLM's own class.",
         TESTED,
     ),
+    Option(
+        "--convert",
+        Outcome.REFUSED,
+        "`classify`, on a CPU; on a GPU it is left to vLLM's own class. `embed` (--runner pooling) is served.",
+        TESTED,
+    ),
     Option("--enable-ep-weight-filter", Outcome.SERVED, "A rank reads its own experts.", RUN),
     Option("--cpu-offload-gb", Outcome.SERVED, "A CPU has nothing to move.", RUN),
     # -- adapters
@@ -59,16 +65,17 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "--moe-backend",
         Outcome.REFUSED,
-        "Other values than auto, triton, flashinfer_cutlass: their kernels are not known to skip zero experts. Where "
-        "vLLM's own choice is such a kernel, Triton's is taken, which is said in the log.",
+        "On a CPU other values than auto, triton, flashinfer_cutlass, humming; on a GPU these are left to vLLM's own "
+        "class, as their kernels are not known to skip zero experts. Where vLLM's own choice is such a kernel, "
+        "Triton's is taken, which is said in the log.",
         "the refusal and the choice in the tests; the kernels read",
     ),
     Option("--enable-expert-parallel", Outcome.SERVED, "A rank computes its own experts, zero experts none.", TESTED),
     Option(
         "--all2all-backend",
         Outcome.REFUSED,
-        "deepep_low_latency, nixl_ep and moonep, where data-parallel ranks share experts: DeepEP has room for 11 "
-        "experts a token where LongCat has 12; of the kernels none is known to skip zero experts.",
+        "deepep_low_latency, where data-parallel ranks share experts: it has room for 11 experts a token where LongCat "
+        "has 12. nixl_ep and moonep, whose kernels are not known to skip zero experts, are left to vLLM's own class.",
         f"the refusal in the tests; the reason {READ}",
     ),
     Option(

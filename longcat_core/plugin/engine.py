@@ -130,23 +130,21 @@ def unsupported_cpu_cache(dtype: str) -> str:
     return f"kv_cache_dtype: {dtype!r}, wanted 'auto' on a CPU; leave --kv-cache-dtype out"
 
 
-def uses_gate(
-    threshold: float | None, is_asked_for: bool, obstacles: Sequence[str], option: str, log: logging.Logger
-) -> bool:
-    """Whether drafts go through the checkpoint's draft gate: where that is asked for. Says so in the engine's log.
+def use_gate(threshold: float | None, obstacles: Sequence[str], option: str, log: logging.Logger) -> None:
+    """Say in the engine's log that drafts go through the checkpoint's draft gate, which is asked for.
 
     threshold: the gate's, or None where there is no gate; obstacles: what is in a gate's way; option: how it is asked
     for, as the user writes it.
 
     Raises:
-        ValueError: if it is asked for and there is none, or something is in its way.
+        ValueError: if there is none, or something is in its way.
     """
-    if not is_asked_for:
-        if threshold is not None:
-            log.info("The checkpoint has a draft gate, which is not used unless it is asked for: %s", option)
-        return False
+    refuse([f"{option}: {obstacle}; or leave the draft gate out" for obstacle in obstacles])
     if threshold is None:
         refuse([f"{option}: the checkpoint has no draft gate; train one with `longcat train-gate`, or leave it out"])
-    refuse([f"{option}: {obstacle}; or leave the draft gate out" for obstacle in obstacles])
     log.info("The checkpoint's draft gate prunes drafts with a score under %g.", threshold)
-    return True
+
+
+def tell_of_gate(option: str, log: logging.Logger) -> None:
+    """Say that the checkpoint has a gate that nobody has asked for."""
+    log.info("The checkpoint has a draft gate, which is not used unless it is asked for: %s", option)

@@ -14,16 +14,20 @@ def of(name: str) -> Device:
         from longcat_sglang.devices.cpu.device import Cpu
 
         return Cpu()
-    from longcat_sglang.devices.cuda.device import Cuda
+    if name == "cuda":
+        from longcat_sglang.devices.cuda.device import Cuda
 
-    return Cuda()
+        return Cuda()
+    from longcat_sglang.devices.unknown import Unknown
+
+    return Unknown(name)
 
 
 def current() -> Device:
     """The device that SGLang runs on in this process."""
-    from sglang.srt.utils import is_cpu
+    from sglang.srt.utils import get_device, is_cpu
 
-    return of("cpu" if is_cpu() else "cuda")
+    return of("cpu" if is_cpu() else get_device().partition(":")[0])
 
 
 def found() -> Finding:

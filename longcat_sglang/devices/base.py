@@ -59,6 +59,10 @@ class Device(ABC):
         """Bring a layer's expert weights back into the layout in which tensors are loaded."""
 
     @abstractmethod
+    def reasons_for_own_class(self) -> list[str]:
+        """Why SGLang's own class serves on this device, whatever it is asked for."""
+
+    @abstractmethod
     def unsupported(self, server_args: Any, settings: Any) -> list[str]:
         """Options that SGLang would accept on this device and then get wrong, each with what to do.
 

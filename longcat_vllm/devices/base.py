@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
     from vllm.v1.attention.backend import AttentionBackend
 
+MOE_BACKENDS = ("auto", "triton", "flashinfer_cutlass", "humming")
+"""Values of --moe-backend with which unquantised experts get a kernel of `cuda.experts.SKIP_ZERO_EXPERTS`."""
+
 
 class Device(ABC):
     """Without state, so that each can be made, and asked, on any machine."""

@@ -95,6 +95,13 @@ class Engine:
         rows = [[position[token].logprob for token in range(vocab_size)] for position in output.prompt_logprobs[1:]]
         return torch.tensor(rows)
 
+    def greedy_log_softmax(self, prompts: Sequence[list[int]], new_tokens: int, vocab_size: int) -> list[Tensor]:
+        """Of the logits from which each new token was chosen, all prompts at once: fp32 [new_tokens, vocabulary]."""
+        return [
+            torch.tensor([[step[token].logprob for token in range(vocab_size)] for step in output.outputs[0].logprobs])
+            for output in self.outputs(prompts, new_tokens, logprobs=-1)
+        ]
+
     def largest_chunk(self) -> int:
         """Tokens of a step, at most."""
         scheduler = self.llm.llm_engine.vllm_config.scheduler_config

@@ -55,6 +55,9 @@ class Cpu(Device):
         """SGLang does so itself before some updates, and not before one from a disk."""
         experts.quant_method.restore_weights_before_loading(experts)
 
+    def reasons_for_own_class(self) -> list[str]:
+        return []
+
     def unsupported(self, server_args: Any, settings: Any) -> list[str]:
         problems = []
         wanted = (None, "auto", CPU_ATTENTION)

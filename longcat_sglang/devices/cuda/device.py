@@ -52,6 +52,9 @@ class Cuda(Device):
     def restore_experts(self, experts: Any) -> None:
         """SGLang does what is to be done."""
 
+    def reasons_for_own_class(self) -> list[str]:
+        return []
+
     def unsupported(self, server_args: Any, settings: Any) -> list[str]:
         return []
 
