@@ -21,6 +21,7 @@ class RopeConfig:
     theta: float
     factor: float = 1.0
     original_max_position_embeddings: int = 0
+    """0: the model's `max_position_embeddings`."""
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     mscale: float = 0.0

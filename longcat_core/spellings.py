@@ -279,14 +279,10 @@ def _read_rope(raw: Mapping[str, Any], problems: list[str]) -> RopeConfig | None
     if kind not in ("yarn", "deepseek_yarn"):
         problems.append(f"rope_type: {kind!r}, wanted 'default' or 'yarn'")
         return None
-    context = raw.get("max_position_embeddings")
-    context = context if isinstance(context, int) else None
     rope = RopeConfig(
         theta=theta,
         factor=1.0 if found.get("factor") == 1 else _number(found, "factor", problems, above=1.0),
-        original_max_position_embeddings=int(
-            _number(found, "original_max_position_embeddings", problems, default=context or 1.0)
-        ),
+        original_max_position_embeddings=int(_number(found, "original_max_position_embeddings", problems, default=0.0)),
         beta_fast=_number(found, "beta_fast", problems, default=32.0),
         beta_slow=_number(found, "beta_slow", problems, default=1.0),
         mscale=_number(found, "mscale", problems, default=0.0, above=-1.0),
@@ -305,8 +301,9 @@ def rope_parameters(rope: RopeConfig) -> dict[str, Any]:
     """As transformers 5 has it in a field of that name."""
     if not rope.is_yarn:
         return {"rope_theta": rope.theta, "rope_type": "default"}
-    # An mscale of 0 is one that was not given; vLLM's and SGLang's class for DeepSeek would take it for one of 0.
-    given = {name: value for name, value in vars(rope).items() if value is not None and value != 0.0}
+    # What was not given is 0 here. vLLM's and SGLang's class for DeepSeek would take it for an mscale of 0, and for the
+    # length of a context that is not to be lengthened.
+    given = {name: value for name, value in vars(rope).items() if value}
     settings = {name: value for name, value in given.items() if name != "theta"} | {"truncate": rope.truncate}
     return {"rope_theta": rope.theta, "rope_type": "yarn", **settings}
 

@@ -54,6 +54,10 @@ def schedules_longcat(scheduler: Any, *_: Any, **__: Any) -> bool:
     return is_longcat(scheduler.model_config.hf_config)
 
 
+def tokenizes_for_longcat(manager: Any, *_: Any, **__: Any) -> bool:
+    return is_longcat(manager.model_config.hf_config)
+
+
 def drafts_for_longcat(factory: Any, *_: Any, **__: Any) -> bool:
     return is_longcat(factory.draft_model_runner.model_config.hf_config)
 

@@ -61,9 +61,19 @@ HOOKS: tuple[Hook, ...] = (
         remove_when="SGLang overrides the fields before its configuration class reads them.",
     ),
     _Registered(
+        name="prompt check of a stream",
+        target="sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
+        around="longcat_sglang.requests:refuse_a_prompt_outside_the_vocabulary",
+        concerns="longcat_sglang.engine:tokenizes_for_longcat",
+        stage=Stage.DEPLOYMENT,
+        why="As prompt check, which a stream would learn of after its status of 200. Not in the processes of "
+        "--tokenizer-worker-num, in which SGLang loads no plugins: there it learns of it in its first event.",
+        remove_when="As prompt check.",
+    ),
+    _Registered(
         name="prompt check",
         target="sglang.srt.managers.scheduler.Scheduler._add_request_to_queue",
-        around="longcat_sglang.requests:refuse_tokens_outside_the_vocabulary",
+        around="longcat_sglang.requests:refuse_what_is_outside_the_vocabulary",
         concerns="longcat_sglang.engine:schedules_longcat",
         stage=Stage.MODEL,
         why="A prompt with a token outside the vocabulary ends the server: SGLang checks the number of tokens only, "

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from longcat_core.config import LongcatConfig
 from longcat_core.plugin.options import Option, Outcome
+from longcat_sglang.engine import MTP_ALGORITHMS, algorithm_of
 
 Concern = Callable[[Any, LongcatConfig], bool]
 """Whether SGLang's settings ask a model for what an option stands for."""
@@ -87,8 +88,27 @@ WRONG: tuple[Rule, ...] = (
         _is_set("enable_two_batch_overlap"),
     ),
     Rule(
-        _refused("--enable-single-batch-overlap", "no layer of LongCat asks for it, so it would do nothing"),
-        _is_set("enable_single_batch_overlap"),
+        _refused(
+            "--moe-dense-tp-size",
+            "the dense FFNs are divided among all ranks, and would sum rows of different tokens",
+        ),
+        lambda settings, _: settings.moe_dense_tp_size is not None,
+    ),
+    Rule(
+        _refused("--dwdp-size", "it implies --moe-dense-tp-size 1, and would sum MoE outputs over ranks once more"),
+        lambda settings, _: (settings.dwdp_size or 1) > 1,
+    ),
+    Rule(
+        _refused("--enable-waterfill", "it asks for DeepEP after its options were checked"),
+        _is_set("enable_waterfill"),
+    ),
+    Rule(
+        _refused("--dcp-size", "decode context parallelism was not tried with LongCat's two attentions a layer"),
+        lambda settings, _: (settings.dcp_size or 1) > 1,
+    ),
+    Rule(
+        _refused("--attn-cp-size", "context parallelism was not tried with LongCat's two attentions a layer"),
+        lambda settings, _: (settings.attn_cp_size or 1) > 1,
     ),
     Rule(
         _refused(
@@ -161,6 +181,7 @@ OWN: tuple[Rule, ...] = (
             READ,
         ),
         lambda settings, _: settings.moe_runner_backend not in SKIP_ZERO_EXPERTS,
+        device="cuda",
     ),
     Rule(
         Option(
@@ -187,6 +208,16 @@ OWN: tuple[Rule, ...] = (
         _is_set("kt_weight_path"),
     ),
     Rule(
+        Option(
+            "--speculative-algorithm",
+            Outcome.OWN_CLASS,
+            "longcat-serving drafts with the MTP layer (NEXTN), or on a GPU with n-grams (NGRAM); refused on a CPU",
+            READ,
+        ),
+        lambda settings, _: algorithm_of(settings) not in (None, *MTP_ALGORITHMS, "NGRAM"),
+        device="cuda",
+    ),
+    Rule(
         Option("--model-impl transformers", Outcome.OWN_CLASS, "another model is asked for than ours", READ),
         _is("model_impl", "transformers"),
     ),
@@ -204,7 +235,6 @@ CHECKED_BY_VALUE: tuple[Option, ...] = (
     _refused("--pp-size", "SGLang's layer boundaries have no pipeline for LongCat", RUN),
     _refused("--tp-size", "it has to divide the attention heads", RUN),
     _refused("--ep-size", "it has to divide the FFN experts", RUN),
-    _refused("--speculative-algorithm", "drafts come from the MTP layer (NEXTN), or on a GPU from n-grams", RUN),
     _refused("--speculative-draft-model-path", "the MTP layer is in the model's own checkpoint", RUN),
     _refused("--speculative-num-steps", "it has to be a number of drafts", RUN),
     _refused("--speculative-num-draft-tokens", "it has to fit the tree", RUN),
@@ -219,6 +249,7 @@ CHECKED_BY_VALUE: tuple[Option, ...] = (
 SERVED: tuple[Option, ...] = (
     Option("--load-format auto", Outcome.SERVED, "Checked before any worker starts, where there are safetensors.", RUN),
     Option("--load-format sharded_state", Outcome.SERVED, "What `save_sharded_model` wrote; not checked before.", RUN),
+    Option("--enable-single-batch-overlap", Outcome.SERVED, "No layer of LongCat asks for it: it does nothing.", READ),
     Option("--enable-return-routed-experts", Outcome.SERVED, "-1 stands for a zero expert.", READ),
     Option("--expert-distribution-recorder-mode stat", Outcome.SERVED, "FFN experts are counted, no zero ones.", READ),
 )
@@ -235,9 +266,6 @@ UNTRIED: tuple[Option, ...] = tuple(
         "--enable-hierarchical-cache",
         "--enable-deterministic-inference",
         "--enable-memory-saver",
-        "--attn-cp-size",
-        "--dcp-size",
-        "--moe-dense-tp-size",
     )
 )
 

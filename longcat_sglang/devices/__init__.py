@@ -14,7 +14,9 @@ def of(name: str) -> Device:
         from longcat_sglang.devices.cpu.device import Cpu
 
         return Cpu()
-    if name == "cuda":
+    from sglang.srt.utils import is_hip
+
+    if name == "cuda" and not is_hip():
         from longcat_sglang.devices.cuda.device import Cuda
 
         return Cuda()

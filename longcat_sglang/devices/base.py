@@ -24,10 +24,6 @@ class Device(ABC):
     """The name of our attention backend in SGLang's table, or None where SGLang chooses one of its own."""
     runs_own_class: ClassVar[bool]
     """Whether SGLang's own class of LongCat-Flash runs here."""
-    other_algorithms: ClassVar[tuple[str, ...]]
-    """Speculative algorithms that are served beside the MTP layer's."""
-    algorithm_advice: ClassVar[str]
-    """What the refusal of another algorithm says of these."""
 
     @abstractmethod
     def prepare_process(self) -> None:

@@ -186,8 +186,8 @@ def test_quantised_weights_on_a_gpu_are_left_to_sglangs_own_class(
     with pytest.raises(ValueError, match="quantization: 'fp8', wanted none so far"):
         configure(checkpoint_of(CASE), quantization="fp8")
     server_args = ServerArgs(model_path=str(checkpoint_of(CASE)), skip_tokenizer_init=True)
-    monkeypatch.setattr(deployment, "_quantization", lambda settings, hf_config: "fp8")
-    monkeypatch.setattr(deployment, "reasons_for_sglangs_own_class", lambda settings, hf_config: ["it is quantised"])
+    monkeypatch.setattr(deployment, "_quantization", lambda settings, model_config: "fp8")
+    monkeypatch.setattr(deployment, "reasons_for_sglangs_own_class", lambda settings, model_config: ["it is quantised"])
     with caplog.at_level("WARNING"):
         registration._check_after_adjustments(server_args, lambda server_args: None)
     assert "is served by SGLang's own class: it is quantised. It lacks: zero experts scaled" in caplog.text

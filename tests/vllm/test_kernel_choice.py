@@ -152,7 +152,10 @@ def test_on_a_platform_of_another_plugin_vllms_own_class_serves() -> None:
 
 @pytest.mark.parametrize("asks_for_gate", [False, True])
 def test_a_gate_that_the_own_class_does_not_have_is_not_lost_without_a_word(
-    asks_for_gate: bool, checkpoint_of: Callable[[Case], Path], monkeypatch: pytest.MonkeyPatch
+    asks_for_gate: bool,
+    checkpoint_of: Callable[[Case], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(Cpu, "reasons_for_own_class", lambda *_: ["it is quantised"])
     arguments = {"additional_config": {"longcat": {"draft_gate": asks_for_gate}}}
@@ -160,4 +163,6 @@ def test_a_gate_that_the_own_class_does_not_have_is_not_lost_without_a_word(
         message = refusal(checkpoint_of(CASE), **arguments)
         assert "vLLM's own class has no draft gate, and is needed, as it is quantised" in message
     else:
-        assert configure(checkpoint_of(CASE), **arguments) is None
+        with caplog.at_level("WARNING"):
+            configure(checkpoint_of(CASE), **arguments)
+        assert "LongCat-Flash is served by vLLM's own class: it is quantised." in caplog.text

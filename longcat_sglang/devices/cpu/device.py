@@ -8,7 +8,7 @@ from longcat_core.config import LongcatConfig
 from longcat_core.plugin.diagnosis import Finding
 from longcat_core.plugin.engine import unsupported_cpu_cache
 from longcat_sglang.devices.base import Device
-from longcat_sglang.engine import CPU_ATTENTION, drafts_with_mtp
+from longcat_sglang.engine import CPU_ATTENTION, MTP_ALGORITHMS, algorithm_of, drafts_with_mtp
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 class Cpu(Device):
     attention_backend = CPU_ATTENTION
     runs_own_class = False
-    other_algorithms = ()
-    algorithm_advice = "; NGRAM on a CPU needs sgl_kernel"
 
     def prepare_process(self) -> None:
         from longcat_sglang.devices.cpu.platform import bind_rank_to_its_cores
@@ -59,7 +57,12 @@ class Cpu(Device):
         return []
 
     def unsupported(self, server_args: Any, settings: Any) -> list[str]:
-        problems = []
+        problems, algorithm = [], algorithm_of(settings)
+        if algorithm not in (None, *MTP_ALGORITHMS):
+            problems.append(
+                f"speculative_algorithm: {algorithm!r}, wanted NEXTN, which drafts with LongCat's own MTP layer; NGRAM "
+                "on a CPU needs sgl_kernel; change --speculative-algorithm"
+            )
         wanted = (None, "auto", CPU_ATTENTION)
         for option in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
             given = getattr(server_args, option)

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 class Cuda(Device):
     attention_backend = None
     runs_own_class = True
-    other_algorithms = ("NGRAM",)
-    algorithm_advice = ", or NGRAM"
 
     def prepare_process(self) -> None:
         """Nothing is to be prepared."""
