@@ -20,7 +20,7 @@ def refuse_what_is_outside_the_vocabulary(
     if problem and request.to_finish is None:
         request.set_finish_with_abort(problem)
         # What cannot be computed is not asked for either, as an aborted request runs once.
-        request.top_logprobs_num, request.sampling_params.stop_token_ids = 0, None
+        request.logprob.top_logprobs_num, request.sampling_params.stop_token_ids = 0, None
     original(scheduler, request, *args, **kwargs)
 
 
@@ -30,8 +30,8 @@ def _outside(request: Req, size: int) -> str:
         return wrong
     if wrong := _wrong_token(request.sampling_params.stop_token_ids, size):
         return f"stop_token_ids: {wrong}"
-    if request.top_logprobs_num > size:
-        return f"top_logprobs: {request.top_logprobs_num} is more than the {size} tokens of the vocabulary"
+    if request.logprob.top_logprobs_num > size:
+        return f"top_logprobs: {request.logprob.top_logprobs_num} is more than the {size} tokens of the vocabulary"
     return ""
 
 

@@ -24,7 +24,7 @@ def queued(tokens: list[int], finish: Any = None, top: int = 0, stops: list[int]
         origin_input_ids=array("q", tokens),
         to_finish=finish,
         set_finish_with_abort=messages.append,
-        top_logprobs_num=top,
+        logprob=SimpleNamespace(top_logprobs_num=top),
         sampling_params=SimpleNamespace(stop_token_ids=stops),
     )
     scheduler = SimpleNamespace(model_config=SimpleNamespace(vocab_size=VOCABULARY))
