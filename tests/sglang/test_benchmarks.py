@@ -1,4 +1,4 @@
-"""SGLang's own benchmarks measure our model, with drafts and without, as the README says to run them.
+"""SGLang's own benchmarks measure our model, with drafts and without, as docs/benchmarks.md says to run them.
 
 They share one server, which drafts and takes its requests in two processes.
 """

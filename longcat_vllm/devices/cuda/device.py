@@ -47,7 +47,8 @@ class Cuda(Device):
 
     def reasons_for_own_class(self, vllm_config: VllmConfig) -> list[str]:
         quantization = vllm_config.model_config.quantization
-        return [] if quantization is None else [f"quantization {quantization!r} is not there yet in longcat-serving"]
+        reason = f"quantization {quantization!r} is not supported by longcat-serving yet"
+        return [] if quantization is None else [reason]
 
     def unsupported(self, vllm_config: VllmConfig) -> list[str]:
         return []
