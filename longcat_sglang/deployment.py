@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def settle(server_args: ServerArgs) -> None:
-    """Check a LongCat's deployment, and settle what SGLang would otherwise choose, or ask of its class.
+    """Check a LongCat's deployment, and set what SGLang would otherwise choose itself or ask of its own class.
 
     Raises:
         ValueError: as `check`.
@@ -43,7 +43,7 @@ def settle(server_args: ServerArgs) -> None:
         declare_resolution(server_args, "longcat-serving", attention_backend=backend)
     drafts_some = settings.speculative_num_steps is not None
     if drafts_with_mtp(settings) and drafts_some and settings.speculative_eagle_topk is None:
-        # SGLang compares it with 1 whether it is there or not (arg_groups/speculative_hook.py).
+        # SGLang compares it with 1 even if it is None (arg_groups/speculative_hook.py).
         declare_resolution(server_args, "longcat-serving", speculative_eagle_topk=1)
 
 
@@ -71,7 +71,7 @@ def reasons_for_sglangs_own_class(settings: Any, model_config: Any) -> list[str]
     reasons += options.reasons_for_own_class(settings, model_config.hf_config.longcat)
     quantization = _quantization(settings, model_config)
     if quantization is not None:
-        reasons.append(f"quantization {quantization!r} is not there yet in longcat-serving")
+        reasons.append(f"quantization {quantization!r} is not supported by longcat-serving yet")
     return reasons
 
 
@@ -127,7 +127,7 @@ def _unsupported_speculation(server_args: Any, settings: Any) -> list[str]:
     steps, branches = settings.speculative_num_steps, settings.speculative_eagle_topk
     nodes = settings.speculative_num_draft_tokens
     if steps is None and (branches, nodes) != (None, None) and not settings.speculative_adaptive:
-        problems.append("speculative_num_steps: None, wanted a number with the other two; give --speculative-num-steps")
+        problems.append("speculative_num_steps: None, wanted a number for this tree; give --speculative-num-steps")
     if (branches or 1) > 1 and nodes is None:
         problems.append(
             f"speculative_num_draft_tokens: None, wanted the size of a tree of {branches} branches, its root included; "
@@ -137,12 +137,12 @@ def _unsupported_speculation(server_args: Any, settings: Any) -> list[str]:
     for option in ("speculative_token_map", "speculative_draft_model_quantization", "enable_multi_layer_eagle"):
         if getattr(settings, option):
             flag = option.replace("_", "-")
-            problems.append(f"{option} is not there for LongCat's MTP layer; leave --{flag} out")
+            problems.append(f"{option} is not supported for LongCat's MTP layer; leave --{flag} out")
     return problems
 
 
 def _impossible_tree(steps: int | None, branches: int | None, nodes: int | None) -> list[str]:
-    """Sizes that SGLang takes, and its worker fails over at the first request."""
+    """Sizes that SGLang accepts, and over which its worker fails at the first request."""
     given = {"speculative_num_steps": steps, "speculative_eagle_topk": branches}
     problems = [
         f"{name}: {value}, wanted 1 or more; give --{name.replace('_', '-')} such a number"
@@ -161,7 +161,7 @@ def _impossible_tree(steps: int | None, branches: int | None, nodes: int | None)
 
 
 GATE_OPTION = """--json-model-override-args '{"longcat_draft_gate": true}'"""
-"""SGLang's one option that takes what is not an option of its own, and reaches all of its processes."""
+"""The one option of SGLang that takes fields of any name, and that reaches all of its processes."""
 
 
 def is_gate_asked_for(hf_config: Any) -> bool:

@@ -41,7 +41,7 @@ LAYOUT = Layout(fused_qkv_a="fused_qkv_a_proj_with_mqa", experts="experts")
 ZEROS_OF_AN_ATTENTION = 2
 """What SGLang's MLA takes of the model's allocator of zeros: one for each product with an absorbed weight in FP8."""
 WORTH_A_THREAD = 2**18
-"""Bytes of a tensor that another thread loads; a smaller one is loaded sooner than handed over."""
+"""Bytes from which a tensor is loaded by another thread; for a smaller one, handing it over takes longer."""
 
 
 class LongcatAttention(DeepseekV2AttentionMLA):
@@ -289,13 +289,13 @@ class LongcatCausalLM(nn.Module):
         self.post_load_weights()
 
     def post_load_weights(self) -> None:
-        """What follows from the weights; SGLang calls it where it fills them without `load_weights`."""
+        """Derive tensors from the weights; SGLang calls it where it fills the weights without `load_weights`."""
         for module in self.modules():
             if isinstance(module, LongcatAttention):
                 module.process_weights_after_loading()
 
     def _is_loaded(self) -> bool:
-        """Told by what follows from the weights, as SGLang has loaders that call nothing of this class."""
+        """Judged by tensors derived from the weights, as some of SGLang's loaders call no method of this class."""
         return any(isinstance(module, LongcatAttention) and module.w_kc is not None for module in self.modules())
 
     def _load(self, parameters: dict[str, Any], name: str, tensor: Tensor) -> None:

@@ -30,8 +30,8 @@ from longcat_sglang.model import LAYOUT, ZEROS_OF_AN_ATTENTION, LongcatAttention
 class LongcatMTPLayer(nn.Module):
     """One dense layer on `eh_proj([enorm(embedding of the next token), hnorm(hidden)])`; modules as published.
 
-    In place of SGLang's LongcatFlashDenseDecoderLayer (models/longcat_flash_nextn.py), which leaves
-    `qkv_latent_func` out, so that it attends with the latent of the target's last attention.
+    Replaces SGLang's LongcatFlashDenseDecoderLayer (models/longcat_flash_nextn.py), which leaves out
+    `qkv_latent_func`, so that it attends with the latent of the target's last attention.
     """
 
     def __init__(self, hf_config: LongcatFlashConfig, quant_config: QuantizationConfig | None, prefix: str) -> None:
@@ -126,7 +126,7 @@ class LongcatFlashMTP(LongcatCausalLM):
         return self.model.embed_tokens
 
     def set_embed_and_head(self, embed: Tensor, head: Tensor) -> None:
-        """Leave the target's embedding: the MTP layer has one of its own. The head comes as a whole, below."""
+        """Ignore both: the MTP layer has its own embedding, and gets the head by `set_lm_head_from_target`."""
 
     def set_lm_head_from_target(self, target_lm_head: nn.Module) -> None:
         self.lm_head = target_lm_head

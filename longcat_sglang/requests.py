@@ -1,4 +1,4 @@
-"""What SGLang is told of single requests: which are refused before they run, and how many slots one may need."""
+"""Wrappers that concern single requests: which are refused before they run, and how many slots one may need."""
 
 from __future__ import annotations
 

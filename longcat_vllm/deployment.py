@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
 
 logger = logging.getLogger(f"vllm.{__name__}")
-"""Among vLLM's own, whose handlers it takes."""
+"""Below vLLM's logger, whose handlers it uses."""
 
 TRANSPORT_WITH_TOO_FEW_COLUMNS = "deepep_low_latency"
 """A value of --all2all-backend that has room for 11 experts a token, where LongCat has 12."""
@@ -88,7 +88,7 @@ def _is_gate_asked_for(vllm_config: VllmConfig) -> bool:
 
 
 def _check_gate(directory: Path, vllm_config: VllmConfig) -> None:
-    """With a gate, schedule once the drafts are judged, and count those that are pruned."""
+    """With a gate, schedule a step after its drafts are judged, and count pruned drafts."""
     from longcat_vllm.speculation import GATE_SCHEDULER, PrunedDrafts
 
     if not _is_gate_asked_for(vllm_config):
@@ -113,7 +113,7 @@ def obstacles_to_gate(vllm_config: VllmConfig) -> list[str]:
     if vllm_config.use_v2_model_runner:
         obstacles.append("this model runner drafts a fixed number of tokens; set VLLM_USE_V2_MODEL_RUNNER=0")
     if scheduler.async_scheduling:
-        obstacles.append("async_scheduling draws up a step before its drafts are there; leave it out")
+        obstacles.append("async_scheduling schedules a step before its drafts are known; leave it out")
     if speculation.draft_sample_method != "greedy":
         obstacles.append(f"draft_sample_method is {speculation.draft_sample_method!r}, wanted 'greedy'; leave it out")
     if speculation.num_speculative_tokens_per_batch_size:
@@ -135,7 +135,7 @@ def _unsupported(vllm_config: VllmConfig) -> list[str]:
         problems += _unsupported_speculation(speculation, model)
     parallel = vllm_config.parallel_config
     if drafts_with_mtp(vllm_config) and parallel.pipeline_parallel_size > 1 and not vllm_config.use_v2_model_runner:
-        # Every rank but the last ends, for want of a drafter (`_check_and_update_cudagraph_mode` in 0.32).
+        # Every rank but the last fails, as it has no drafter (`_check_and_update_cudagraph_mode` in 0.32).
         problems.append(
             f"pipeline_parallel_size: {parallel.pipeline_parallel_size}, wanted 1 with drafts, which this model runner "
             "makes on one stage only; leave --pipeline-parallel-size or --speculative-config out"
@@ -149,7 +149,7 @@ def _unsupported(vllm_config: VllmConfig) -> list[str]:
 
 
 def _unsupported_speculation(speculation: SpeculativeConfig, model: ModelConfig) -> list[str]:
-    """Entries of --speculative-config that the MTP layer would be built without, or not at all."""
+    """Entries of --speculative-config that vLLM would ignore for the MTP layer, or fail over."""
     problems = []
     if speculation.model not in (model.model, model.model_weights):
         problems.append(
@@ -182,7 +182,7 @@ def _unsupported_experts(vllm_config: VllmConfig) -> list[str]:
     problems = []
     if vllm_config.aux_output_config.enable_return_routed_experts:
         problems.append(
-            "enable_return_routed_experts: vLLM returns experts as numbers without a sign, in which a zero expert (-1) "
+            "enable_return_routed_experts: vLLM returns experts as unsigned numbers, in which a zero expert (-1) "
             "would be expert 255 or 65535; leave --enable-return-routed-experts out"
         )
     return problems

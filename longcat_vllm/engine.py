@@ -1,4 +1,4 @@
-"""vLLM by name: the versions that this package knows, the architectures that it serves, what tells a LongCat model."""
+"""Names and versions of vLLM: which are supported, the architectures, and how a LongCat model is recognised."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ class LongcatAttention(nn.Module):
 
 
 def _leave_derived_weights_out(attention: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
-    """What attention makes of `kv_b_proj` after loading is no state: a model that is loaded from it has none yet."""
+    """Tensors that attention derives from `kv_b_proj` after loading are not saved: no model has them when it loads."""
     for name in ("W_UK_T", "W_UV"):
         state.pop(f"{prefix}{name}", None)
 
@@ -250,7 +250,7 @@ class LongcatCausalLM(nn.Module):
         self._plan = plan
         self.logits_processor = LogitsProcessor(config.vocab_size)
         self._model_config = vllm_config.model_config
-        # With dummy weights the first load is an update; with vLLM's filter the other ranks' experts are withheld.
+        # With dummy weights the first load is an update; with vLLM's filter the other ranks' experts are left out.
         self._loads_are_partial = (
             vllm_config.load_config.load_format == "dummy" or vllm_config.parallel_config.enable_ep_weight_filter
         )
@@ -306,7 +306,7 @@ class LongcatCausalLM(nn.Module):
 
 class LongcatFlashForCausalLM(LongcatCausalLM, SupportsLoRA, SupportsPP):
     lora_skip_prefixes: ClassVar[list[str]] = [names.MTP_PREFIX]
-    """Adapters change no draft; those of an adapted model are verified by it as any others."""
+    """Adapters do not change drafts; an adapted model verifies them as it would any others."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         config = spellings.read(vllm_config.model_config.hf_config)

@@ -1,4 +1,4 @@
-"""What LongCat's rooms ask of a device, and the devices that there are: a CPU and NVIDIA's GPUs."""
+"""The devices, a CPU and NVIDIA's GPUs, and which of them SGLang runs on."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def current() -> Device:
 
 
 def found() -> Finding:
-    """The platform that SGLang has found, and what is wrong if it has found none of ours."""
+    """The platform that SGLang has found, and what is wrong if it is not a CPU or CUDA."""
     from sglang.srt.platforms import current_platform
 
     name = f"{type(current_platform).__module__}.{type(current_platform).__qualname__}"

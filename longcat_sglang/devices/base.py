@@ -1,4 +1,4 @@
-"""The interface of a device: all that the model, its experts and its deployment ask of what SGLang runs on."""
+"""The interface of a device: all in which devices differ, for the model, its experts and its deployment."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Device(ABC):
-    """Without state, so that each can be made, and asked, on any machine."""
+    """Without state, so that each can be made and called on any machine."""
 
     attention_backend: ClassVar[str | None]
     """The name of our attention backend in SGLang's table, or None where SGLang chooses one of its own."""
@@ -48,7 +48,7 @@ class Device(ABC):
 
     @abstractmethod
     def expert_arguments(self) -> dict[str, Any]:
-        """What SGLang's FusedMoE is made with beside the model's sizes."""
+        """Arguments of SGLang's FusedMoE besides the model's sizes."""
 
     @abstractmethod
     def restore_experts(self, experts: Any) -> None:

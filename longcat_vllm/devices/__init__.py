@@ -1,4 +1,4 @@
-"""What LongCat's rooms ask of a device, and the devices that there are: a CPU and NVIDIA's GPUs."""
+"""The devices, a CPU and NVIDIA's GPUs, and which of them vLLM runs on."""
 
 from __future__ import annotations
 

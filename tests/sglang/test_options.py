@@ -129,7 +129,7 @@ def test_a_quantisation_that_sglang_finds_in_another_file_is_found() -> None:
     """As ModelOpt's, in `hf_quant_config.json`."""
     quantised = SimpleNamespace(hf_config=MODEL_CONFIG.hf_config, quantization="modelopt_fp4")
     (reason,) = deployment.reasons_for_sglangs_own_class(settings("cuda"), quantised)
-    assert reason == "quantization 'modelopt_fp4' is not there yet in longcat-serving"
+    assert reason == "quantization 'modelopt_fp4' is not supported by longcat-serving yet"
     (problem,) = deployment._unsupported(settings("cpu"), settings("cpu"), quantised)
     assert "quantization: 'modelopt_fp4', wanted none" in problem
 

@@ -67,7 +67,8 @@ class Cpu(Device):
         for option in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
             given = getattr(server_args, option)
             if given not in wanted:
-                problems.append(f"{option}: {given!r}, wanted our own on a CPU; leave --{option.replace('_', '-')} out")
+                flag = option.replace("_", "-")
+                problems.append(f"{option}: {given!r}, wanted none on a CPU, as it has one backend; leave --{flag} out")
         if settings.kv_cache_dtype.startswith("fp"):
             problems.append(unsupported_cpu_cache(settings.kv_cache_dtype))
         if server_args.page_size not in (None, 1):
@@ -76,13 +77,13 @@ class Cpu(Device):
                 "leave --page-size out"
             )
         if settings.enable_dp_attention:
-            problems.append("data-parallel attention on a CPU is not there yet; leave --enable-dp-attention out")
+            problems.append("data-parallel attention on a CPU is not supported yet; leave --enable-dp-attention out")
         if settings.enable_torch_compile:
-            problems.append("torch.compile on a CPU is not there yet; leave --enable-torch-compile out")
+            problems.append("torch.compile on a CPU is not supported yet; leave --enable-torch-compile out")
         backend = settings.speculative_draft_attention_backend
         if drafts_with_mtp(settings) and backend not in (None, CPU_ATTENTION):
             problems.append(
-                f"speculative_draft_attention_backend: {backend!r}, wanted our own on a CPU; "
+                f"speculative_draft_attention_backend: {backend!r}, wanted none on a CPU, as it has one backend; "
                 "leave --speculative-draft-attention-backend out"
             )
         return problems

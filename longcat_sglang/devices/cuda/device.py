@@ -22,7 +22,7 @@ class Cuda(Device):
     runs_own_class = True
 
     def prepare_process(self) -> None:
-        """Nothing is to be prepared."""
+        """A GPU needs no preparation."""
 
     def rotary_embedding(self, config: LongcatConfig) -> LongcatRotaryEmbedding:
         from longcat_sglang.devices.cuda.rotary import LongcatRotaryEmbedding
@@ -48,7 +48,7 @@ class Cuda(Device):
         return {}
 
     def restore_experts(self, experts: Any) -> None:
-        """SGLang does what is to be done."""
+        """SGLang does so itself."""
 
     def reasons_for_own_class(self) -> list[str]:
         return []
@@ -57,7 +57,7 @@ class Cuda(Device):
         return []
 
     def obstacles_to_gate(self) -> list[str]:
-        return ["graphs of a GPU verify a fixed number of drafts"]
+        return ["CUDA graphs verify a fixed number of drafts"]
 
     def implementations(self) -> list[Finding]:
         from longcat_sglang.options import SKIP_ZERO_EXPERTS

@@ -54,7 +54,7 @@ class Cuda(Device):
         backend, transport = vllm_config.kernel_config.moe_backend, parallel.all2all_backend
         reasons = []
         if model.quantization is not None:
-            reasons.append(f"quantization {model.quantization!r} is not there yet in longcat-serving")
+            reasons.append(f"quantization {model.quantization!r} is not supported by longcat-serving yet")
         if model.convert_type == "classify":
             reasons.append("longcat-serving has no head of a classifier")
         if backend not in MOE_BACKENDS:
