@@ -62,7 +62,7 @@ class AdapterNames(WeightsMapper):
     def map_name(self, key: str) -> str:
         """
         Raises:
-            ValueError: for a module that the model has not, or that an adapter cannot change here.
+            ValueError: for a module that the model does not have, or that an adapter cannot change here.
         """
         module = key.partition(".lora_")[0]
         is_expert = ".mlp.experts" in module
