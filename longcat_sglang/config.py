@@ -15,7 +15,7 @@ from longcat_sglang.hooks import require_supported
 
 
 class LongcatFlashConfig(configs.LongcatFlashConfig):
-    """Reads every published spelling, and refuses files that are not LongCat-Flash's or this SGLang cannot serve."""
+    """Reads every published spelling; refuses other models, and what this SGLang cannot serve."""
 
     def __init__(self, **fields: Any) -> None:  # transformers replaces an inherited one by a dataclass's
         super().__init__(**fields)
