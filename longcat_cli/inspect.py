@@ -90,7 +90,7 @@ def _coloured(report: Report, layer: int | None) -> Text:
 
 
 def _name(path: Path) -> str:
-    """What is no UTF-8 in it replaced."""
+    """The name of a file, with bytes that are not UTF-8 replaced."""
     return os.fsencode(path.name).decode(errors="replace")
 
 

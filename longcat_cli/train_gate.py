@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 THRESHOLDS = tuple(percent / 100 for percent in range(1, 100))
 """Those that are tried."""
 _SHOWN = 5
-"""In the table: the chosen one, and every so many percent."""
+"""The table shows the chosen threshold, and one every so many percent."""
 MIN_DRAFTS = 200
 """Fewer do not settle the 241 weights of a gate, whatever the prompts."""
 PLOT = "trade_off.png"
@@ -188,7 +188,7 @@ def _collect(
     ends: set[int],
     progress: Progress,
 ) -> list[Chains]:
-    """Chains of drafts along the greedy answer to each prompt, but for answers too short to judge one."""
+    """Chains of drafts along the greedy answer to each prompt, without answers too short to judge one."""
     from longcat_core.drafting import gate as drafting
 
     task: TaskID = progress.add_task("prompts", total=len(prompts), found="")

@@ -15,7 +15,7 @@ from longcat_sglang.hooks import require_supported
 
 
 class LongcatFlashConfig(configs.LongcatFlashConfig):
-    """Reads every published spelling, and refuses what is no LongCat-Flash or what this SGLang cannot serve."""
+    """Reads every published spelling; refuses other models, and what this SGLang cannot serve."""
 
     def __init__(self, **fields: Any) -> None:  # transformers replaces an inherited one by a dataclass's
         super().__init__(**fields)
@@ -43,7 +43,7 @@ class LongcatFlashConfig(configs.LongcatFlashConfig):
         """This model with fields of its `config.json`, in any published spelling, replaced by others.
 
         Raises:
-            ConfigError: if that is no LongCat-Flash that can be served.
+            ConfigError: if the result is not a LongCat-Flash that can be served.
         """
         canonical = {
             **self.to_dict(),

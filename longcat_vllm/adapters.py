@@ -62,7 +62,7 @@ class AdapterNames(WeightsMapper):
     def map_name(self, key: str) -> str:
         """
         Raises:
-            ValueError: for a module that the model has not, or that an adapter cannot change here.
+            ValueError: for a module that the model does not have, or that an adapter cannot change here.
         """
         module, is_adapters, _ = key.partition(".lora_")
         if not is_adapters:  # a published tensor, as vLLM's pooling models ask for

@@ -14,7 +14,7 @@ from longcat_vllm.hooks import require_supported
 
 
 class LongcatFlashConfig(transformers.LongcatFlashConfig):
-    """Reads every published spelling, and refuses what is no LongCat-Flash or what this vLLM cannot serve."""
+    """Reads every published spelling; refuses other models, and what this vLLM cannot serve."""
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

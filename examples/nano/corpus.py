@@ -47,7 +47,7 @@ def standard_library(held_out: float, root: Path | None = None) -> Corpus:
     A file is held out by a hash of its path, so that it is on every machine and in every version of Python.
 
     Raises:
-        FileNotFoundError: if there are no sources, or none of one part.
+        FileNotFoundError: if there are no sources, or none in one of the parts.
     """
     root = root or Path(sysconfig.get_path("stdlib"))
     corpus = Corpus({}, {})

@@ -25,7 +25,7 @@ def grown(model: LongcatForCausalLM, config: LongcatConfig) -> LongcatForCausalL
     """A model of twice the depth, on the same device.
 
     Raises:
-        ValueError: if `config` has not twice as many layers.
+        ValueError: if `config` does not have twice as many layers.
     """
     layers = model.config.num_layers
     if config.num_layers != 2 * layers:

@@ -36,7 +36,7 @@ class Acceptance(NamedTuple):
     first: float
     """The share of first drafts accepted, over all positions of the continuations."""
     by_depth: list[float]
-    """The share of chains of which at least so many leading drafts are right."""
+    """By number of drafts: the share of chains of which at least that many leading drafts are right."""
     accepted_length: float
     """Tokens a step of an engine that verifies the whole chain: the accepted drafts and the target's own."""
     chains: int

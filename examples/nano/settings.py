@@ -18,7 +18,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class SettingsError(ValueError):
-    """Settings that make no training run; the message says which and what is wanted."""
+    """Settings that cannot be trained with; the message says which, and what is wanted."""
 
 
 class Group(BaseModel):
@@ -100,7 +100,7 @@ class DraftLayer(Group):
     depth: int = Field(default=3, ge=1, le=16)
     """Drafts of a chain that it is trained for."""
     deep_every: Count = 4
-    """One batch in so many is trained to that depth, the others to depth 1."""
+    """One batch in this many is trained to that depth, the others to depth 1."""
 
 
 class Growth(Group):
@@ -190,10 +190,10 @@ class Settings(Group):
         return min(1.0, (step + 1) / (self.warmup_steps + 1), left)
 
     def changed(self, changes: Mapping[str, Any]) -> Settings:
-        """With other values, by dotted name; None is no change.
+        """A copy with other values, by dotted name; None changes nothing.
 
         Raises:
-            SettingsError: if a value, or all together, are no settings.
+            SettingsError: if a value, or the combination, is not valid.
         """
         content = self.model_dump()
         for name, value in changes.items():

@@ -112,7 +112,7 @@ class Trainer:
     """Everything random comes from the seed and the step, so that a state needs no random generator's."""
 
     def __init__(self, settings: Settings, stream: Tensor, device: torch.device, threads: int = 1) -> None:
-        """stream: int32 [tokens] to train on; threads: for so many parts of a batch at once."""
+        """stream: int32 [tokens] to train on; threads: as many parts of a batch run at once."""
         self.settings, self.device = settings, device
         self.batches = Batches(stream, settings.batch_size, settings.sequence_length, settings.seed)
         # Within a part one thread does everything: more would wait for each other at every small operation.

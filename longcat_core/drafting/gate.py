@@ -40,7 +40,7 @@ _NOT_FINGERPRINTED = ("is_quantized", "disable_quant_module", "max_position_embe
 
 
 class GateError(ValueError):
-    """A file that is no gate, or another model's; the message says which and what to do."""
+    """A file that is not a gate, or is another model's; the message says which, and what to do."""
 
 
 # -- what is known of a draft --------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def expert_rows(ids: Tensor, num_experts: int) -> Tensor:
 
 def relative_load(rows: Tensor) -> Tensor:
     """rows: [..., experts or ranks], any number type. Returns each one's share over the mean share, fp64 [..., same]:
-    1 where all are loaded alike, 0 where there are no rows at all."""
+    1 if all have the same load, 0 if there are no rows at all."""
     return rows.double() / rows.double().mean(dim=-1, keepdim=True).clamp(min=1e-9)
 
 
