@@ -16,7 +16,8 @@ from rich.progress import Progress
 from tokenizers import Tokenizer
 from typer.testing import CliRunner, Result
 
-from longcat_cli import app, example_tokenizer, train_gate
+from longcat_cli import example_tokenizer, train_gate
+from longcat_cli.commands import app
 from longcat_core.drafting import gate as drafting
 from longcat_core.reference import LongcatForCausalLM
 from longcat_core.weights import checkpoint

@@ -19,7 +19,7 @@ from longcat_core.reference import LongcatForCausalLM
 from longcat_core.weights import checkpoint
 from longcat_nano import CHECKPOINT
 
-RECORD = json.loads((CHECKPOINT / "record.json").read_text())
+RECORD = json.loads((Path(record.__file__).with_name("record") / record.FILE).read_text())
 RESULTS = RECORD["results"]
 
 
