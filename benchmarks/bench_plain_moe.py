@@ -1,8 +1,8 @@
 """Output tokens a second of LongCat beside a plain MoE model of the same shape, in one engine.
 
-A LongCat layer has two attentions, two dense FFNs and a MoE, of whose 12 slots about 8 are FFN experts. The plain model
-is a Qwen3-MoE of twice as many layers, by turns with a dense FFN and with a MoE of top 8, of the same sizes: one dense
-FFN in four blocks less, and no low ranks in its attention. Over token ids, so without HTTP; the models by turns.
+A LongCat layer has two attentions, two dense FFNs and a MoE, of whose 12 choices about 8 are FFN experts. The plain
+model is a Qwen3-MoE of twice as many layers, by turns with a dense FFN and with a MoE of top 8, of the same sizes: one
+dense FFN in four blocks less, and no low ranks in its attention. Over token ids, so without HTTP; the models by turns.
 """
 
 from __future__ import annotations

@@ -48,8 +48,8 @@ def main() -> None:
 def time_modules(times: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have each module of `PARTS` append its name, its start and its seconds to a file, a line a call."""
     lines = times.open("a", buffering=1)
-    for room in ("model", "moe"):
-        module = import_module(f"{engine.PACKAGE}.{room}")
+    for file in ("model", "moe"):
+        module = import_module(f"{engine.PACKAGE}.{file}")
         for name in PARTS.keys() & vars(module).keys():
             cls = getattr(module, name)
             if cls.__module__ == module.__name__:

@@ -1,4 +1,4 @@
-"""Draws `results/*/moe_layer.json` for the README: each engine's time over ours, by the tokens of a batch."""
+"""Draws `results/*/moe_layer.json` for docs/numbers.md: each engine's time over ours, by the tokens of a batch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def draw(axes: Axes, rows: list[dict[str, object]]) -> None:
     for dtype, colour in (("bfloat16", "#1f6f8b"), ("float32", "#c8553d")):
         for routing, style in (("a third zero", "-"), ("no zero", ":")):
             line = [row for row in rows if (row["dtype"], row["routing"], row["experts"]) == (dtype, routing, 64)]
-            label = f"{dtype}, {'a third of the slots zero experts' if style == '-' else 'no zero experts'}"
+            label = f"{dtype}, {'a third of the choices zero experts' if style == '-' else 'no zero experts'}"
             axes.plot([r["tokens"] for r in line], [r["ratio"] for r in line], style, color=colour, label=label, lw=2)
     axes.axhline(1, color="#888888", lw=1)
     tokens = sorted({row["tokens"] for row in rows})

@@ -38,7 +38,7 @@ QUESTION = "Return True if the path is a directory."
 """Of the kind that it was trained on: the first line of a function's docstring."""
 NEW_TOKENS = 64
 SAMPLING = {"temperature": 0.8, "top_p": 0.9}
-"""The likeliest words of a model this small go in circles."""
+"""Greedy answers of a model this small repeat themselves."""
 DRAFT_TOKENS = 3
 START_TIMEOUT_S = 600
 STOP_TIMEOUT_S = 30
@@ -155,7 +155,7 @@ def what_it_took(checkpoint: Path, written: list[str]) -> str:
         experts = torch.cat([each.ffn_experts for each in found], dim=1).double().mean()
         accepted = torch.cat([each.drafts[2:] for each in found if each.drafts is not None]).double().mean()
     return (
-        f"{experts:.2f} of {model.config.moe_topk} slots were FFN experts, the rest cost nothing; "
+        f"{experts:.2f} of {model.config.moe_topk} choices were FFN experts, the rest cost nothing; "
         f"{accepted:.0%} of the first drafts were what the model itself held likeliest. `longcat inspect` shows which."
     )
 

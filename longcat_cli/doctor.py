@@ -19,7 +19,7 @@ from rich.table import Table
 from longcat_core.plugin.diagnosis import Finding
 
 ENGINE_PACKAGES = {"vllm": "longcat_vllm", "sglang": "longcat_sglang"}
-"""Engine and our package for it; ours is asked only where the engine is there."""
+"""Engine and our package for it; ours is imported only if the engine is installed."""
 
 
 def command(

@@ -62,13 +62,13 @@ class Report:
         return [(f"{value:.{decimals}f}", _shade(share)) for value, share in zip(values, shares, strict=True)]
 
     def _ends(self, layer: int | None) -> tuple[float, float]:
-        """Of the scale: what all but 2 % of the tokens at either end are within, so that one token does not flatten
-        the colours of all others."""
+        """Of the scale: the 2nd and the 98th percentile of the tokens, so that one token does not flatten the colours
+        of all others."""
         low, high = torch.quantile(self.values(layer), torch.tensor([0.02, 0.98], dtype=torch.float64)).tolist()
         return (low, high) if high > low else (low, low + 1)
 
     def shown_pieces(self) -> list[str]:
-        """The pieces, with ends of lines to be seen, for they are tokens like others."""
+        """The pieces, with visible ends of lines, as these are tokens like others."""
         return [piece.replace("\r", "␍").replace("\n", "⏎\n") for piece in self.pieces]
 
     # -- figures -----------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ class Report:
         busiest = relative_load(found.load).amax(dim=1).tolist()
         return [
             ("tokens", read),
-            ("FFN experts a token", f"mean {by_layer.mean():.2f} of {config.moe_topk} slots; zero experts the others"),
+            ("FFN experts a token", f"mean {by_layer.mean():.2f} of {config.moe_topk} choices, the rest zero experts"),
             ("by layer", ", ".join(f"{n}: {mean:.2f}" for n, mean in enumerate(by_layer.tolist()))),
             ("activated parameters", f"mean {si(float(activated.mean()))}, p5 {si(low)}, p95 {si(high)}"),
             (
@@ -98,7 +98,7 @@ class Report:
         if self.inspection.drafts is None:
             return "no draft layer (MTP)"
         acceptance = self.inspection.draft_acceptance()
-        return "no place with a draft" if acceptance is None else f"{acceptance:.1%}"
+        return "no drafts" if acceptance is None else f"{acceptance:.1%}"
 
     # -- the page ----------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""What commands that run the reference need of a checkpoint: its tokenizer, and room for it in memory."""
+"""Checks for commands that run the reference: the checkpoint's tokenizer, and memory for its weights."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def require_in_vocabulary(tokens: list[int], directory: Path, config: LongcatCon
 
 
 def require_memory(directory: Path, config: LongcatConfig) -> None:
-    """Raise LoadingError if the reference, which holds a model in fp32, and while it loads the checkpoint's tensors
-    as well, has no room for this one."""
+    """Raise LoadingError if this machine has too little memory for the reference: the model in fp32 and, while it
+    loads, the checkpoint's tensors as well."""
     weights, memory = (4 + 2) * config.total_parameters, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if weights > memory:
         raise LoadingError(

@@ -13,7 +13,7 @@ BLUE, RED, GREY = "#1f6f8b", "#c8553d", "#888888"
 
 
 def figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:
-    """Empty axes, with a title and what there is along each."""
+    """Empty axes, with a title and labels."""
     drawn = Figure(figsize=(6, 4), layout="constrained")
     FigureCanvasAgg(drawn)  # not pyplot, which would look for a display
     axes = drawn.subplots()

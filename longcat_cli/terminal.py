@@ -1,4 +1,4 @@
-"""What of a text a terminal may be shown."""
+"""Makes text safe to print to a terminal."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import unicodedata
 
 
 def printable(text: str) -> str:
-    """With every character that a terminal would obey replaced, but for ends of lines and tabs."""
+    """The text, with control characters other than ends of lines and tabs replaced."""
     return "".join(each if _is_harmless(each) else "\N{REPLACEMENT CHARACTER}" for each in text)
 
 

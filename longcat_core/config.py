@@ -21,6 +21,7 @@ class RopeConfig:
     theta: float
     factor: float = 1.0
     original_max_position_embeddings: int = 0
+    """0: the model's `max_position_embeddings`."""
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     mscale: float = 0.0
@@ -134,7 +135,7 @@ class LongcatConfig:
         return self.num_layers * layer + embeddings + self.hidden_size
 
     def activated_parameters(self, ffn_experts: float) -> float:
-        """Parameters that one token multiplies with, when `ffn_experts` of its slots a layer are FFN experts.
+        """Parameters that one token multiplies with, when `ffn_experts` of its choices in each layer are FFN experts.
 
         The embedding is a lookup and does not count; the output head does.
         """

@@ -1,4 +1,4 @@
-"""Which member of the LongCat family a `config.json` is of: by its fields, as one name is published for several."""
+"""Tells which member of the LongCat family a `config.json` is of: by its fields, as several members share a name."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from enum import Enum
 from typing import Any
 
 ARCHITECTURE = "LongcatFlashForCausalLM"
-"""The one under which engines know LongCat-Flash."""
+"""The architecture by which engines know LongCat-Flash."""
 ARCHITECTURES = (ARCHITECTURE, "LongcatCausalLM")
-"""Those under which it is published: LongCat-Flash-Thinking-2601 is reported with the second, which
-LongCat-Flash-Lite-Sparse and LongCat-2.0 have as well."""
+"""The architectures with which it is published: LongCat-Flash-Thinking-2601 is reported with the second, which
+LongCat-Flash-Lite-Sparse and LongCat-2.0 have too."""
 
 _NGRAM_FIELDS = (
     *("ngram_vocab_size_ratio", "emb_neighbor_num", "emb_split_num"),
@@ -23,11 +23,11 @@ class Member(Enum):
     FLASH = "LongCat-Flash"
     NGRAM = "LongCat-Flash-Lite, which has n-gram embeddings"
     SPARSE = "LongCat-Flash-Lite-Sparse or LongCat-2.0, which have sparse attention"
-    OTHER = "no LongCat that is known here"
+    OTHER = "a model that longcat-serving does not know"
 
 
 def member_of(raw: Mapping[str, Any]) -> Member:
-    """raw: a `config.json`, whatever is in it. Its `model_type` tells nothing: published files have none, or another
+    """raw: a `config.json`, of any model. Its `model_type` says nothing: published files have none, or another
     member's."""
     names = raw.get("architectures") or [ARCHITECTURE]
     name = names[0] if isinstance(names, (list, tuple)) else names

@@ -17,19 +17,19 @@ from longcat_core.reference import LongcatForCausalLM, Router
 
 
 class Inspection(NamedTuple):
-    """Of a text of T tokens, each of which the model has read after those before it."""
+    """What was found in a text of T tokens, which the model read as one sequence."""
 
     tokens: Tensor
     """int64 [T]."""
     ffn_experts: Tensor
-    """int64 [layers, T]: slots of each token that FFN experts took; zero experts took the others."""
+    """int64 [layers, T]: how many of each token's expert choices are FFN experts; the others are zero experts."""
     load: Tensor
     """int64 [layers, FFN experts]: tokens of each."""
     nats: Tensor
-    """fp32 [T]: how much of a surprise each token was, -log of its probability; NaN for the first."""
+    """fp32 [T]: the surprisal of each token, -log of its probability; NaN for the first."""
     drafts: Tensor | None
-    """bool [T]: whether the MTP layer's draft for a token's place is what the model itself would say there, so that an
-    engine would accept it. The first two places have no draft, and are False. None without an MTP layer."""
+    """bool [T]: whether the MTP layer's draft for a position is the model's own greedy token there, so that an engine
+    would accept it. The first two positions have no draft, and are False. None without an MTP layer."""
 
     def activated_parameters(self, config: LongcatConfig) -> Tensor:
         """fp64 [T], see `LongcatConfig.activated_parameters`."""
@@ -37,7 +37,7 @@ class Inspection(NamedTuple):
         return torch.tensor([config.activated_parameters(each) for each in mean], dtype=torch.float64)
 
     def draft_acceptance(self) -> float | None:
-        """The share of places with a draft where it is accepted; None where there are none."""
+        """The share of drafts that are accepted; None if there are no drafts."""
         if self.drafts is None or len(self.drafts) < 3:
             return None
         return float(self.drafts[2:].double().mean())

@@ -201,7 +201,7 @@ class LongcatModel(nn.Module):
 
 
 class LongcatForCausalLM(nn.Module):
-    """LongCat-Flash. Parameters are named as published, but that the experts of a layer are stacked."""
+    """LongCat-Flash. Parameters are named as published, except that the experts of a layer are stacked."""
 
     def __init__(self, config: LongcatConfig, with_mtp: bool = True) -> None:
         super().__init__()

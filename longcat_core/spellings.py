@@ -218,7 +218,7 @@ def _check_options(raw: Mapping[str, Any]) -> list[str]:
     unknown = [key for key in raw if key.startswith(("router_", "rounter_")) and key not in _ROUTER_OPTIONS]
     of_training = [key for key in unknown if _TRAINING_OPTION.search(key)]
     if of_training:
-        _warn_of_ignored(", ".join(of_training))
+        _warn_of_ignored(f"a router's training: {', '.join(of_training)}")
     for key in unknown:
         if key not in of_training:
             problems.append(f"{key}: {raw[key]!r} is an unknown router option; known are {', '.join(_ROUTER_OPTIONS)}")
@@ -228,7 +228,7 @@ def _check_options(raw: Mapping[str, Any]) -> list[str]:
 @cache
 def _warn_of_ignored(options: str) -> None:
     """Once, as a configuration is read in many places."""
-    logger.warning("LongCat-Flash does not read these options of a router's training: %s", options)
+    logger.warning("LongCat-Flash does not read these options of %s", options)
 
 
 def _check_sizes(values: Mapping[str, int], zero_expert_num: int) -> list[str]:
@@ -253,6 +253,9 @@ def _boolean(raw: Mapping[str, Any], name: str, problems: list[str], default: bo
 # -- the rotary embedding ---------------------------------------------------------------------
 
 
+_YARN = {field.name for field in fields(RopeConfig)} - {"theta"}
+
+
 def _read_rope(raw: Mapping[str, Any], problems: list[str]) -> RopeConfig | None:
     """`rope_theta` with `rope_scaling` (published) or `rope_parameters` (transformers 5)."""
     found: dict[str, Any] = {"rope_theta": raw.get("rope_theta")}
@@ -264,20 +267,22 @@ def _read_rope(raw: Mapping[str, Any], problems: list[str]) -> RopeConfig | None
         found |= given
     known = len(problems)
     theta = _number(found, "rope_theta", problems)
-    kind = found.get("rope_type") or found.get("type") or "default"
+    kind = found.get("rope_type") or found.get("type")
+    of_yarn = sorted(found.keys() & _YARN - {"original_max_position_embeddings"})
+    if kind is None and of_yarn:
+        problems.append(f"rope_scaling: {of_yarn[0]} without a rope_type; give 'yarn', or remove it")
+    if unread := sorted(found.keys() - _YARN - {"rope_theta", "rope_type", "type"}):
+        _warn_of_ignored(f"the rotary embedding: {', '.join(unread)}")
+    kind = kind or "default"
     if kind == "default":
         return RopeConfig(theta=theta) if len(problems) == known else None
     if kind not in ("yarn", "deepseek_yarn"):
         problems.append(f"rope_type: {kind!r}, wanted 'default' or 'yarn'")
         return None
-    context = raw.get("max_position_embeddings")
-    context = context if isinstance(context, int) else None
     rope = RopeConfig(
         theta=theta,
         factor=1.0 if found.get("factor") == 1 else _number(found, "factor", problems, above=1.0),
-        original_max_position_embeddings=int(
-            _number(found, "original_max_position_embeddings", problems, default=context or 1.0)
-        ),
+        original_max_position_embeddings=int(_number(found, "original_max_position_embeddings", problems, default=0.0)),
         beta_fast=_number(found, "beta_fast", problems, default=32.0),
         beta_slow=_number(found, "beta_slow", problems, default=1.0),
         mscale=_number(found, "mscale", problems, default=0.0, above=-1.0),
@@ -296,7 +301,10 @@ def rope_parameters(rope: RopeConfig) -> dict[str, Any]:
     """As transformers 5 has it in a field of that name."""
     if not rope.is_yarn:
         return {"rope_theta": rope.theta, "rope_type": "default"}
-    settings = {name: value for name, value in vars(rope).items() if name != "theta" and value is not None}
+    # What was not given is 0 here. vLLM's and SGLang's class for DeepSeek would take it for an mscale of 0, and for the
+    # length of a context that is not to be lengthened.
+    given = {name: value for name, value in vars(rope).items() if value}
+    settings = {name: value for name, value in given.items() if name != "theta"} | {"truncate": rope.truncate}
     return {"rope_theta": rope.theta, "rope_type": "yarn", **settings}
 
 
@@ -352,7 +360,11 @@ def _rope(canonical: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[st
             given = overrides[name] or {"rope_type": "default"}
             if not isinstance(given, Mapping):
                 raise ConfigError(f"{name}: {given!r}, wanted an object")
-            rope = {"rope_theta": rope["rope_theta"], **given}
+            # Without a type it is a change of what there is.
+            kept = {"rope_theta": rope["rope_theta"]} if {"rope_type", "type"} & given.keys() else rope
+            rope = {**kept, **given}
+            if rope.get("rope_type") == "default" and (more := sorted(given.keys() & _YARN)):
+                raise ConfigError(f"{name}: {more[0]} without a rope_type; give 'yarn', or remove it")
     problems: list[str] = []
     rope_read = _read_rope(
         {"rope_parameters": rope, "max_position_embeddings": canonical.get("max_position_embeddings")}, problems

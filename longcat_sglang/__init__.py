@@ -6,8 +6,8 @@ from __future__ import annotations
 def register() -> None:
     """Entry point `sglang.srt.plugins`: runs in every process of SGLang, whatever model it serves.
 
-    Installs the hooks that belong into every process (`hooks.HOOKS`). Harmless when called again. Never raises: what
-    could not be hooked is logged once by name, and becomes an error when a LongCat model is asked for. An SGLang of
+    Installs the hooks that every process needs (`hooks.HOOKS`). Harmless when called again. Never raises: what
+    could not be hooked is logged once by name, and becomes an error when a LongCat model is requested. An SGLang of
     another version is left as it is.
     """
     from longcat_core.plugin.hooks import Stage
@@ -20,8 +20,8 @@ def register() -> None:
 def register_platform() -> None:
     """Entry point `sglang.srt.platforms`: prepares a CPU for a LongCat, and leaves the platform's choice to SGLang.
 
-    SGLang calls it when it is imported, before anything that needs what is prepared; a platform of our own would
-    turn its speculation off (speculative/eagle_worker_v2.py in 0.5.21).
+    SGLang calls it when it is imported, before anything that needs the preparation; a platform of our own would
+    turn off its speculation (speculative/eagle_worker_v2.py in 0.5.21).
     """
     from longcat_sglang.devices.cpu.platform import prepare_cpu
     from longcat_sglang.one_batch import load_plugins_for_one_batch

@@ -7,10 +7,10 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from longcat_core.drafting import gate as drafting
-from longcat_core.plugin.engine import refuse, tell_of_own_class, unsupported_quantization, uses_gate
-from longcat_sglang import devices, loading, options
-from longcat_sglang.engine import MTP_ALGORITHMS, OWN_CLASS, algorithm_of, drafts_with_mtp
-from longcat_sglang.hooks import require_supported
+from longcat_core.plugin.engine import refuse, tell_of_gate, tell_of_own_class, unsupported_quantization, use_gate
+from longcat_core.plugin.hooks import Stage
+from longcat_sglang import devices, hooks, loading, options
+from longcat_sglang.engine import OWN_CLASS, drafts_with_mtp
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -19,53 +19,59 @@ logger = logging.getLogger(__name__)
 
 
 def settle(server_args: ServerArgs) -> None:
-    """Check a LongCat's deployment, and settle what SGLang would otherwise choose, or ask of its class.
+    """Check a LongCat's deployment, and set what SGLang would otherwise choose itself or ask of its own class.
 
     Raises:
         ValueError: as `check`.
     """
     from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
 
-    settings, hf_config = resolving_view(server_args), model_config_of(server_args).hf_config
-    if reasons := reasons_for_sglangs_own_class(settings, hf_config):
+    hooks.install(Stage.DEPLOYMENT)
+    settings, model_config = resolving_view(server_args), model_config_of(server_args)
+    hf_config = model_config.hf_config
+    if reasons := reasons_for_sglangs_own_class(settings, model_config):
+        if is_gate_asked_for(hf_config):
+            refuse([f"{GATE_OPTION}: SGLang's own class has no draft gate, and is needed, as {'; '.join(reasons)}"])
         tell_of_own_class("SGLang", reasons, _LOST, logger)
         # Every process of SGLang reads the configuration again, and these with it.
         overrides = {**json.loads(settings.json_model_override_args), OWN_CLASS: True}
         declare_resolution(server_args, "longcat-serving", json_model_override_args=json.dumps(overrides))
         setattr(hf_config, OWN_CLASS, True)
         return
-    check(server_args, settings, hf_config)
+    check(server_args, settings, model_config)
     if (backend := devices.of(settings.device).attention_backend) is not None:
         declare_resolution(server_args, "longcat-serving", attention_backend=backend)
     drafts_some = settings.speculative_num_steps is not None
     if drafts_with_mtp(settings) and drafts_some and settings.speculative_eagle_topk is None:
-        # SGLang compares it with 1 whether it is there or not (arg_groups/speculative_hook.py).
+        # SGLang compares it with 1 even if it is None (arg_groups/speculative_hook.py).
         declare_resolution(server_args, "longcat-serving", speculative_eagle_topk=1)
 
 
-def check(server_args: Any, settings: Any, hf_config: Any) -> None:
+def check(server_args: Any, settings: Any, model_config: Any) -> None:
     """Raise for what LongCat-Flash cannot be served with: ValueError, or CheckpointError for a local checkpoint.
 
     server_args: what the user gave; settings: what SGLang made of it so far.
     """
-    require_supported()
-    refuse(_unsupported(server_args, settings, hf_config))
+    hf_config = model_config.hf_config
+    refuse(_unsupported(server_args, settings, model_config))
     directory = loading.local_directory(settings)
     loading.check(directory, settings, hf_config.longcat)
-    if is_gate_asked_for(hf_config) or drafts_with_mtp(settings):
-        gate = drafting.load(directory) if directory is not None else None
-        threshold = None if gate is None else gate.threshold
-        uses_gate(threshold, is_gate_asked_for(hf_config), obstacles_to_gate(settings), GATE_OPTION, logger)
+    if is_gate_asked_for(hf_config):
+        gate = None if directory is None else drafting.load(directory)
+        use_gate(None if gate is None else gate.threshold, obstacles_to_gate(settings), GATE_OPTION, logger)
+    elif drafts_with_mtp(settings) and directory is not None and (directory / drafting.GATE_FILE).exists():
+        tell_of_gate(GATE_OPTION, logger)
 
 
-def reasons_for_sglangs_own_class(settings: Any, hf_config: Any) -> list[str]:
+def reasons_for_sglangs_own_class(settings: Any, model_config: Any) -> list[str]:
     """What our class cannot serve yet, and SGLang's own can, where it runs."""
     if not devices.of(settings.device).runs_own_class:
         return []
-    reasons = options.reasons_for_own_class(settings, hf_config.longcat)
-    quantization = _quantization(settings, hf_config)
+    reasons = devices.of(settings.device).reasons_for_own_class()
+    reasons += options.reasons_for_own_class(settings, model_config.hf_config.longcat)
+    quantization = _quantization(settings, model_config)
     if quantization is not None:
-        reasons.append(f"quantization {quantization!r} is not there yet in longcat-serving")
+        reasons.append(f"quantization {quantization!r} is not supported by longcat-serving yet")
     return reasons
 
 
@@ -76,15 +82,15 @@ _LOST = (
 """What LongCat-Flash does not have in SGLang's own class."""
 
 
-def _quantization(settings: Any, hf_config: Any) -> str | None:
-    of_checkpoint = hf_config.longcat.is_quantized and hf_config.quantization_config.get("quant_method")
-    return settings.quantization or of_checkpoint or None
+def _quantization(settings: Any, model_config: Any) -> str | None:
+    """As SGLang has read it, from `config.json` or files beside it."""
+    return settings.quantization or model_config.quantization
 
 
-def _unsupported(server_args: Any, settings: Any, hf_config: Any) -> list[str]:
+def _unsupported(server_args: Any, settings: Any, model_config: Any) -> list[str]:
     """Options that SGLang would accept for LongCat-Flash and then get wrong, each with what to do."""
-    longcat, problems = hf_config.longcat, []
-    quantization = _quantization(settings, hf_config)
+    longcat, problems = model_config.hf_config.longcat, []
+    quantization = _quantization(settings, model_config)
     if quantization is not None:
         problems.append(unsupported_quantization(quantization))
     device = devices.of(settings.device)
@@ -109,13 +115,7 @@ def _unsupported(server_args: Any, settings: Any, hf_config: Any) -> list[str]:
 
 
 def _unsupported_speculation(server_args: Any, settings: Any) -> list[str]:
-    algorithm, problems = algorithm_of(settings), []
-    device = devices.of(settings.device)
-    if algorithm not in (None, *MTP_ALGORITHMS, *device.other_algorithms):
-        problems.append(
-            f"speculative_algorithm: {algorithm!r}, wanted NEXTN, which drafts with LongCat's own MTP layer"
-            f"{device.algorithm_advice}; change --speculative-algorithm"
-        )
+    problems: list[str] = []
     if not drafts_with_mtp(settings):
         return problems
     drafter = settings.speculative_draft_model_path
@@ -127,7 +127,7 @@ def _unsupported_speculation(server_args: Any, settings: Any) -> list[str]:
     steps, branches = settings.speculative_num_steps, settings.speculative_eagle_topk
     nodes = settings.speculative_num_draft_tokens
     if steps is None and (branches, nodes) != (None, None) and not settings.speculative_adaptive:
-        problems.append("speculative_num_steps: None, wanted a number with the other two; give --speculative-num-steps")
+        problems.append("speculative_num_steps: None, wanted a number for this tree; give --speculative-num-steps")
     if (branches or 1) > 1 and nodes is None:
         problems.append(
             f"speculative_num_draft_tokens: None, wanted the size of a tree of {branches} branches, its root included; "
@@ -137,12 +137,12 @@ def _unsupported_speculation(server_args: Any, settings: Any) -> list[str]:
     for option in ("speculative_token_map", "speculative_draft_model_quantization", "enable_multi_layer_eagle"):
         if getattr(settings, option):
             flag = option.replace("_", "-")
-            problems.append(f"{option} is not there for LongCat's MTP layer; leave --{flag} out")
+            problems.append(f"{option} is not supported for LongCat's MTP layer; leave --{flag} out")
     return problems
 
 
 def _impossible_tree(steps: int | None, branches: int | None, nodes: int | None) -> list[str]:
-    """Sizes that SGLang takes, and its worker fails over at the first request."""
+    """Sizes that SGLang accepts, and over which its worker fails at the first request."""
     given = {"speculative_num_steps": steps, "speculative_eagle_topk": branches}
     problems = [
         f"{name}: {value}, wanted 1 or more; give --{name.replace('_', '-')} such a number"
@@ -161,7 +161,7 @@ def _impossible_tree(steps: int | None, branches: int | None, nodes: int | None)
 
 
 GATE_OPTION = """--json-model-override-args '{"longcat_draft_gate": true}'"""
-"""SGLang's one option that takes what is not an option of its own, and reaches all of its processes."""
+"""The one option of SGLang that takes fields of any name, and that reaches all of its processes."""
 
 
 def is_gate_asked_for(hf_config: Any) -> bool:

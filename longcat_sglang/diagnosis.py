@@ -1,4 +1,4 @@
-"""What `longcat doctor` says of SGLang: its version, what took hold in this process, what a LongCat model would get."""
+"""What `longcat doctor` says of SGLang: its version, what was hooked here, what a LongCat model would get."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SGLang by name: the versions that this package knows, and what tells a LongCat model."""
+"""Names and versions of SGLang: which are supported, and how a LongCat model is recognised."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ SGLANG = Engine(
     supported_text="0.5.21",
 )
 CPU_ATTENTION = "torch_native"
-"""The name under which our attention backend is chosen on a CPU: it is the one that SGLang takes to need no Triton and
-no graph (`support_triton`, arg_groups/attention_hook.py). For other models it stays SGLang's own."""
+"""The name under which our attention backend is chosen on a CPU: it is the one of which SGLang knows that it needs no
+Triton and no graph (`support_triton`, arg_groups/attention_hook.py). For other models it stays SGLang's own."""
 
 MTP_ALGORITHMS = ("NEXTN", "EAGLE")
 """SGLang's names for drafting with a layer that takes the target's hidden states."""
@@ -30,7 +30,7 @@ def is_longcat(hf_config: Any) -> bool:
 
 
 def algorithm_of(settings: Any) -> str | None:
-    """The speculative algorithm as SGLang will spell it; NEXTN and EAGLE are one thing to it."""
+    """The speculative algorithm as SGLang will spell it; NEXTN and EAGLE are the same to it."""
     return settings.speculative_algorithm and settings.speculative_algorithm.upper()
 
 
@@ -46,12 +46,16 @@ def configures_longcat(model_config: Any, *_: Any, **__: Any) -> bool:
 
 
 def overrides_fields(*_: Any, model_override_args: Any = None, **__: Any) -> bool:
-    """Of which model is only known when its configuration has been read."""
+    """Whether it is a LongCat's is known only after its configuration has been read."""
     return bool(model_override_args)
 
 
 def schedules_longcat(scheduler: Any, *_: Any, **__: Any) -> bool:
     return is_longcat(scheduler.model_config.hf_config)
+
+
+def tokenizes_for_longcat(manager: Any, *_: Any, **__: Any) -> bool:
+    return is_longcat(manager.model_config.hf_config)
 
 
 def drafts_for_longcat(factory: Any, *_: Any, **__: Any) -> bool:
@@ -77,5 +81,5 @@ def updates_longcat(updater: Any, *_: Any, **__: Any) -> bool:
 
 
 def is_longcats_process(*_: Any, **__: Any) -> bool:
-    """For what is hooked only where a LongCat model is built."""
+    """For hooks that are installed only where a LongCat model is built."""
     return True

@@ -10,8 +10,8 @@ from longcat_sglang.engine import SGLANG
 _Registered = partial(
     Wrapper, wrap="longcat_sglang.registration:register_around", wrapped_by="longcat_sglang.registration:module_around"
 )
-"""Wrapped through SGLang's own registry of hooks, after all plugins have been called: of `Stage.PROCESS` only what no
-process needs an accelerator or `sgl_kernel` to import."""
+"""Wrapped through SGLang's own registry of hooks, which installs them after all plugins are loaded. At `Stage.PROCESS`
+only functions that can be imported without an accelerator and without `sgl_kernel`."""
 
 HOOKS: tuple[Hook, ...] = (
     _Registered(
@@ -20,8 +20,8 @@ HOOKS: tuple[Hook, ...] = (
         around="longcat_sglang.registration:our_model_class",
         concerns="longcat_sglang.engine:configures_longcat",
         why="SGLang's own model does not scale zero experts, and computes them as expert 0. Not through "
-        "`ModelRegistry.register`, which imports every model there is, in every process, and would give us Flash-Lite "
-        "too, to which SGLang gives the same architecture.",
+        "`ModelRegistry.register`, which imports every model in every process, and would give us Flash-Lite too, as "
+        "SGLang gives it the same architecture.",
         remove_when="`ModelRegistry` takes a class by name, and Flash-Lite has an architecture of its own.",
         upstream="sgl-project/sglang#10019",
     ),
@@ -30,8 +30,8 @@ HOOKS: tuple[Hook, ...] = (
         target="sglang.srt.utils.hf_transformers.common._CONFIG_REGISTRY['longcat_flash']",
         put="longcat_sglang.registration:register_config_class",
         found="longcat_sglang.registration:registered_config_class",
-        why="SGLang takes the `num_hidden_layers` that transformers saves, which is twice the layers, and puts the "
-        "sizes of the 560 B model in for whatever is missing.",
+        why="SGLang takes the `num_hidden_layers` that transformers saves, which is twice the layers, and fills in "
+        "missing sizes with those of the 560 B model.",
         remove_when="SGLang's LongcatFlashConfig reads both spellings, and has no default sizes.",
     ),
     Entry(
@@ -41,14 +41,14 @@ HOOKS: tuple[Hook, ...] = (
         found="longcat_sglang.registration:registered_config_check",
         why="A wrong checkpoint or deployment is found by a worker, tens of seconds later, if at all. SGLang has these "
         "hooks for plugins.",
-        remove_when="Never: it is SGLang's way.",
+        remove_when="Never: these hooks are SGLang's interface for plugins.",
     ),
     Entry(
         name="attention backend",
         target="sglang.srt.layers.attention.attention_registry.ATTENTION_BACKENDS['torch_native']",
         put="longcat_sglang.registration:register_attention_backend",
         found="longcat_sglang.registration:registered_attention_backend",
-        why="On a CPU SGLang's torch_native backend takes MLA's queries for those of plain attention.",
+        why="On a CPU SGLang's torch_native backend treats MLA's queries as those of plain attention.",
         remove_when="It has MLA, in latent space and for any sizes.",
     ),
     _Registered(
@@ -56,19 +56,29 @@ HOOKS: tuple[Hook, ...] = (
         target="sglang.srt.utils.hf_transformers.config.get_config",
         around="longcat_sglang.config:read_again_as_overridden",
         concerns="longcat_sglang.engine:overrides_fields",
-        why="SGLang sets the fields of `--json-model-override-args` on a configuration that has been read, so that "
-        "nothing that is derived from them follows.",
+        why="SGLang sets the fields of `--json-model-override-args` after the configuration has been read, so that "
+        "values derived from them stay as they were.",
         remove_when="SGLang overrides the fields before its configuration class reads them.",
+    ),
+    _Registered(
+        name="prompt check of a stream",
+        target="sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
+        around="longcat_sglang.requests:refuse_a_prompt_outside_the_vocabulary",
+        concerns="longcat_sglang.engine:tokenizes_for_longcat",
+        stage=Stage.DEPLOYMENT,
+        why="As prompt check, which a stream would learn of after its status of 200. Not in the processes of "
+        "--tokenizer-worker-num, in which SGLang loads no plugins: there it learns of it in its first event.",
+        remove_when="As prompt check.",
     ),
     _Registered(
         name="prompt check",
         target="sglang.srt.managers.scheduler.Scheduler._add_request_to_queue",
-        around="longcat_sglang.requests:refuse_tokens_outside_the_vocabulary",
+        around="longcat_sglang.requests:refuse_what_is_outside_the_vocabulary",
         concerns="longcat_sglang.engine:schedules_longcat",
         stage=Stage.MODEL,
         why="A prompt with a token outside the vocabulary ends the server: SGLang checks the number of tokens only, "
-        "and the embedding of a token that is not there is an error in the scheduler (on CUDA, in the device). Here, "
-        "as every request passes, whichever process has taken it.",
+        "and the lookup of such a token's embedding fails in the scheduler (on CUDA, on the device). Hooked here, "
+        "where every request passes, whichever process has received it.",
         remove_when="The scheduler checks it where it checks the length.",
     ),
     _Registered(
@@ -96,7 +106,7 @@ HOOKS: tuple[Hook, ...] = (
         stage=Stage.MODEL,
         device="cpu",
         why="On a CPU the first answer of a server with two drafts or more waits 16 s for `torch.compile`, which needs "
-        "a C++ compiler, for a few operations on tensors of a few numbers.",
+        "a C++ compiler, for a few operations on tiny tensors.",
         remove_when="`_select_top_k_tokens_later` is not compiled on a CPU.",
     ),
     _Registered(
@@ -107,7 +117,7 @@ HOOKS: tuple[Hook, ...] = (
         stage=Stage.MODEL,
         device="cpu",
         why="On a CPU requests that sample are answered greedily while drafting, whatever their temperature: "
-        "`_verify_uses_greedy` takes the greedy path for every request there. So for every model.",
+        "`_verify_uses_greedy` takes the greedy path for every request there, of every model.",
         remove_when="`eagle_sample` samples on a CPU.",
     ),
     _Registered(
@@ -117,7 +127,7 @@ HOOKS: tuple[Hook, ...] = (
         concerns="longcat_sglang.engine:verifies_longcat",
         stage=Stage.MODEL,
         why="All drafts of a request get the penalties of the token before them ('a relaxed version of penalties'), "
-        "and no custom logit processor. So for every model. A processor that looks at the request sees it as it was "
+        "and no custom logit processor, with every model. A processor that looks at the request sees it as it was "
         "before the drafts.",
         remove_when="`eagle_sample` penalises a draft for those before it, and applies processors.",
         upstream="sgl-project/sglang#33643, sgl-project/sglang#27769 (open)",
@@ -128,11 +138,11 @@ HOOKS: tuple[Hook, ...] = (
         around="longcat_sglang.penalties:penalties_of_what_was_generated",
         concerns="longcat_sglang.engine:samples_longcat",
         stage=Stage.MODEL,
-        why="Penalties (frequency, presence, repetition, min_new_tokens) count one token a step, whatever number of "
-        "drafts is accepted, and are lost when a request loses its place in the cache. With overlapping steps, which "
-        "is the default, they also come a token late without drafts, and take the prompt's last token for a generated "
-        "one (`ScheduleBatch.cumulate_penalty_output_tokens`). So for every model.",
-        remove_when="All tokens are counted, before the next is sampled.",
+        why="Penalties (frequency, presence, repetition, min_new_tokens) count one token a step, however many drafts "
+        "are accepted, and are lost when a request is retracted from the cache. With overlapping steps, which is the "
+        "default, they also come a token late without drafts, and count the prompt's last token as generated "
+        "(`ScheduleBatch.cumulate_penalty_output_tokens`). This is so with every model.",
+        remove_when="All tokens are counted before the next is sampled.",
     ),
     Wrapper(
         name="order of steps under penalties",
@@ -149,8 +159,8 @@ HOOKS: tuple[Hook, ...] = (
         target="sglang.srt.speculative.spec_info.SpeculativeAlgorithm.create_worker",
         around="longcat_sglang.speculation:gated_worker",
         concerns="longcat_sglang.engine:works_for_longcat",
-        why="All drafts are verified, worth it or not. A worker for an algorithm of our own would need another flag "
-        "than the stock one.",
+        why="All drafts are verified, likely to be accepted or not. A worker for an algorithm of our own would need "
+        "another flag than the stock one.",
         remove_when="A draft model can say how many of its drafts are to be verified.",
     ),
     _Registered(
@@ -159,8 +169,8 @@ HOOKS: tuple[Hook, ...] = (
         ".update_weights_from_tensor",
         around="longcat_sglang.loading:say_that_an_update_is_refused",
         concerns="longcat_sglang.engine:updates_longcat",
-        why="An update whose tensors are not the model's ends the server: only updates from a disk and from another "
-        "process's group are tried.",
+        why="An update whose tensors are not the model's ends the server: SGLang catches such errors only in updates "
+        "from a disk and from another process group.",
         remove_when="`update_weights_from_tensor` answers with what a model's `load_weights` raises.",
     ),
     Wrapper(
@@ -178,8 +188,8 @@ HOOKS: tuple[Hook, ...] = (
 
 
 def require_supported() -> None:
-    """Raise UnsupportedEngineError unless this SGLang is one that we know, with our hooks in place; it only logs it if
-    one of them does not take."""
+    """Raise UnsupportedEngineError unless this version of SGLang is supported and our hooks are in place; SGLang itself
+    only logs a hook that fails."""
     SGLANG.require_supported(HOOKS)
 
 

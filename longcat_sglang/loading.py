@@ -1,4 +1,4 @@
-"""Load formats: which files SGLang will read, and whether they can be held against the configuration beforehand."""
+"""Load formats: which files SGLang will read, and if they can be checked against the configuration beforehand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def local_directory(settings: Any) -> Path | None:
-    """Where the checkpoint is on this machine, if it is: its directory, or its snapshot in the cache of the Hub."""
+    """The checkpoint on this machine, if it is here: its directory, or its snapshot in the cache of the Hub."""
     if Path(settings.model_path).is_dir():
         return Path(settings.model_path)
     try:
@@ -37,7 +37,7 @@ READS_PUBLISHED_TENSORS = ("auto", "safetensors", "fastsafetensors", "runai_stre
 
 
 def check(directory: Path | None, settings: Any, longcat: LongcatConfig) -> None:
-    """Hold the checkpoint against its configuration where it can be read from here; else say once that it was not.
+    """Check the checkpoint against its configuration if it can be read here; otherwise log once that it was not.
 
     Raises:
         CheckpointError: as `checkpoint.verify`.
@@ -58,7 +58,7 @@ def check(directory: Path | None, settings: Any, longcat: LongcatConfig) -> None
 def say_that_an_update_is_refused(
     original: Callable[..., tuple[bool, str]], updater: Any, *args: Any, **kwargs: Any
 ) -> tuple[bool, str]:
-    """False, and the reason, where an update is not of the model's tensors."""
+    """False, and the reason, if an update has tensors that are not the model's."""
     try:
         return original(updater, *args, **kwargs)
     except CheckpointError as error:

@@ -27,7 +27,6 @@ from sglang.srt.runtime_context import get_parallel, get_stream
 from sglang.srt.utils import BumpAllocator, add_prefix, bind_or_assign
 from torch import Tensor, nn
 
-from longcat_core import spellings
 from longcat_core.config import LongcatConfig
 from longcat_core.layers import rotary
 from longcat_core.plugin.hooks import Stage
@@ -39,8 +38,10 @@ from longcat_sglang.devices.cuda.rotary import LongcatRotaryEmbedding
 from longcat_sglang.moe import LongcatMoE
 
 LAYOUT = Layout(fused_qkv_a="fused_qkv_a_proj_with_mqa", experts="experts")
+ZEROS_OF_AN_ATTENTION = 2
+"""What SGLang's MLA takes of the model's allocator of zeros: one for each product with an absorbed weight in FP8."""
 WORTH_A_THREAD = 2**18
-"""Bytes of a tensor that another thread loads; a smaller one is loaded sooner than handed over."""
+"""Bytes from which a tensor is loaded by another thread; for a smaller one, handing it over takes longer."""
 
 
 class LongcatAttention(DeepseekV2AttentionMLA):
@@ -68,9 +69,6 @@ class LongcatAttention(DeepseekV2AttentionMLA):
             v_head_dim=config.v_head_dim,
             q_lora_rank=config.q_lora_rank,
             kv_lora_rank=config.kv_lora_rank,
-            rope_theta=config.rope.theta,
-            rope_scaling=spellings.published(config).get("rope_scaling"),
-            max_position_embeddings=config.max_position_embeddings,
             quant_config=quant_config,
             reduce_results=False,  # the layer boundary does, with the norm
             layer_id=layer_id,
@@ -231,7 +229,8 @@ class LongcatModel(nn.Module):
     ) -> Tensor:
         hidden_states = self.embed_tokens(input_ids) if input_embeds is None else input_embeds
         cos, sin = rotary.cos_sin(positions.unsqueeze(-1), self.inverse_frequencies, self.attention_factor)
-        zeros = BumpAllocator(2 * len(self.layers), dtype=torch.float32, device=hidden_states.device)
+        attentions = 2 * len(self.layers)
+        zeros = BumpAllocator(ZEROS_OF_AN_ATTENTION * attentions, dtype=torch.float32, device=hidden_states.device)
         attention_inputs = {
             "positions": positions,
             "forward_batch": forward_batch,
@@ -290,13 +289,13 @@ class LongcatCausalLM(nn.Module):
         self.post_load_weights()
 
     def post_load_weights(self) -> None:
-        """What follows from the weights; SGLang calls it where it fills them without `load_weights`."""
+        """Derive tensors from the weights; SGLang calls it where it fills the weights without `load_weights`."""
         for module in self.modules():
             if isinstance(module, LongcatAttention):
                 module.process_weights_after_loading()
 
     def _is_loaded(self) -> bool:
-        """Told by what follows from the weights, as SGLang has loaders that call nothing of this class."""
+        """Judged by tensors derived from the weights, as some of SGLang's loaders call no method of this class."""
         return any(isinstance(module, LongcatAttention) and module.w_kc is not None for module in self.modules())
 
     def _load(self, parameters: dict[str, Any], name: str, tensor: Tensor) -> None:

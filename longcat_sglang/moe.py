@@ -62,7 +62,7 @@ class LongcatMoE(nn.Module):
         return add_identity(routed, hidden_states, routing.identity)
 
     def _report(self, ids: Tensor) -> None:
-        """Tell SGLang which experts were chosen, as its own `select_experts` does; -1 is none to it as well."""
+        """Tell SGLang which experts were chosen, as its own `select_experts` does; to it too -1 is no expert."""
         get_global_expert_distribution_recorder().on_select_experts(topk_ids=ids)
         capturer = get_global_experts_capturer()
         if capturer is not None:
@@ -89,7 +89,7 @@ class LongcatRouter(nn.Module):
 
 
 def _skip_zero_experts(experts: Any, config: LongcatConfig) -> None:
-    """Have SGLang's FusedMoE skip ids of -1 also where it would not look for any.
+    """Have SGLang's FusedMoE skip ids of -1 even where it expects none.
 
     Its Triton runner filters ids only where a rank does not hold all experts: to the runner, the zero experts are
     experts that no rank holds (moe_runner/triton.py, `filter_expert`). Its dispatcher looks ids up in a table of the

@@ -24,14 +24,14 @@ from longcat_core.weights import audit
 from longcat_core.weights.plan import mtp_load_plan
 from longcat_sglang import devices
 from longcat_sglang.config import LongcatFlashConfig
-from longcat_sglang.model import LAYOUT, LongcatAttention, LongcatCausalLM, LongcatFFN
+from longcat_sglang.model import LAYOUT, ZEROS_OF_AN_ATTENTION, LongcatAttention, LongcatCausalLM, LongcatFFN
 
 
 class LongcatMTPLayer(nn.Module):
     """One dense layer on `eh_proj([enorm(embedding of the next token), hnorm(hidden)])`; modules as published.
 
-    In place of SGLang's LongcatFlashDenseDecoderLayer (models/longcat_flash_nextn.py), which leaves
-    `qkv_latent_func` out, so that it attends with the latent of the target's last attention.
+    Replaces SGLang's LongcatFlashDenseDecoderLayer (models/longcat_flash_nextn.py), which leaves out
+    `qkv_latent_func`, so that it attends with the latent of the target's last attention.
     """
 
     def __init__(self, hf_config: LongcatFlashConfig, quant_config: QuantizationConfig | None, prefix: str) -> None:
@@ -97,7 +97,7 @@ class LongcatMTPModel(nn.Module):
             "forward_batch": forward_batch,
             "cos": cos,
             "sin": sin,
-            "zero_allocator": BumpAllocator(2, dtype=torch.float32, device=embedded.device),
+            "zero_allocator": BumpAllocator(ZEROS_OF_AN_ATTENTION, dtype=torch.float32, device=embedded.device),
         }
         residual_batch.start(forward_batch)
         with get_global_expert_distribution_recorder().disable_this_region():
@@ -126,7 +126,7 @@ class LongcatFlashMTP(LongcatCausalLM):
         return self.model.embed_tokens
 
     def set_embed_and_head(self, embed: Tensor, head: Tensor) -> None:
-        """Leave the target's embedding: the MTP layer has one of its own. The head comes as a whole, below."""
+        """Ignore both: the MTP layer has its own embedding, and gets the head by `set_lm_head_from_target`."""
 
     def set_lm_head_from_target(self, target_lm_head: nn.Module) -> None:
         self.lm_head = target_lm_head

@@ -7,18 +7,19 @@ from typing import Any, NamedTuple
 
 from longcat_core.config import LongcatConfig
 from longcat_core.plugin.options import Option, Outcome
+from longcat_sglang.engine import MTP_ALGORITHMS, algorithm_of
 
 Concern = Callable[[Any, LongcatConfig], bool]
-"""Whether SGLang's settings ask a model for what an option stands for."""
+"""Whether SGLang's settings request what an option does."""
 
 
 class Rule(NamedTuple):
     option: Option
     concerns: Concern
     instead: str = ""
-    """What else helps than to leave the option out."""
+    """What helps besides leaving the option out."""
     device: str = ""
-    """The one device that it holds for, by SGLang's name; for all if there is none."""
+    """The only device that it applies to, by SGLang's name; all devices if it is empty."""
 
     def applies(self, settings: Any, longcat: LongcatConfig) -> bool:
         return self.device in ("", settings.device) and self.concerns(settings, longcat)
@@ -26,7 +27,7 @@ class Rule(NamedTuple):
 
 READ, RUN = "read in SGLang 0.5.21", "run on a CPU"
 SKIP_ZERO_EXPERTS = ("auto", "triton", "deep_gemm")
-"""SGLang's MoE runners that were read to skip ids of -1."""
+"""SGLang's MoE runners that skip ids of -1 (read in SGLang 0.5.21)."""
 DEEPEP_COLUMNS, RECORDED_COLUMNS = 11, 8
 """Experts a token can have in DeepEP's low-latency kernels (`kNumMaxTopK`), and in the recorder of single passes
 (`_DetailSinglePassGatherer._TOP_K_NUM`)."""
@@ -47,7 +48,7 @@ def _refused(flag: str, why: str, known_by: str = READ) -> Option:
 WRONG: tuple[Rule, ...] = (
     Rule(
         _refused(
-            "--enable-eplb", "ids are looked up in tables of FFN experts, where a zero expert's -1 is the last one"
+            "--enable-eplb", "ids are looked up in tables of FFN experts, where a zero expert's -1 is the last expert"
         ),
         _is_set("enable_eplb"),
     ),
@@ -60,7 +61,7 @@ WRONG: tuple[Rule, ...] = (
         lambda settings, _: settings.init_expert_location != "trivial",
     ),
     Rule(
-        _refused("--elastic-ep-backend", "experts of a lost rank get other places, as with --enable-eplb"),
+        _refused("--elastic-ep-backend", "experts of a lost rank move to other ranks, as with --enable-eplb"),
         _is("elastic_ep_backend", "mooncake", "nixl"),
     ),
     Rule(
@@ -82,13 +83,32 @@ WRONG: tuple[Rule, ...] = (
     Rule(
         _refused(
             "--enable-two-batch-overlap",
-            "SGLang can divide the layers of other models only (batch_overlap/operations_strategy.py)",
+            "SGLang can split the layers of other models only (batch_overlap/operations_strategy.py)",
         ),
         _is_set("enable_two_batch_overlap"),
     ),
     Rule(
-        _refused("--enable-single-batch-overlap", "no layer of LongCat asks for it, so it would do nothing"),
-        _is_set("enable_single_batch_overlap"),
+        _refused(
+            "--moe-dense-tp-size",
+            "the dense FFNs are divided among all ranks, and would sum rows of different tokens",
+        ),
+        lambda settings, _: settings.moe_dense_tp_size is not None,
+    ),
+    Rule(
+        _refused("--dwdp-size", "it implies --moe-dense-tp-size 1, and would sum MoE outputs over ranks once more"),
+        lambda settings, _: (settings.dwdp_size or 1) > 1,
+    ),
+    Rule(
+        _refused("--enable-waterfill", "it asks for DeepEP after its options were checked"),
+        _is_set("enable_waterfill"),
+    ),
+    Rule(
+        _refused("--dcp-size", "decode context parallelism was not tried with LongCat's two attentions a layer"),
+        lambda settings, _: (settings.dcp_size or 1) > 1,
+    ),
+    Rule(
+        _refused("--attn-cp-size", "context parallelism was not tried with LongCat's two attentions a layer"),
+        lambda settings, _: (settings.attn_cp_size or 1) > 1,
     ),
     Rule(
         _refused(
@@ -119,11 +139,11 @@ WRONG: tuple[Rule, ...] = (
         "give --expert-distribution-recorder-mode stat",
     ),
     Rule(
-        _refused("--cpu-offload-gb", "SGLang offloads layers that it builds itself, so nothing would be"),
+        _refused("--cpu-offload-gb", "SGLang offloads only layers that it builds itself, so it would do nothing"),
         lambda settings, _: settings.cpu_offload_gb > 0,
     ),
     Rule(
-        _refused("--offload-group-size", "SGLang offloads layers that it builds itself, so nothing would be"),
+        _refused("--offload-group-size", "SGLang offloads only layers that it builds itself, so it would do nothing"),
         lambda settings, _: settings.offload_group_size > 0,
     ),
     Rule(
@@ -133,7 +153,7 @@ WRONG: tuple[Rule, ...] = (
     Rule(
         _refused(
             "--load-format layered",
-            "it loads one module after the other, for which SGLang's own class has no method either",
+            "it loads module by module, for which SGLang's own class has no method either",
         ),
         _is("load_format", "layered"),
     ),
@@ -150,7 +170,7 @@ WRONG: tuple[Rule, ...] = (
         "leave --speculative-algorithm out",
     ),
 )
-"""What would be wrong with SGLang's own class as well, or do nothing, or that SGLang fails over later."""
+"""Options that are wrong with SGLang's own class as well, that do nothing, or over which SGLang fails later."""
 
 OWN: tuple[Rule, ...] = (
     Rule(
@@ -161,6 +181,7 @@ OWN: tuple[Rule, ...] = (
             READ,
         ),
         lambda settings, _: settings.moe_runner_backend not in SKIP_ZERO_EXPERTS,
+        device="cuda",
     ),
     Rule(
         Option(
@@ -187,6 +208,16 @@ OWN: tuple[Rule, ...] = (
         _is_set("kt_weight_path"),
     ),
     Rule(
+        Option(
+            "--speculative-algorithm",
+            Outcome.OWN_CLASS,
+            "longcat-serving drafts with the MTP layer (NEXTN), or on a GPU with n-grams (NGRAM); refused on a CPU",
+            READ,
+        ),
+        lambda settings, _: algorithm_of(settings) not in (None, *MTP_ALGORITHMS, "NGRAM"),
+        device="cuda",
+    ),
+    Rule(
         Option("--model-impl transformers", Outcome.OWN_CLASS, "another model is asked for than ours", READ),
         _is("model_impl", "transformers"),
     ),
@@ -194,33 +225,33 @@ OWN: tuple[Rule, ...] = (
 """What SGLang's own class can serve and ours cannot; it runs on GPUs only."""
 
 CHECKED_BY_VALUE: tuple[Option, ...] = (
-    _refused("--attention-backend", "on a CPU there is one backend, ours", RUN),
-    _refused("--prefill-attention-backend", "on a CPU there is one backend, ours", RUN),
-    _refused("--decode-attention-backend", "on a CPU there is one backend, ours", RUN),
+    _refused("--attention-backend", "a CPU has one backend, longcat-serving's", RUN),
+    _refused("--prefill-attention-backend", "a CPU has one backend, longcat-serving's", RUN),
+    _refused("--decode-attention-backend", "a CPU has one backend, longcat-serving's", RUN),
     _refused("--kv-cache-dtype", "on a CPU the cache cannot be in FP8", RUN),
     _refused("--page-size", "on a CPU pages have one token", RUN),
-    _refused("--enable-dp-attention", "on a CPU it is not there yet", RUN),
-    _refused("--enable-torch-compile", "on a CPU it is not there yet", RUN),
+    _refused("--enable-dp-attention", "not supported on a CPU yet", RUN),
+    _refused("--enable-torch-compile", "not supported on a CPU yet", RUN),
     _refused("--pp-size", "SGLang's layer boundaries have no pipeline for LongCat", RUN),
     _refused("--tp-size", "it has to divide the attention heads", RUN),
     _refused("--ep-size", "it has to divide the FFN experts", RUN),
-    _refused("--speculative-algorithm", "drafts come from the MTP layer (NEXTN), or on a GPU from n-grams", RUN),
     _refused("--speculative-draft-model-path", "the MTP layer is in the model's own checkpoint", RUN),
     _refused("--speculative-num-steps", "it has to be a number of drafts", RUN),
     _refused("--speculative-num-draft-tokens", "it has to fit the tree", RUN),
     _refused("--speculative-token-map", "the MTP layer has the whole vocabulary", RUN),
-    _refused("--speculative-draft-model-quantization", "it is not there yet", RUN),
+    _refused("--speculative-draft-model-quantization", "not supported yet", RUN),
     _refused("--enable-multi-layer-eagle", "LongCat has one MTP layer", RUN),
-    _refused("--speculative-draft-attention-backend", "on a CPU there is one backend, ours", RUN),
-    Option("--quantization", Outcome.OWN_CLASS, "it is not there yet in longcat-serving; refused on a CPU", READ),
+    _refused("--speculative-draft-attention-backend", "a CPU has one backend, longcat-serving's", RUN),
+    Option("--quantization", Outcome.OWN_CLASS, "not supported by longcat-serving yet; refused on a CPU", READ),
 )
-"""What `deployment` asks about itself, for it depends on the value or on other options."""
+"""Checked in `deployment.py`, as these depend on the value or on other options."""
 
 SERVED: tuple[Option, ...] = (
     Option("--load-format auto", Outcome.SERVED, "Checked before any worker starts, where there are safetensors.", RUN),
     Option("--load-format sharded_state", Outcome.SERVED, "What `save_sharded_model` wrote; not checked before.", RUN),
+    Option("--enable-single-batch-overlap", Outcome.SERVED, "No layer of LongCat asks for it: it does nothing.", READ),
     Option("--enable-return-routed-experts", Outcome.SERVED, "-1 stands for a zero expert.", READ),
-    Option("--expert-distribution-recorder-mode stat", Outcome.SERVED, "FFN experts are counted, no zero ones.", READ),
+    Option("--expert-distribution-recorder-mode stat", Outcome.SERVED, "Only FFN experts are counted.", READ),
 )
 
 UNTRIED: tuple[Option, ...] = tuple(
@@ -235,9 +266,6 @@ UNTRIED: tuple[Option, ...] = tuple(
         "--enable-hierarchical-cache",
         "--enable-deterministic-inference",
         "--enable-memory-saver",
-        "--attn-cp-size",
-        "--dcp-size",
-        "--moe-dense-tp-size",
     )
 )
 
@@ -251,7 +279,7 @@ OPTIONS: tuple[Option, ...] = (
 
 
 def refusals(settings: Any, longcat: LongcatConfig, runs_own_class: bool) -> list[str]:
-    """What is wrong in any class, and, where SGLang's own does not run, what that one is for: for `refuse`."""
+    """What is wrong with any class, and, where SGLang's own does not run, what only that one serves; for `refuse`."""
     rules = WRONG if runs_own_class else (*WRONG, *OWN)
     return [
         f"{rule.option.flag}: {rule.option.why}; {rule.instead and rule.instead + ', or '}leave {rule.option.name} out"
@@ -261,5 +289,5 @@ def refusals(settings: Any, longcat: LongcatConfig, runs_own_class: bool) -> lis
 
 
 def reasons_for_own_class(settings: Any, longcat: LongcatConfig) -> list[str]:
-    """Why SGLang's own class is to serve it, where it runs."""
+    """Why SGLang's own class is to serve it, if that one runs here."""
     return [f"{rule.option.flag}: {rule.option.why}" for rule in OWN if rule.applies(settings, longcat)]

@@ -30,11 +30,11 @@ grammar allows an end and nothing else: drawing one then ends the server."""
 
 @dataclass(frozen=True)
 class GeneratedTokenPenalties:
-    """In place of SGLang's orchestrator while a batch runs.
+    """Replaces SGLang's orchestrator while a batch runs.
 
     SGLang's counts one token a step: the last that the scheduler knows. That leaves out all but the last of the drafts
     that a step accepts, and with its overlap of steps it is one token late. Here the tokens are counted anew in every
-    step, as vLLM does, so that a request that lost its place in the cache has its penalties too.
+    step, as vLLM does, so that a request that was retracted from the cache has its penalties too.
 
     Settings are [R, 1], None where no request has one.
     """
@@ -102,10 +102,10 @@ def occurrences(tokens: Sequence[Tensor], vocabulary: int, device: torch.device)
 
 
 def paths(next_child: Tensor, next_sibling: Tensor) -> Tensor:
-    """bool [R, n, n]: the nodes, itself included, that lead from a tree's root to each node, but for the root.
+    """bool [R, n, n]: the nodes, itself included, that lead from a tree's root to each node, without the root.
 
     next_child, next_sibling: integer [R, n], both of a later node, or -1. A node that no other points to, as one that
-    is pruned, is taken for a child of the root; nothing asks for it.
+    is pruned, counts as a child of the root; its row is not used.
     """
     requests, width = next_child.shape
     children, siblings = (each.where(each >= 0, width).long() for each in (next_child, next_sibling))
@@ -128,7 +128,7 @@ def paths(next_child: Tensor, next_sibling: Tensor) -> Tensor:
 def penalties_of_what_was_generated(
     original: Callable[..., SamplingBatchInfo], sampling: SamplingBatchInfo, *args: Any, **kwargs: Any
 ) -> SamplingBatchInfo:
-    """The copy that a batch runs with. SGLang's has penalties that are added up already; this one has the tokens."""
+    """The copy that a batch runs with. SGLang's has penalties that are summed already; this one has the tokens."""
     copy = original(sampling, *args, **kwargs)
     if not sampling.penalizer_orchestrator.is_required:
         return copy
@@ -155,7 +155,7 @@ def transform_at_every_node(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """With penalties and custom processors, which `eagle_sample` applies as to the root of drafts, or not at all."""
+    """Apply penalties and custom processors at every node; `eagle_sample` applies the root's, or none."""
     if not batch.forward_mode.is_idle():
         _transform_at_every_node(draft, batch.sampling_info, logits_output.next_token_logits)
     return original(draft, batch, logits_output, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""Entries of SGLang's tables: what the rows of `hooks.HOOKS` put there, and find there."""
+"""Entries in SGLang's tables: how the rows of `hooks.HOOKS` make them and look them up."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def registered_config_check() -> str:
 
 
 def _check_after_adjustments(server_args: ServerArgs, previous: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    """Check a LongCat's deployment and checkpoint, and settle what follows from them."""
+    """Check a LongCat's deployment and checkpoint, and set what follows from them."""
     previous(server_args, *args, **kwargs)
     if _serves_longcat(server_args):
         from longcat_sglang import deployment
@@ -75,7 +75,7 @@ def _check_after_adjustments(server_args: ServerArgs, previous: Callable[..., No
 
 
 def _serves_longcat(server_args: ServerArgs) -> bool:
-    """Raises only what our own reading of a LongCat's configuration raises: of another model there may be none yet."""
+    """Raises only what our own reading of a LongCat's configuration raises: another model may have none yet."""
     from sglang.srt.arg_groups.overrides import model_config_of
 
     try:

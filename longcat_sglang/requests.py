@@ -1,24 +1,56 @@
-"""What SGLang is told of single requests: which are refused before they run, and how many slots one may need."""
+"""Wrappers that concern single requests: which are refused before they run, and how many slots one may need."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
 
-def refuse_tokens_outside_the_vocabulary(
+def refuse_what_is_outside_the_vocabulary(
     original: Callable[..., None], scheduler: Scheduler, request: Req, *args: Any, **kwargs: Any
 ) -> None:
-    """As SGLang refuses a prompt that is too long: the request ends with a status of 400 before it runs."""
-    size, tokens = scheduler.model_config.vocab_size, request.origin_input_ids
-    wrong = [token for token in (min(tokens), max(tokens)) if not 0 <= token < size] if tokens else []
-    if wrong and request.to_finish is None:
-        request.set_finish_with_abort(f"Token id {wrong[0]} is out of vocabulary, wanted one of 0 to {size - 1}")
+    """As SGLang refuses a prompt that is too long: the request ends with a status of 400 before it runs. Every request
+    passes here, from whatever process."""
+    problem = _outside(request, scheduler.model_config.vocab_size)
+    if problem and request.to_finish is None:
+        request.set_finish_with_abort(problem)
+        # What cannot be computed is not asked for either, as an aborted request runs once.
+        request.logprob.top_logprobs_num, request.sampling_params.stop_token_ids = 0, None
     original(scheduler, request, *args, **kwargs)
+
+
+def _outside(request: Req, size: int) -> str:
+    """What of a request is outside a vocabulary of this size, or nothing."""
+    if wrong := _wrong_token(request.origin_input_ids, size):
+        return wrong
+    if wrong := _wrong_token(request.sampling_params.stop_token_ids, size):
+        return f"stop_token_ids: {wrong}"
+    if request.logprob.top_logprobs_num > size:
+        return f"top_logprobs: {request.logprob.top_logprobs_num} is more than the {size} tokens of the vocabulary"
+    return ""
+
+
+def _wrong_token(tokens: Collection[int] | None, size: int) -> str:
+    wrong = [token for token in (min(tokens), max(tokens)) if not 0 <= token < size] if tokens else []
+    return f"Token id {wrong[0]} is out of vocabulary, wanted one of 0 to {size - 1}" if wrong else ""
+
+
+def refuse_a_prompt_outside_the_vocabulary(
+    original: Callable[..., None], manager: TokenizerManager, request: Any, input_ids: Any, *args: Any, **kwargs: Any
+) -> None:
+    """With a status of 400 for a stream too, whose status is sent before its first answer comes.
+
+    Raises:
+        ValueError: as SGLang's own check of a prompt's length.
+    """
+    if input_ids is not None and (wrong := _wrong_token(input_ids, manager.model_config.vocab_size)):
+        raise ValueError(wrong)
+    original(manager, request, input_ids, *args, **kwargs)
 
 
 def count_what_is_reserved(original: Callable[..., int], *args: Any, **kwargs: Any) -> int:

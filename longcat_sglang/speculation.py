@@ -1,4 +1,4 @@
-"""The draft worker's part in SGLang: with a gate, drafts that are unlikely to be accepted are not verified (C2T)."""
+"""The draft worker's part in SGLang: with a gate, drafts that are unlikely to be accepted are pruned (C2T)."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class GatedWorker(EAGLEWorkerV2):
     """SGLang's worker for chains of drafts, which verifies as many of a batch as its longest chain that passes a gate.
 
     Drafts beyond a request's own are computed with the others and never accepted. SGLang makes the first draft of a
-    chain right after the verification before it, so the gate judges that one then; what it found goes along with the
-    request as `topk_p`, of which nothing else is made on a chain: the draft's probability, or 0 if it is pruned.
+    chain right after the verification before it, so the gate judges it then; its finding travels with the request
+    as `topk_p`, which has no other use on a chain: the draft's probability, or 0 if it is pruned.
     """
 
     def __init__(self, server_args: ServerArgs, *args: Any, **kwargs: Any) -> None:
@@ -129,8 +129,8 @@ def shorten(chains: EagleVerifyInput, kept: Tensor, longest: int) -> None:
 def gated_worker(
     original: Callable[..., type], algorithm: SpeculativeAlgorithm, server_args: ServerArgs, *args: Any, **kwargs: Any
 ) -> type:
-    """A worker that verifies only what passes the draft gate, where that is asked for; `deployment.check` has seen to
-    it that there is one, with nothing in its way."""
+    """On request, a worker that verifies only what passes the draft gate; `deployment.check` has made sure that there
+    is a gate and that nothing prevents its use."""
     worker = original(algorithm, server_args, *args, **kwargs)
     if not algorithm.is_eagle() or not deployment.is_gate_asked_for(model_config_of(server_args).hf_config):
         return worker

@@ -1,4 +1,4 @@
-"""LoRA: which modules of LongCat-Flash an adapter may change in vLLM, and what is said to one that wants others."""
+"""LoRA: which modules of LongCat-Flash an adapter may change in vLLM, and how others are refused."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ ADAPTED = ("q_a_proj", "kv_a_proj_with_mqa", "q_b_proj", "o_proj", "gate_proj", 
 PACKED = ("fused_qkv_a_proj", "gate_up_proj")
 """What vLLM calls those that it computes together; `--lora-target-modules` takes either name."""
 NOT_ADAPTED = {
-    "kv_b_proj": "attention takes it apart into the query and the output once, after loading, and would leave an "
-    "adapter's part out without a word, as in vLLM's own MLA models",
+    "kv_b_proj": "attention folds it into the query and the output once, after loading, and would silently ignore an "
+    "adapter's part, as vLLM's own MLA models do",
     "experts": "vLLM's LoRA kernels for experts are not known to skip zero experts, and there are none for a CPU",
     "classifier": "the router is computed in fp32 whatever the model's dtype is, and an adapter's part is not",
 }
@@ -45,7 +45,7 @@ def restrict(lora: LoRAConfig | None) -> None:
 
 @dataclass
 class AdapterNames(WeightsMapper):
-    """The names of an adapter's tensors, as they are, where the model has what they change.
+    """The names of an adapter's tensors, unchanged, if the model has what they change.
 
     vLLM asks a model's `hf_to_vllm_mapper` for each tensor of an adapter before it takes any of them. Left to itself
     it ignores modules that it has not wrapped.
@@ -64,7 +64,9 @@ class AdapterNames(WeightsMapper):
         Raises:
             ValueError: for a module that the model has not, or that an adapter cannot change here.
         """
-        module = key.partition(".lora_")[0]
+        module, is_adapters, _ = key.partition(".lora_")
+        if not is_adapters:  # a published tensor, as vLLM's pooling models ask for
+            return key
         is_expert = ".mlp.experts" in module
         if module.rpartition(".")[2] in ADAPTED and not is_expert and f"{module}.weight" in self._tensors:
             return key

@@ -12,36 +12,33 @@ from longcat_core import spellings
 from longcat_core.drafting import gate as drafting
 from longcat_core.plugin.engine import (
     refuse,
+    tell_of_gate,
     tell_of_own_class,
     unsupported_quantization,
-    uses_gate,
+    use_gate,
 )
 from longcat_core.plugin.hooks import Stage
 from longcat_core.spellings import is_read
 from longcat_vllm import adapters, devices, hooks, loading
-from longcat_vllm.engine import OWN_ARCHITECTURE, drafts_with_mtp
+from longcat_vllm.engine import OWN_ARCHITECTURE, drafts_with_mtp, shares_experts_over_a_transport
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
 
 logger = logging.getLogger(f"vllm.{__name__}")
-"""Among vLLM's own, whose handlers it takes."""
+"""Below vLLM's logger, whose handlers it uses."""
 
-MOE_BACKENDS = ("auto", "triton", "flashinfer_cutlass", "humming")
-"""Values of --moe-backend with which unquantised experts get a kernel of `devices.cuda.experts.SKIP_ZERO_EXPERTS`."""
-TRANSPORTS_WITHOUT_A_KERNEL = {
-    "deepep_low_latency": "it has room for 11 experts a token where LongCat has 12, and brings experts in batches, "
-    "whose kernel is not known to skip zero experts",
-    "nixl_ep": "it brings experts in batches, whose kernel is not known to skip zero experts",
-    "moonep": "its kernel is not known to skip zero experts",
-}
-"""Values of --all2all-backend that bind experts to a kernel of their own."""
+TRANSPORT_WITH_TOO_FEW_COLUMNS = "deepep_low_latency"
+"""A value of --all2all-backend that has room for 11 experts a token, where LongCat has 12."""
 
 
 def check(vllm_config: VllmConfig) -> None:
     """Raise for what LongCat-Flash cannot be served with: ValueError, or CheckpointError for a local checkpoint."""
     model = vllm_config.model_config
+    gate_is_asked_for = _is_gate_asked_for(vllm_config)
     if reasons := devices.current().reasons_for_own_class(vllm_config):
+        if gate_is_asked_for:
+            refuse([f"{GATE_OPTION}: vLLM's own class has no draft gate, and is needed, as {'; '.join(reasons)}"])
         tell_of_own_class("vLLM", reasons, _LOST, logger)
         model.hf_config.architectures = [OWN_ARCHITECTURE]
         return
@@ -53,7 +50,7 @@ def check(vllm_config: VllmConfig) -> None:
     _tell_of_overrides_that_nothing_reads(model)
     if drafts_with_mtp(vllm_config):
         _give_drafts_the_targets_context(vllm_config)
-    if _is_gate_asked_for(vllm_config) or drafts_with_mtp(vllm_config):
+    if gate_is_asked_for or drafts_with_mtp(vllm_config):
         _check_gate(Path(model.model), vllm_config)
 
 
@@ -91,13 +88,15 @@ def _is_gate_asked_for(vllm_config: VllmConfig) -> bool:
 
 
 def _check_gate(directory: Path, vllm_config: VllmConfig) -> None:
-    """With a gate, schedule once the drafts are judged, and count those that are pruned."""
+    """With a gate, schedule a step after its drafts are judged, and count pruned drafts."""
     from longcat_vllm.speculation import GATE_SCHEDULER, PrunedDrafts
 
-    gate, obstacles = drafting.load(directory), obstacles_to_gate(vllm_config)
-    threshold = None if gate is None else gate.threshold
-    if not uses_gate(threshold, _is_gate_asked_for(vllm_config), obstacles, GATE_OPTION, logger):
+    if not _is_gate_asked_for(vllm_config):
+        if (directory / drafting.GATE_FILE).exists():
+            tell_of_gate(GATE_OPTION, logger)
         return
+    gate = drafting.load(directory)
+    use_gate(None if gate is None else gate.threshold, obstacles_to_gate(vllm_config), GATE_OPTION, logger)
     scheduler = vllm_config.scheduler_config
     scheduler.async_scheduling = False
     scheduler.scheduler_cls = GATE_SCHEDULER
@@ -114,7 +113,7 @@ def obstacles_to_gate(vllm_config: VllmConfig) -> list[str]:
     if vllm_config.use_v2_model_runner:
         obstacles.append("this model runner drafts a fixed number of tokens; set VLLM_USE_V2_MODEL_RUNNER=0")
     if scheduler.async_scheduling:
-        obstacles.append("async_scheduling draws up a step before its drafts are there; leave it out")
+        obstacles.append("async_scheduling schedules a step before its drafts are known; leave it out")
     if speculation.draft_sample_method != "greedy":
         obstacles.append(f"draft_sample_method is {speculation.draft_sample_method!r}, wanted 'greedy'; leave it out")
     if speculation.num_speculative_tokens_per_batch_size:
@@ -136,7 +135,7 @@ def _unsupported(vllm_config: VllmConfig) -> list[str]:
         problems += _unsupported_speculation(speculation, model)
     parallel = vllm_config.parallel_config
     if drafts_with_mtp(vllm_config) and parallel.pipeline_parallel_size > 1 and not vllm_config.use_v2_model_runner:
-        # Every rank but the last ends, for want of a drafter (`_check_and_update_cudagraph_mode` in 0.32).
+        # Every rank but the last fails, as it has no drafter (`_check_and_update_cudagraph_mode` in 0.32).
         problems.append(
             f"pipeline_parallel_size: {parallel.pipeline_parallel_size}, wanted 1 with drafts, which this model runner "
             "makes on one stage only; leave --pipeline-parallel-size or --speculative-config out"
@@ -150,7 +149,7 @@ def _unsupported(vllm_config: VllmConfig) -> list[str]:
 
 
 def _unsupported_speculation(speculation: SpeculativeConfig, model: ModelConfig) -> list[str]:
-    """Entries of --speculative-config that the MTP layer would be built without, or not at all."""
+    """Entries of --speculative-config that vLLM would ignore for the MTP layer, or fail over."""
     problems = []
     if speculation.model not in (model.model, model.model_weights):
         problems.append(
@@ -170,29 +169,20 @@ def _unsupported_parallelism(parallel: ParallelConfig) -> list[str]:
     problems = []
     if parallel.enable_eplb:
         problems.append("expert load balancing (EPLB) is not there yet; leave --enable-eplb out")
-    # Elsewhere vLLM has no use for a transport (`FusedMoEParallelConfig.use_all2all_kernels` in 0.32).
-    shares_experts = parallel.data_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
-    if parallel.enable_expert_parallel and shares_experts:
-        transport = parallel.all2all_backend
-        if reason := TRANSPORTS_WITHOUT_A_KERNEL.get(transport):
-            problems.append(
-                f"all2all_backend: {transport!r}, wanted allgather_reducescatter or deepep_high_throughput, as "
-                f"{reason}; leave --all2all-backend out"
-            )
+    if shares_experts_over_a_transport(parallel) and parallel.all2all_backend == TRANSPORT_WITH_TOO_FEW_COLUMNS:
+        problems.append(
+            f"all2all_backend: {TRANSPORT_WITH_TOO_FEW_COLUMNS!r}, wanted allgather_reducescatter or "
+            "deepep_high_throughput, as it has room for 11 experts a token where LongCat has 12; leave "
+            "--all2all-backend out"
+        )
     return problems
 
 
 def _unsupported_experts(vllm_config: VllmConfig) -> list[str]:
     problems = []
-    backend = vllm_config.kernel_config.moe_backend
-    if backend not in MOE_BACKENDS:
-        problems.append(
-            f"moe_backend: {backend!r}, wanted one of {', '.join(MOE_BACKENDS)}, whose kernels are known to skip zero "
-            "experts; leave --moe-backend out"
-        )
     if vllm_config.aux_output_config.enable_return_routed_experts:
         problems.append(
-            "enable_return_routed_experts: vLLM returns experts as numbers without a sign, in which a zero expert (-1) "
+            "enable_return_routed_experts: vLLM returns experts as unsigned numbers, in which a zero expert (-1) "
             "would be expert 255 or 65535; leave --enable-return-routed-experts out"
         )
     return problems

@@ -1,4 +1,4 @@
-"""vLLM by name: the versions that this package knows, the architectures that it serves, what tells a LongCat model."""
+"""Names and versions of vLLM: which are supported, the architectures, and how a LongCat model is recognised."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from longcat_core.family import ARCHITECTURE
 from longcat_core.plugin.engine import Engine
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import ModelConfig, ParallelConfig, VllmConfig
 
 VLLM = Engine(
     name="vLLM",
@@ -32,6 +32,12 @@ def is_longcat(model: ModelConfig | None) -> bool:
 def drafts_with_mtp(vllm_config: VllmConfig) -> bool:
     speculation = vllm_config.speculative_config
     return speculation is not None and speculation.method == "mtp"
+
+
+def shares_experts_over_a_transport(parallel: ParallelConfig) -> bool:
+    """Elsewhere vLLM has no use for one (`FusedMoEParallelConfig.use_all2all_kernels` in 0.32)."""
+    shares_experts = parallel.data_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
+    return bool(parallel.enable_expert_parallel and shares_experts)
 
 
 # -- what a call of a wrapped function is about: see `longcat_core.plugin.hooks.guarded` ----------------------

@@ -19,8 +19,8 @@ HOOKS: tuple[Hook, ...] = (
         target="ModelRegistry['VllmLongcatFlashForCausalLM']",
         put="longcat_vllm.registration:register_own_model",
         found="longcat_vllm.registration:registered_own_model",
-        why="What our class cannot serve yet and vLLM's own can, quantised weights on a GPU, is left to that one, for "
-        "which vLLM has no other name.",
+        why="Quantised weights on a GPU, which our class cannot serve yet, are left to vLLM's own class, which needs "
+        "another name, as ours has taken its name.",
         remove_when="Our class serves all that vLLM's does.",
     ),
     Entry(
@@ -29,7 +29,7 @@ HOOKS: tuple[Hook, ...] = (
         put="longcat_vllm.registration:register_config_class",
         found="longcat_vllm.registration:registered_config_class",
         why="transformers 5.19 halves `num_hidden_layers` of a file without `num_layers`, 5.12 takes 28 layers for it, "
-        "and both put the sizes of the 560 B model in for whatever is missing.",
+        "and both fill in missing sizes with those of the 560 B model.",
         remove_when="transformers' LongcatFlashConfig reads `num_hidden_layers` alone as the number of decoder layers, "
         "and has no default sizes.",
     ),
@@ -57,7 +57,7 @@ HOOKS: tuple[Hook, ...] = (
         target="ModelRegistry['LongCatFlashMTPModel']",
         put="longcat_vllm.registration:register_draft_model",
         found="longcat_vllm.registration:registered_draft_model",
-        why="vLLM's own drafter takes the target's embedding, and sets `n_routed_experts` of the target's "
+        why="vLLM's own drafter uses the target's embedding, and sets `n_routed_experts` of the target's "
         "configuration to None.",
         remove_when="It loads the MTP layer's own embedding and leaves the target's configuration alone.",
     ),
@@ -79,10 +79,10 @@ HOOKS: tuple[Hook, ...] = (
         concerns="longcat_vllm.engine:runs_longcat",
         stage=Stage.MODEL,
         device="cpu",
-        why="On a CPU the first seeded request whose prompt comes in chunks ends the engine: vLLM takes the draw of a "
-        "discarded token back with `Generator.set_offset`, which only generators of accelerators have "
+        why="On a CPU the first seeded request whose prompt comes in chunks ends the engine: vLLM undoes the draw of a "
+        "discarded token with `Generator.set_offset`, which only generators of accelerators have "
         "(`GPUModelRunner._bookkeeping_sync`).",
-        remove_when="vLLM's CPU runner draws nothing for such a chunk, or takes it back in another way.",
+        remove_when="vLLM's CPU runner draws nothing for such a chunk, or undoes it in another way.",
     ),
     Wrapper(
         name="sampling parameters of drafts",
@@ -91,8 +91,8 @@ HOOKS: tuple[Hook, ...] = (
         concerns="longcat_vllm.devices.cpu.patches:is_on_a_cpu",
         stage=Stage.MODEL,
         device="cpu",
-        why="On a CPU drafts of sampled requests are verified at whatever temperature, top-k and top-p lie in fresh "
-        "memory: `cpu_triton_utils._expand_kernel_impl` writes into a copy of any tensor that is not int64.",
+        why="On a CPU drafts of sampled requests are verified with uninitialised temperature, top-k and top-p: "
+        "`cpu_triton_utils._expand_kernel_impl` writes into a copy of any tensor that is not int64.",
         remove_when="It writes into the tensor that it is given.",
     ),
     Wrapper(
@@ -104,8 +104,8 @@ HOOKS: tuple[Hook, ...] = (
         device="cpu",
         why="On a CPU the first sampled request with top-k and without top-p ends an engine that speculates, whatever "
         "the method: a step without drafts goes through the rejection sampler too, and `apply_top_k_only` takes the "
-        "greatest of no top-k (v1/sample/ops/topk_topp_sampler.py:529).",
-        remove_when="`apply_top_k_only` takes logits of no rows.",
+        "maximum of an empty tensor (v1/sample/ops/topk_topp_sampler.py:529).",
+        remove_when="`apply_top_k_only` accepts logits without rows.",
     ),
     Wrapper(
         name="lengths of drafts",
@@ -114,9 +114,9 @@ HOOKS: tuple[Hook, ...] = (
         concerns="longcat_vllm.engine:drafts_for_longcat",
         stage=Stage.MODEL,
         device="cpu",
-        why="On a CPU the second draft of a chain and those after it attend to a slot that nobody has written, or that "
-        "a rejected draft has: a batch's lengths and the host's upper bound of them are one tensor, as there is "
-        "nothing to copy (`async_tensor_h2d`), and each step of a chain adds one to either.",
+        why="On a CPU the second draft of a chain and those after it attend to an uninitialised slot of the cache, or "
+        "to one of a rejected draft: a batch's lengths and the host's upper bound of them are one tensor, as nothing "
+        "is copied (`async_tensor_h2d`), and each step of a chain adds one to both.",
         remove_when="They are two tensors on a CPU too.",
     ),
     Wrapper(
@@ -126,8 +126,8 @@ HOOKS: tuple[Hook, ...] = (
         concerns="longcat_vllm.devices.cpu.patches:has_tokens_without_adapter",
         stage=Stage.MODEL,
         device="cpu",
-        why="On a CPU the requests of a batch that name no adapter are answered with the last one that is loaded: "
-        "their index is -1, which `lora/ops/torch_ops/lora_ops.py` takes for the last place.",
+        why="On a CPU the requests of a batch that name no adapter are answered with the last adapter that is loaded: "
+        "their index is -1, which `lora/ops/torch_ops/lora_ops.py` reads as the last index.",
         remove_when="Rows with an index of -1 are left as they are, as the Triton kernels leave them.",
         upstream="https://github.com/vllm-project/vllm/pull/48421",
     ),
@@ -137,15 +137,15 @@ HOOKS: tuple[Hook, ...] = (
         around="longcat_vllm.speculation:propose_what_passes",
         concerns="longcat_vllm.engine:drafts_for_longcat",
         stage=Stage.MODEL,
-        why="vLLM's proposer for MTP has no place for a choice of the drafts that are worth verifying, and its "
-        "configuration none for another proposer.",
+        why="vLLM's proposer for MTP cannot prune drafts that are not worth verifying, and no option names another "
+        "proposer.",
         remove_when="A draft model can say how many of its drafts are to be verified.",
     ),
 )
 
 
 def require_supported() -> None:
-    """Raise UnsupportedEngineError unless this vLLM is one that we know, with our hooks in place."""
+    """Raise UnsupportedEngineError unless this version of vLLM is supported and our hooks are in place."""
     VLLM.require_supported(HOOKS)
 
 

@@ -1,4 +1,4 @@
-"""Load formats: which files vLLM will read, and whether they can be held against the configuration beforehand."""
+"""Load formats: which files vLLM will read, and whether they can be checked against the configuration beforehand."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(f"vllm.{__name__}")
 
 SAFETENSORS_OR_TORCH = ("auto", "hf")
-"""Formats that read safetensors, and torch's files where there are none."""
+"""Formats that read safetensors, or torch's files if there are no safetensors."""
 SAFETENSORS = ("safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
 """Formats that read published names from safetensors, and nothing else."""
 SHARDED = ("sharded_state", "runai_streamer_sharded")
-"""Formats of what vLLM saved of its own parameters, a file a rank."""
+"""Formats of vLLM's own parameters, as saved by vLLM, one file for each rank."""
 
 
 def check(vllm_config: VllmConfig, config: LongcatConfig) -> None:
-    """Hold the checkpoint against its configuration where it can be read from here; else say once that it was not.
+    """Check the checkpoint against its configuration if it can be read here; otherwise log once that it was not.
 
     Raises:
         CheckpointError: as `checkpoint.verify`.
@@ -49,7 +49,7 @@ def unsupported(vllm_config: VllmConfig) -> list[str]:
         return []
     return [
         f"load_format: {load.load_format!r}, wanted one that reads a published checkpoint with drafts, as a saved "
-        "state is without the MTP layer; leave --speculative-config or --load-format out"
+        "state has no MTP layer; leave --speculative-config or --load-format out"
     ]
 
 
@@ -70,7 +70,7 @@ def _readable(vllm_config: VllmConfig) -> tuple[Path | None, str]:
 
 
 def _cached(name: str, revision: str | None, cache: str | None) -> tuple[Path | None, str]:
-    """Where the Hub's cache has all of a checkpoint, as it has once it was downloaded."""
+    """Where the Hub's cache has all of a checkpoint, as it has after a download."""
     try:
         snapshot = Path(snapshot_download(name, revision=revision, cache_dir=cache, local_files_only=True))
         checkpoint.shards(snapshot)

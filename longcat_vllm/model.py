@@ -43,7 +43,7 @@ from longcat_core.weights.audit import CheckpointError
 from longcat_core.weights.plan import Layout, Target, load_plan
 from longcat_vllm import devices, hooks
 from longcat_vllm.adapters import AdapterNames
-from longcat_vllm.moe import LongcatMoE
+from longcat_vllm.moe import LongcatMoE, ZeroExpertAwareExperts
 
 LAYOUT = Layout(fused_qkv_a="fused_qkv_a_proj", experts="experts.routed_experts")
 
@@ -122,7 +122,7 @@ class LongcatAttention(nn.Module):
 
 
 def _leave_derived_weights_out(attention: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
-    """What attention makes of `kv_b_proj` after loading is no state: a model that is loaded from it has none yet."""
+    """Tensors that attention derives from `kv_b_proj` after loading are not saved: no model has them when it loads."""
     for name in ("W_UK_T", "W_UV"):
         state.pop(f"{prefix}{name}", None)
 
@@ -245,11 +245,12 @@ class LongcatCausalLM(nn.Module):
 
     def __init__(self, vllm_config: VllmConfig, config: LongcatConfig, plan: Mapping[str, Target]) -> None:
         super().__init__()
-        self.config = config
+        self.config = vllm_config.model_config.hf_config  # as vLLM's pooling models want it
+        self.longcat = config
         self._plan = plan
         self.logits_processor = LogitsProcessor(config.vocab_size)
         self._model_config = vllm_config.model_config
-        # With dummy weights the first load is an update; with vLLM's filter the other ranks' experts are withheld.
+        # With dummy weights the first load is an update; with vLLM's filter the other ranks' experts are left out.
         self._loads_are_partial = (
             vllm_config.load_config.load_format == "dummy" or vllm_config.parallel_config.enable_ep_weight_filter
         )
@@ -267,8 +268,10 @@ class LongcatCausalLM(nn.Module):
         # With LoRA, vLLM puts a module around each one that adapters change.
         parameters = {name.replace(".base_layer.", "."): parameter for name, parameter in self.named_parameters()}
         loaded: set[str] = set()
+        experts = (module for module in self.modules() if isinstance(module, ZeroExpertAwareExperts))
+        self._experts_are_packed = any(devices.current().has_packed(module) for module in experts)
         try:
-            for name, tensor in self._audited(weights, self.config, is_partial=self._loads_are_partial):
+            for name, tensor in self._audited(weights, self.longcat, is_partial=self._loads_are_partial):
                 loaded |= self._load(parameters, name, tensor)
         except CheckpointError:
             if any(parameter.is_meta for parameter in parameters.values()):
@@ -286,6 +289,11 @@ class LongcatCausalLM(nn.Module):
         parameter = parameters[target.parameter]
         loader = getattr(parameter, "weight_loader", default_weight_loader)
         if target.expert is not None:
+            if self._experts_are_packed and not parameter.is_meta:
+                raise CheckpointError(
+                    f"{name}: the weights of the experts are packed for this device's kernel, and cannot be written in "
+                    "place; update them with vLLM's reload_weights"
+                )
             part = {"shard_id": target.shard, "expert_id": target.expert}
             is_local = loader(parameter, tensor, target.parameter, **part, return_success=True)
             return {target.parameter} if is_local else set()
@@ -298,13 +306,13 @@ class LongcatCausalLM(nn.Module):
 
 class LongcatFlashForCausalLM(LongcatCausalLM, SupportsLoRA, SupportsPP):
     lora_skip_prefixes: ClassVar[list[str]] = [names.MTP_PREFIX]
-    """Adapters change no draft; those of an adapted model are verified by it as any others."""
+    """Adapters do not change drafts; an adapted model verifies them as it would any others."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         config = spellings.read(vllm_config.model_config.hf_config)
         super().__init__(vllm_config, config, load_plan(config, LAYOUT))
         hooks.install(Stage.MODEL)
-        self.hf_to_vllm_mapper = AdapterNames(config=self.config)
+        self.hf_to_vllm_mapper = AdapterNames(config=config)
         self.model = LongcatModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         if get_pp_group().is_last_rank:
             self.lm_head = ParallelLMHead(

@@ -36,7 +36,6 @@ class LongcatMoE(nn.Module):
             quant_config=quant_config,
             prefix=f"{prefix}.experts",
             router=PrecomputedRouting(config.moe_topk, config.n_routed_experts),
-            router_logits_dtype=torch.float32,
             routed_experts_cls=ZeroExpertAwareExperts,
         )
 
@@ -77,7 +76,7 @@ class PrecomputedRouting(BaseRouter):
 
     The model needs the routing itself, for the identity term; a router inside the runner sits in an opaque
     operator and could only return it as a side effect, which torch.compile does not see (vLLM's own
-    ZeroExpertRouter does so). What the runner takes for router logits is `pack`: [T, 2 K].
+    ZeroExpertRouter does so). In place of router logits it passes the result of `pack`: [T, 2 K].
     """
 
     def __init__(self, top_k: int, num_experts: int) -> None:
@@ -122,11 +121,11 @@ class ZeroExpertAwareExperts(RoutedExperts):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """
         Raises:
-            RuntimeError: where the weights are in a layout that loading them would make of them once more.
+            RuntimeError: if the weights are packed already, as loading them would pack them again.
         """
         if devices.current().has_packed(self):
             raise RuntimeError(
-                f"{prefix}: the weights of the experts are packed for this device's kernel, and would be packed once "
-                "more when they are loaded; save the state with --moe-backend triton on a GPU, or serve the checkpoint"
+                f"{prefix}: the weights of the experts are packed for this device's kernel, and would be packed "
+                "again when they are loaded; save the state with --moe-backend triton on a GPU, or serve the checkpoint"
             )
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -86,7 +86,7 @@ class LongcatFlashMTP(LongcatCausalLM):
 
     _audited = staticmethod(audit.audited_mtp)
     has_own_embed_tokens = True
-    """vLLM shares the target's embedding where it is equal, and would wherever this were left out."""
+    """With it vLLM shares the target's embedding only if it is equal; without it, always."""
 
     def __new__(cls, *, vllm_config: VllmConfig, prefix: str = "") -> Any:
         if not is_longcat(vllm_config.model_config):  # Flash-Lite's drafter has the same architecture

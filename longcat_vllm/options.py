@@ -1,6 +1,6 @@
 """What becomes of vLLM's options where LongCat-Flash is served: the rows of the docs' table.
 
-`deployment.py` and the rooms that it asks hold the refusals; a test compares them with the rows.
+`deployment.py` and the modules that it calls make the refusals; a test compares them with the rows.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "--load-format pt",
         Outcome.SERVED,
-        "And `npcache`, `tensorizer`, `modelexpress`, a plugin's: not checked beforehand, which is said in the log.",
+        "And `npcache`, `tensorizer`, `modelexpress`, a plugin's: not checked beforehand, as the log says.",
         "the check in the tests; the formats read",
     ),
     Option("--load-format dummy", Outcome.SERVED, "Nothing to check.", TESTED),
     Option(
         "--load-format sharded_state",
         Outcome.REFUSED,
-        "With drafts only: a saved state is without the MTP layer. Without drafts it is served; save it on a GPU with "
+        "With drafts only: a saved state has no MTP layer. Without drafts it is served; save it on a GPU with "
         "--moe-backend triton, as the kernels of a CPU and FlashInfer's repack the weights.",
         TESTED,
     ),
@@ -39,8 +39,14 @@ OPTIONS: tuple[Option, ...] = (
         "On a CPU, where weights are bfloat16, float16 or float32 so far; on a GPU it is left to vLLM's own class.",
         TESTED,
     ),
+    Option(
+        "--convert",
+        Outcome.REFUSED,
+        "`classify`, on a CPU; on a GPU it is left to vLLM's own class. `embed` (--runner pooling) is served.",
+        TESTED,
+    ),
     Option("--enable-ep-weight-filter", Outcome.SERVED, "A rank reads its own experts.", RUN),
-    Option("--cpu-offload-gb", Outcome.SERVED, "A CPU has nothing to move.", RUN),
+    Option("--cpu-offload-gb", Outcome.SERVED, "On a CPU nothing is moved.", RUN),
     # -- adapters
     Option(
         "--enable-lora",
@@ -52,36 +58,37 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "--lora-target-modules",
         Outcome.REFUSED,
-        "Where it names a module that no adapter can change.",
+        "If it names a module that no adapter can change.",
         TESTED,
     ),
     # -- experts
     Option(
         "--moe-backend",
         Outcome.REFUSED,
-        "Other values than auto, triton, flashinfer_cutlass: their kernels are not known to skip zero experts. Where "
-        "vLLM's own choice is such a kernel, Triton's is taken, which is said in the log.",
+        "On a CPU other values than auto, triton, flashinfer_cutlass, humming; on a GPU these are left to vLLM's own "
+        "class, as their kernels are not known to skip zero experts. Where vLLM's own choice is such a kernel, "
+        "Triton's is taken, which is said in the log.",
         "the refusal and the choice in the tests; the kernels read",
     ),
     Option("--enable-expert-parallel", Outcome.SERVED, "A rank computes its own experts, zero experts none.", TESTED),
     Option(
         "--all2all-backend",
         Outcome.REFUSED,
-        "deepep_low_latency, nixl_ep and moonep, where data-parallel ranks share experts: DeepEP has room for 11 "
-        "experts a token where LongCat has 12; of the kernels none is known to skip zero experts.",
+        "deepep_low_latency, where data-parallel ranks share experts: it has room for 11 experts a token where LongCat "
+        "has 12. nixl_ep and moonep, whose kernels are not known to skip zero experts, are left to vLLM's own class.",
         f"the refusal in the tests; the reason {READ}",
     ),
     Option(
         "--all2all-backend deepep_high_throughput",
         Outcome.UNTRIED,
-        "It gives received choices of -1 to another rank's expert, which the expert map drops.",
+        "It turns received choices of -1 into another rank's expert, which the expert map drops.",
         READ,
     ),
-    Option("--enable-eplb", Outcome.REFUSED, "Balancing of experts, and redundant ones, are not there yet.", TESTED),
+    Option("--enable-eplb", Outcome.REFUSED, "Neither balancing nor copies of experts are supported yet.", TESTED),
     Option(
         "--enable-return-routed-experts",
         Outcome.REFUSED,
-        "Experts are returned without a sign: a zero expert (-1) would be expert 255 or 65535.",
+        "Experts are returned as unsigned numbers: a zero expert (-1) would be expert 255 or 65535.",
         f"the refusal in the tests; the reason {READ}",
     ),
     Option("--enable-dbo", Outcome.UNTRIED, "It needs DeepEP or NIXL, which need GPUs.", READ),
@@ -100,7 +107,7 @@ OPTIONS: tuple[Option, ...] = (
         "--speculative-config eagle", Outcome.UNTRIED, "vLLM refuses a LongCat checkpoint as an EAGLE drafter.", RUN
     ),
     # -- the cache, and what is kept in it
-    Option("--kv-cache-dtype", Outcome.REFUSED, "On a CPU, whose cache is the model's dtype.", TESTED),
+    Option("--kv-cache-dtype", Outcome.REFUSED, "On a CPU, where the cache has the model's dtype.", TESTED),
     Option("--enable-prefix-caching", Outcome.SERVED, "On a CPU too, where vLLM turns it off for MLA.", TESTED),
     Option("--enable-chunked-prefill", Outcome.SERVED, "On a CPU too, where vLLM turns it off for MLA.", TESTED),
     Option("--prefix-caching-hash-algo", Outcome.SERVED, "It is the scheduler's.", RUN),
@@ -124,7 +131,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "--data-parallel-size",
         Outcome.REFUSED,
-        "On a CPU, where vLLM's ranks have no way to exchange tokens; elsewhere it is vLLM's, and not tried.",
+        "On a CPU, where vLLM's ranks cannot exchange tokens; on a GPU it is vLLM's own, and not tried.",
         TESTED,
     ),
     # -- how steps are run
@@ -133,9 +140,9 @@ OPTIONS: tuple[Option, ...] = (
     Option("-O", Outcome.SERVED, "Compiled or not.", "0 run on a CPU, 2, the default, in the tests"),
     Option("--enable-prompt-embeds", Outcome.SERVED, "The same tokens as from the prompt itself.", RUN),
     Option("--scheduling-policy", Outcome.SERVED, "It is the scheduler's.", RUN),
-    Option("--attention-backend", Outcome.SERVED, "A CPU has one backend, whatever is asked for.", RUN),
+    Option("--attention-backend", Outcome.SERVED, "A CPU has one backend, whatever is requested.", RUN),
     Option("--linear-backend", Outcome.SERVED, "For projections and dense FFNs.", "`torch` run on a CPU"),
     Option(
-        "--model-impl transformers", Outcome.UNTRIED, "vLLM ends with it on a CPU, whose MLA wants other sizes.", RUN
+        "--model-impl transformers", Outcome.UNTRIED, "On a CPU vLLM fails with it: its MLA takes other sizes.", RUN
     ),
 )

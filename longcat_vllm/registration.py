@@ -1,4 +1,4 @@
-"""Entries of vLLM's tables, and of transformers': what the rows of `hooks.HOOKS` put there, and find there."""
+"""Entries in vLLM's tables, and in transformers': how the rows of `hooks.HOOKS` make them and look them up."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def registered_architecture() -> str:
 def register_config_check() -> None:
     """
     Raises:
-        RuntimeError: if the table has an entry that is not ours, which would have to be called as well.
+        RuntimeError: if the table has an entry that is not ours, which should be called too.
     """
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
@@ -92,7 +92,7 @@ def register_config_check() -> None:
 
     entry = MODELS_CONFIG_MAP.setdefault(ARCHITECTURE, LongcatFlashForCausalLMConfig)
     if entry.__module__ != __name__:
-        raise RuntimeError(f"{entry.__module__}.{entry.__qualname__} is there already, wanted no entry")
+        raise RuntimeError(f"{entry.__module__}.{entry.__qualname__} is registered already, wanted no entry")
 
 
 def registered_config_check() -> str:

@@ -1,4 +1,4 @@
-"""The draft worker's part in vLLM: with a gate, drafts that are unlikely to be accepted are not verified (C2T)."""
+"""The draft worker's part in vLLM: with a gate, drafts that are unlikely to be accepted are pruned (C2T)."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ logger = init_logger(f"vllm.{__name__}")
 PRUNED = "vllm:spec_decode_num_draft_tokens_pruned"
 GATE_SCHEDULER = f"{__name__}.GateScheduler"
 METRICS_DIRECTORY = "LONGCAT_METRICS_DIRECTORY"
-"""Variable: where processes of one server share what they count."""
+"""Environment variable: the directory in which the processes of a server share their counters."""
 
 
 class GatedDrafts:
     """What the draft model has drafted in this step, and the gate that judges it.
 
-    No module: a gate's tensors are no weights of the model.
+    Not a module, as a gate's tensors are no weights of the model.
     """
 
     def __init__(self, gate: DraftGate) -> None:
@@ -75,8 +75,8 @@ def propose_what_passes(original: Callable[..., Any], proposer: EagleProposer, *
 
 
 class GateScheduler(Scheduler):
-    """vLLM's scheduler, which counts what a gate has pruned, and steps in which that was every draft of a request:
-    vLLM's own count of drafts, and so its accepted length, would leave these out."""
+    """vLLM's scheduler, which also counts pruned drafts, and the steps of requests whose drafts were all pruned: vLLM's
+    own count of drafts, and so its accepted length, would leave these steps out."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -113,7 +113,7 @@ class GateScheduler(Scheduler):
 
 
 class PrunedDrafts:
-    """A counter of the server's `/metrics` that another process than its own counts.
+    """A counter in the server's `/metrics` that another process increments.
 
     vLLM sends a fixed set of statistics from its scheduler to its server. This one goes through a file, in the format
     and with the collector that prometheus_client has for servers of several processes.
@@ -124,7 +124,7 @@ class PrunedDrafts:
     def __init__(self, model_name: str, engine: int) -> None:
         directory = os.environ.get("PROMETHEUS_MULTIPROC_DIR") or os.environ.get(METRICS_DIRECTORY, "")
         if not directory or not Path(directory).is_dir():
-            # As for an engine's process that its server has not started.
+            # As in an engine's process that no server has started.
             logger.warning("Drafts that the gate prunes are not counted: no directory is shared with the server.")
             self._values = None
             return

@@ -21,7 +21,7 @@ class Routed(NamedTuple):
     rows: Tensor
     """int64 [FFN experts]: tokens of each."""
     loss: Tensor | None
-    """The balance loss, with its gradient, or None where it was not asked for."""
+    """The balance loss, with its gradient, or None if it was not requested."""
 
 
 class Watch:
@@ -76,7 +76,7 @@ def device_balance_loss(scores: Tensor, ids: Tensor, *, n_routed_experts: int, d
     """`sum_j f_j P_j` over the groups of FFN experts that share a device, and one group of all zero experts.
 
     scores: fp32 [T, N + Z], the router's softmax; ids: [T, K] as in `Routing`; target: K_e, the FFN experts wanted a
-    token. P_j is the mean score of group j as a whole. f_j is `D / (K_e T)` times the slots that group j took, and for
+    token. P_j is the mean score of group j as a whole. f_j is `D / (K_e T)` times the choices of group j, and for
     the zero experts `1 / ((K - K_e) T)` times theirs: each is 1 where devices are loaded alike and the target holds,
     and so is the loss, for the P_j sum to 1. The gradient is that of the P_j.
 

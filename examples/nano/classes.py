@@ -34,9 +34,9 @@ class Spent(NamedTuple):
     predicted: Mean
     """On the tokens before them, from which the model makes out these."""
     nats: float
-    """How much of a surprise such a token is, in the mean."""
+    """The mean surprisal of such a token."""
     drafts_accepted: float | None
-    """Share of the places of such tokens at which an engine would accept the draft; None without an MTP layer."""
+    """Share of the positions of such tokens at which an engine would accept the draft; None without an MTP layer."""
 
 
 def spent(

@@ -39,7 +39,7 @@ _SWITCH = {
     Mechanism.growth: "growth.enabled",
 }
 _NOT_COMPARED = {
-    # The bias's update balances devices as well, and would hide what the loss does; the other way round as well.
+    # The update of the bias balances devices as well, and would hide what the loss does, and the reverse.
     Mechanism.bias_balance: {"device_balance.enabled": False},
     Mechanism.device_balance: {"bias_balance.enabled": False},
 }
@@ -97,7 +97,7 @@ def _compare(
 def pair(settings: Settings, mechanism: Mechanism) -> dict[str, Settings]:
     """The settings with the mechanism and without it: for as much compute, as `flops` estimates it, where it saves any.
 
-    The draft layer is in neither run, but where it is what is compared.
+    The draft layer is in neither run, unless it is the mechanism that is compared.
     """
     shared = _NOT_COMPARED.get(mechanism, {}) | ({} if mechanism is Mechanism.mtp else _WITHOUT_DRAFTS)
     with_it = settings.changed(shared | {_SWITCH[mechanism]: True})

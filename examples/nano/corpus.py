@@ -42,8 +42,8 @@ class Corpus(NamedTuple):
 def standard_library(held_out: float, root: Path | None = None) -> Corpus:
     """The sources of the interpreter that runs this, or those under `root`.
 
-    What cannot be imported by its path (site-packages, what the build of Python wrote for one machine) is left out, and
-    so are tests, which not every machine has, and data.
+    Files that cannot be imported by their path (site-packages, what the build of Python wrote for one machine) are left
+    out, and so are tests, which not every machine has, and data.
     A file is held out by a hash of its path, so that it is on every machine and in every version of Python.
 
     Raises:
@@ -109,10 +109,10 @@ class Batches:
         """stream: int32 [tokens].
 
         Raises:
-            ValueError: if the stream has not tokens for a batch.
+            ValueError: if the stream has too few tokens for a batch.
         """
         self._stream, self._length, self._size, self._seed = stream, sequence_length, batch_size, seed
-        # One window less than there is room for, so that the cut can be anywhere.
+        # One window less than fit, so that the cut can be anywhere.
         self.steps_per_epoch = (len(stream) // sequence_length - 1) // batch_size
         if self.steps_per_epoch < 1:
             raise ValueError(

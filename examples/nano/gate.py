@@ -49,7 +49,7 @@ def _train_and_measure(checkpoint: Path, library: Path | None, new_tokens: int) 
     if not chains:
         raise ValueError(f"{checkpoint}: ends every answer to held-out text within {depth} tokens; raise --new-tokens")
 
-    # What is noted of the gate before goes with it.
+    # The results of an earlier gate are removed with it.
     made["results"].pop("gate", None)
     publish.write_json(file, made)
     with tempfile.TemporaryDirectory() as directory:

@@ -26,8 +26,8 @@ class Agreement(NamedTuple):
     loss: float
     """Nats a token."""
     drafts: float | None
-    """The share of first drafts that are the model's own likeliest next token, the text before being given; what an
-    engine accepts, but that it goes along greedy text. None without a draft layer."""
+    """The share of first drafts that are the model's own likeliest next token, given the text before; what an engine
+    accepts, except that it runs along greedy text. None without a draft layer."""
 
 
 class Acceptance(NamedTuple):

@@ -54,7 +54,7 @@ def _loss(settings: Settings, curves: Curves, path: Path) -> Path:
 
 def _experts(settings: Settings, curves: Curves, path: Path) -> Path:
     held = "the PID controller holds it" if settings.zero_experts.controlled else "nothing holds it"
-    drawn, axes = figure(f"FFN experts a token: {held}", "step", f"mean of {settings.model.moe_topk} slots")
+    drawn, axes = figure(f"FFN experts a token: {held}", "step", f"mean of {settings.model.moe_topk} choices")
     _by_layer(axes, curves.step, curves.ffn_experts)
     axes.axhline(settings.zero_experts.target, color=RED, lw=1, ls="--", label="target")
     _mark_events(settings, axes)

@@ -16,8 +16,8 @@ from longcat_core.weights import checkpoint
 
 
 def write(model: LongcatForCausalLM, directory: Path) -> None:
-    """Write `config.json`, `generation_config.json` and sharded bf16 safetensors, whose router is fp32; the tokenizer
-    is there already, or follows."""
+    """Write `config.json`, `generation_config.json` and sharded bf16 safetensors, whose router is fp32. The tokenizer
+    is written separately."""
     ids = example_tokenizer.TOKEN_IDS
     with_mtp = {"num_nextn_predict_layers": 1} if model.model.mtp is not None else {}
     write_json(

@@ -27,7 +27,7 @@ class Group(BaseModel):
 
 class Model(Group):
     """Sizes, in LongCat's proportions where 8 M parameters allow them: FFN to zero experts 2 to 1, a dense FFN twice as
-    wide as the hidden size, many small experts, of whose slots two in three are to be FFN experts.
+    wide as the hidden size, many small experts, and two in three choices of experts are to be FFN experts.
 
     The ranks and head dimensions are multiples of 16, and halve for TP 2. GPU kernels for MLA that take only the
     published 512 + 64 do not take them: a latent of 512 alone would be most of a model of this size.

@@ -29,7 +29,7 @@ from longcat_core.reference import LongcatForCausalLM
 STATE = "state.safetensors"
 _GLANCE_WINDOWS = 16
 _MEASURING_SECONDS = 60.0
-"""What is kept of a time budget for what comes after the last step."""
+"""The part of a time budget that is reserved for what comes after the last step."""
 _TIMED_STEPS = 4
 
 console = Console(stderr=True, highlight=False)
@@ -62,7 +62,7 @@ def command(
 ) -> None:
     """Train LongCat-Nano on the Python standard library, and write it as LongCat-Flash-Chat is published.
 
-    A run that was cut off goes on with --resume, from the state beside OUT, as if it had not been.
+    A run that was interrupted goes on with --resume, from the state beside OUT, to the same weights.
     """
     switches = {
         "zero_experts.controlled": pid,

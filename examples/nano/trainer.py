@@ -34,7 +34,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class DivergedError(ValueError):
-    """A loss that is no number, from which nothing is learned any more."""
+    """A loss that is not finite, from which nothing more can be learned."""
 
 
 class ResumeError(ValueError):
@@ -200,7 +200,7 @@ class Trainer:
         """The loss of the first draft at every position, and in some batches those of the drafts after it.
 
         Each is the cross-entropy, in nats a token, with what the model itself says likeliest there: that, and not the
-        text, is what greedy verification holds a draft against.
+        text, is what greedy verification compares a draft with.
 
         In an engine's chain, a draft after the first is made from the layer's own output at the position before, while
         positions further back keep what the target's hidden states made of them. Here each pass takes the own
@@ -236,7 +236,7 @@ class Trainer:
             self._load_moment(moment, stacked(of_moment, names, layers))
 
     def _add_draft_layer(self) -> None:
-        """A new MTP layer, but that its embedding begins as the model's own."""
+        """A new MTP layer, whose embedding begins as a copy of the model's own."""
         model = self.model
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.settings.seed + 1)
@@ -270,7 +270,7 @@ class Trainer:
         }
 
     def load_optimizer_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """The other way round."""
+        """The reverse of `optimizer_tensors`."""
         for moment in (*_MOMENTS, "step"):
             suffix = f"/{moment}"
             self._load_moment(moment, {n.removesuffix(suffix): t for n, t in tensors.items() if n.endswith(suffix)})
@@ -377,7 +377,7 @@ def deterministic() -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    # Nothing here reads memory that it has not written.
+    # Nothing here reads uninitialised memory.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from longcat_core.reference import LongcatForCausalLM
 
 GATE_FILE = Path("draft_gate") / "gate.safetensors"
-"""Where a checkpoint keeps its gate: a folder of its own, for engines take every `*.safetensors` of a checkpoint's top
-level for weights of the model."""
+"""Where a checkpoint keeps its gate: a folder of its own, as engines load every `*.safetensors` of a checkpoint's top
+level as weights of the model."""
 FORMAT, VERSION = "longcat-draft-gate", "1"
 FEATURES = 3
 """Joint probability of the path, entropy, depth."""
@@ -233,9 +233,9 @@ def walk(accepted: Sequence[int] | Tensor, kept: Sequence[int] | Tensor | int) -
 
 @torch.no_grad()
 def trade_off(gate: DraftGate, chains: Sequence[Chains], thresholds: Sequence[float]) -> list[TradeOff]:
-    """What the gate would cost and save along the chains' walks, at each threshold; its own is left alone.
+    """What the gate would cost and save along the chains' walks, at each threshold; the gate's own is not changed.
 
-    The first of the list has threshold 0, which holds nothing back: the chain without a gate.
+    The first of the list has threshold 0, which prunes nothing: the chain without a gate.
     """
     scores = [gate(each.features) for each in chains]
     found = []
@@ -303,7 +303,7 @@ def save(gate: DraftGate, directory: Path, fingerprint: str) -> None:
 def load(directory: Path) -> DraftGate | None:
     """The gate of the checkpoint in `directory`, on the CPU, or None where it has none.
 
-    Whose it is goes by the checkpoint's own `config.json`, whatever an engine was told to read it as.
+    Whether it is this model's is decided by the checkpoint's own `config.json`, whatever an engine overrides in it.
 
     Raises:
         GateError: if the file is not a gate of this version, or belongs to another model.

@@ -1,1 +1,1 @@
-"""Fast implementations of one operation each; each names the reference that it must equal."""
+"""Fast implementations, each of one operation, each naming the reference that it must equal."""

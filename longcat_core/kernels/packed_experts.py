@@ -1,7 +1,7 @@
-"""FFN experts on a CPU through oneDNN, whose weights are laid out for it once. Reference: `experts.grouped_ffn`.
+"""FFN experts on a CPU through oneDNN, with weights packed for it once. Reference: `experts.grouped_ffn`.
 
-Where an engine has no kernel of its own, as SGLang without `sgl_kernel`: on few rows an expert, oneDNN reads weights
-in its own layout about twice as fast as `F.linear` reads them as they are stored.
+For an engine without a kernel of its own, as SGLang without `sgl_kernel`: with few rows an expert, oneDNN reads weights
+in its own layout about twice as fast as `F.linear` reads plain ones.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def is_supported(dtype: torch.dtype) -> bool:
 
 
 class PackedExperts:
-    """SwiGLU experts over packed copies of their weights: an `ExpertFFN`, for inference, as there is no gradient.
+    """SwiGLU experts over packed copies of their weights: an `ExpertFFN`, for inference only, without gradients.
 
-    w13: [E, 2 I, H], gate above up; w2: [E, H, I]. Nothing of the arguments is kept, so the caller may free them.
+    w13: [E, 2 I, H], gate above up; w2: [E, H, I]. The arguments are not kept, so the caller may free them.
     """
 
     def __init__(self, w13: Tensor, w2: Tensor) -> None:

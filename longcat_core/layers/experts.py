@@ -16,7 +16,7 @@ ExpertFFN = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Rows(NamedTuple):
-    """The slots that cost something, as a list of GEMM rows in token order."""
+    """The choices of FFN experts, as a list of GEMM rows in token order."""
 
     tokens: Tensor
     """int64 [R]: the token of each row, ascending."""
@@ -47,10 +47,10 @@ def add_identity(routed: Tensor, hidden_states: Tensor, identity: Tensor) -> Ten
 def routed_experts(
     hidden_states: Tensor, ids: Tensor, weights: Tensor, ffn: ExpertFFN, expert_map: Tensor | None = None
 ) -> Tensor:
-    """The FFN experts' share, `sum_k w_k FFN_k(x)`: [T, H] in x's dtype; `ffn` sees rows of real slots only.
+    """The FFN experts' share, `sum_k w_k FFN_k(x)`: [T, H] in x's dtype; `ffn` sees rows of FFN experts only.
 
-    ids, weights: as in `Routing`; expert_map: int32 [E], the local number of a global expert or -1 where another
-    rank has it, whose slots then cost nothing here either.
+    ids, weights: as in `Routing`; expert_map: int32 [E], the local number of a global expert, or -1 if another rank
+    has it: choices of that expert cost nothing here either.
     """
     if expert_map is not None:
         ids = torch.where(ids >= 0, expert_map[ids.clamp(min=0)], -1)
@@ -59,7 +59,7 @@ def routed_experts(
         return torch.zeros_like(hidden_states)
     if kept.all():
         return ffn(hidden_states, ids, weights)
-    if ids.shape[0] == 1:  # what this token has needs no gathering
+    if ids.shape[0] == 1:  # one token needs no gathering
         return ffn(hidden_states, ids[:, kept[0]], weights[:, kept[0]])
     rows = compact(ids, weights)
     inputs = hidden_states.index_select(0, rows.tokens)
@@ -68,7 +68,7 @@ def routed_experts(
 
 
 def compact(ids: Tensor, weights: Tensor) -> Rows:
-    """List the slots of FFN experts, in token order; ids and weights: [T, K], -1 being no FFN expert."""
+    """List the choices of FFN experts, in token order; ids and weights: [T, K], where an id of -1 is no FFN expert."""
     slots = (ids >= 0).flatten().nonzero().squeeze(1)
     return Rows(tokens=slots // ids.shape[1], experts=ids.flatten()[slots], weights=weights.flatten()[slots])
 
@@ -97,7 +97,7 @@ def ffn_by_expert(
     num_experts: int, gate_up: Callable[[int, Tensor], Tensor], down: Callable[[int, Tensor], Tensor]
 ) -> ExpertFFN:
     """SwiGLU over rows sorted by expert, from the two products of one expert with its rows, [n, H] -> [n, 2 I] and
-    [n, I] -> [n, H]. Experts without rows are not asked."""
+    [n, I] -> [n, H]. Experts without rows are not called."""
 
     def ffn(rows: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         if rows.shape[0] == 1:  # experts of one token are distinct, and there is nothing to sort

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Requests with so many new tokens or fewer are attended to in one batch: decoding, and verification of drafts.
+# Requests with this many new tokens or fewer are attended to in one batch: decoding, and verification of drafts.
 _FEW_TOKENS = 16
 # Bounds on temporaries: (query, key) pairs of one head's mask in a prefill, and gathered slots in a decode batch.
 _PAIRS_AT_ONCE = 1 << 22
@@ -23,10 +23,10 @@ class RequestGroup:
     queries: Tensor
     """int64 [G, Q]: rows of the query tensor, the new tokens of each request in order."""
     slots: Tensor
-    """int64 [G, N]: cache slots of each request's tokens, padded to the longest with its own first slot, since a weight
-    of 0 does not undo what a slot that nobody has written may hold."""
+    """int64 [G, N]: cache slots of each request's tokens, padded to the longest with the request's own first
+    slot: an uninitialised slot may hold NaN, which a weight of 0 does not remove."""
     positions: Tensor
-    """int64 [G, Q]: place of each query among the slots. It sees those up to its own, so never the padding."""
+    """int64 [G, Q]: position of each query among the slots. It sees slots up to its own, so never the padding."""
     is_whole_prompt: bool
     """One request whose N tokens are all new, so that the mask is the plain causal triangle."""
     is_all_visible: bool
@@ -35,7 +35,7 @@ class RequestGroup:
     """bool [G, Q, Q]: which of the new tokens each query sees, where those are not all up to its own."""
 
     def visible(self, first: int = 0, last: int | None = None) -> Tensor:
-        """bool [G, last - first, N]: may the query see the slot."""
+        """bool [G, last - first, N]: whether the query sees the slot."""
         slots = torch.arange(self.slots.shape[1])
         if self.trees is None:
             return slots <= self.positions[:, first:last, None]
@@ -45,7 +45,7 @@ class RequestGroup:
 
 @dataclass(frozen=True)
 class PagedBatch:
-    """Where the tokens of one engine step lie in the cache; built once a step, used by every layer."""
+    """Where the tokens of one engine step are in the cache; built once a step, used by every layer."""
 
     groups: tuple[RequestGroup, ...]
 
@@ -62,10 +62,10 @@ class PagedBatch:
         """Group the requests of a step.
 
         query_starts: R + 1 offsets into the query tensor; seq_lens: R context lengths, new tokens included;
-        block_table: integer [rows, blocks], cache blocks of a request in each row, of which only those that its tokens
-        are in are looked at; block_size: tokens a block; trees: bool [R, Q, Q], where all requests have Q new tokens
-        that are nodes of a tree: a node sees itself and those before it on its path; table_rows: R rows of the table,
-        if they are not its first ones, in order.
+        block_table: integer [rows, blocks], the cache blocks of one request in each row, of which only those with its
+        tokens are read; block_size: tokens a block; trees: bool [R, Q, Q], where all requests have Q new tokens
+        that are nodes of a tree: a node sees itself and those before it on its path; table_rows: the R rows of
+        the table to use, if not the first ones in order.
 
         Raises:
             ValueError: if a request has more new tokens than its context is long.
@@ -146,7 +146,7 @@ def _is_prefill(group: RequestGroup, w_uk: Tensor, w_uv: Tensor) -> bool:
 def _attend_absorbed(
     queries: Tensor, keys: Tensor, group: RequestGroup, w_uk: Tensor, w_uv: Tensor, scale: float
 ) -> Tensor:
-    """Attention among latents: `w_uk` goes into the query, `w_uv` onto the result. Returns [G, Q, heads, v]."""
+    """Attention over latents: `w_uk` goes into the query, `w_uv` onto the result. Returns [G, Q, heads, v]."""
     nope, latent = w_uk.shape[1], w_uk.shape[2]
     q_nope, q_rope = queries.split([nope, queries.shape[-1] - nope], dim=-1)
     q_latent = torch.einsum("gqhp,hpl->gqhl", q_nope, w_uk)
@@ -163,7 +163,7 @@ def _attend_absorbed(
 def _attend_expanded(
     queries: Tensor, keys: Tensor, group: RequestGroup, w_uk: Tensor, w_uv: Tensor, scale: float
 ) -> Tensor:
-    """Attention among keys and values expanded from the latents, a head each. Returns [G, Q, heads, v]."""
+    """Attention over keys and values expanded from the latents for each head. Returns [G, Q, heads, v]."""
     latents, rope_keys = keys.split([w_uk.shape[2], keys.shape[-1] - w_uk.shape[2]], dim=-1)
     k_nope = torch.einsum("gnl,hpl->ghnp", latents, w_uk.to(latents.dtype))
     values = torch.einsum("gnl,hvl->ghnv", latents, w_uv.to(latents.dtype))

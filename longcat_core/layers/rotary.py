@@ -17,7 +17,8 @@ def inverse_frequencies(config: LongcatConfig) -> Tensor:
     plain = 1.0 / rope.theta**exponents
     if not rope.is_yarn:
         return plain
-    low, high = _yarn_correction_range(rope, dim)
+    context = rope.original_max_position_embeddings or config.max_position_embeddings
+    low, high = _yarn_correction_range(rope, context, dim)
     ramp = ((torch.arange(dim // 2).float() - low) / (high - low)).clamp(0, 1)
     return plain / rope.factor * ramp + plain * (1 - ramp)
 
@@ -50,10 +51,9 @@ def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
 
 
-def _yarn_correction_range(rope: RopeConfig, dim: int) -> tuple[float, float]:
+def _yarn_correction_range(rope: RopeConfig, context: int, dim: int) -> tuple[float, float]:
     def dimension_of(rotations: float) -> float:
-        context = rope.original_max_position_embeddings / (rotations * 2 * math.pi)
-        return dim * math.log(context) / (2 * math.log(rope.theta))
+        return dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = dimension_of(rope.beta_fast), dimension_of(rope.beta_slow)
     if rope.truncate:

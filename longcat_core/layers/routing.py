@@ -11,7 +11,7 @@ from torch import Tensor
 class Routing(NamedTuple):
     """The contract between the router and every expert implementation, for T tokens and top K.
 
-    `moe(x) = sum_k weights[:, k] * FFN_ids[:, k](x) + identity * x`, accumulated in fp32. A slot of -1 costs
+    `moe(x) = sum_k weights[:, k] * FFN_ids[:, k](x) + identity * x`, accumulated in fp32. A choice of -1 costs
     nothing: no GEMM row, no dispatch, no place in a load statistic.
     """
 

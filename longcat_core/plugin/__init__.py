@@ -1,1 +1,1 @@
-"""What both engine packages are made of: an engine, its hooks, its options, a diagnosis."""
+"""Parts of both engine packages: an engine with its versions, hooks, options, diagnosis."""

@@ -24,7 +24,7 @@ def version_of(engine: Engine) -> Finding:
 
 
 def hook_findings(engine: Engine, hooks: Iterable[Hook], package: str, group: str, left_out: str) -> list[Finding]:
-    """One for each hook that belongs into every process. package: ours; group: the engine's entry points of plugins;
+    """One for each hook that every process needs. package: ours; group: the engine's entry points of plugins;
     left_out: why the engine would not have loaded ours, if it is known."""
     points = [point.value for point in importlib.metadata.entry_points(group=group)]
     if f"{package}:register" not in points:
@@ -42,8 +42,8 @@ def hook_findings(engine: Engine, hooks: Iterable[Hook], package: str, group: st
 
 def checkpoint_findings(directory: Path) -> list[Finding]:
     """Of the checkpoint, and of its gate for drafts, if it has one."""
-    from longcat_core.drafting import gate as drafting  # which need torch, and the command line starts without
-    from longcat_core.weights import checkpoint  # which need torch, and the command line starts without
+    from longcat_core.drafting import gate as drafting  # needs torch, without which the command line starts
+    from longcat_core.weights import checkpoint
 
     try:
         config = checkpoint.read_config(directory)

@@ -1,4 +1,4 @@
-"""An engine as both engine packages see it: versions, what could not be hooked into it, what it cannot be asked for."""
+"""An engine as both engine packages see it: supported versions, hooks that failed, refusals of options."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class UnsupportedEngineError(RuntimeError):
-    """The engine is not a version that its package knows, or does not have what is hooked into it."""
+    """The version of the engine is not supported, or a hook could not be installed."""
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Engine:
     name: str
     """As its users write it."""
     distributions: tuple[str, ...]
-    """Names under which it is installed, the usual one first."""
+    """Names of the distributions that install it, the usual one first."""
     supported: SpecifierSet
     supported_text: str
     failures: dict[str, str] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class Engine:
         return Version(importlib.metadata.version(self.distributions[-1]))
 
     def is_supported(self) -> bool:
-        """Whether the version that is installed is one that our package knows; False also where none is."""
+        """Whether the installed version is supported; False if none is installed."""
         try:
             return self.supported.contains(self.version(), prereleases=True)
         except (importlib.metadata.PackageNotFoundError, InvalidVersion):
@@ -72,8 +72,9 @@ class Engine:
                 self.failures[hook.name] = repr(error)
 
     def require_supported(self, hooks: Iterable[Hook]) -> None:
-        """Called when a LongCat model is asked for, so that another model is never disturbed: the engine is of a
-        version that we know, and the hooks that belong into every process are in place.
+        """Check that the engine's version is supported, and that the hooks that every process needs are in place.
+
+        Called when a LongCat model is requested, so that other models are never disturbed.
 
         Raises:
             UnsupportedEngineError: naming what is wrong and what to do.
@@ -130,23 +131,21 @@ def unsupported_cpu_cache(dtype: str) -> str:
     return f"kv_cache_dtype: {dtype!r}, wanted 'auto' on a CPU; leave --kv-cache-dtype out"
 
 
-def uses_gate(
-    threshold: float | None, is_asked_for: bool, obstacles: Sequence[str], option: str, log: logging.Logger
-) -> bool:
-    """Whether drafts go through the checkpoint's draft gate: where that is asked for. Says so in the engine's log.
+def use_gate(threshold: float | None, obstacles: Sequence[str], option: str, log: logging.Logger) -> None:
+    """Say in the engine's log that drafts go through the checkpoint's draft gate, which is asked for.
 
-    threshold: the gate's, or None where there is no gate; obstacles: what is in a gate's way; option: how it is asked
-    for, as the user writes it.
+    threshold: the gate's, or None if there is no gate; obstacles: what prevents the use of a gate; option: how a user
+    requests it, as typed.
 
     Raises:
-        ValueError: if it is asked for and there is none, or something is in its way.
+        ValueError: if there is none, or something is in its way.
     """
-    if not is_asked_for:
-        if threshold is not None:
-            log.info("The checkpoint has a draft gate, which is not used unless it is asked for: %s", option)
-        return False
+    refuse([f"{option}: {obstacle}; or leave the draft gate out" for obstacle in obstacles])
     if threshold is None:
         refuse([f"{option}: the checkpoint has no draft gate; train one with `longcat train-gate`, or leave it out"])
-    refuse([f"{option}: {obstacle}; or leave the draft gate out" for obstacle in obstacles])
     log.info("The checkpoint's draft gate prunes drafts with a score under %g.", threshold)
-    return True
+
+
+def tell_of_gate(option: str, log: logging.Logger) -> None:
+    """Say that the checkpoint has a gate that nobody has asked for."""
+    log.info("The checkpoint has a draft gate, which is not used unless it is asked for: %s", option)

@@ -35,7 +35,7 @@ class Hook(ABC):
     """What goes wrong without it, and where in the engine."""
     remove_when: str
     upstream: str = ""
-    """The engine's issue or pull request, where there is one."""
+    """The engine's issue or pull request, if there is one."""
     stage: Stage = Stage.PROCESS
     device: str = ""
     """The only type of device, as torch calls it, on which it is installed; any if it is empty."""
@@ -56,7 +56,7 @@ class Entry(Hook):
     put: str
     """`module:function` that makes the entry."""
     found: str
-    """`module:function` that returns the module of the entry there is."""
+    """`module:function` that returns the module of the current entry."""
 
     def install(self) -> None:
         pkgutil.resolve_name(self.put)()
@@ -90,7 +90,7 @@ class Wrapper(Hook):
 @functools.cache
 def guarded(around: str, concerns: str) -> Around:
     """`around` where `concerns` says that a call is about a LongCat model. Every other call reaches the original with
-    exactly the arguments that it was made with, also where `concerns` cannot make sense of them.
+    exactly the arguments that it was made with, even where `concerns` fails on them.
 
     The same two names give the same function, by which an engine's registry knows that it has it already.
     """

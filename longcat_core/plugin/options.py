@@ -12,8 +12,8 @@ class Outcome(Enum):
 
     SERVED = "served"
     REFUSED = "refused, with the reason, before any worker starts"
-    OWN_CLASS = "handed to the engine's own class, with one warning"
-    UNTRIED = "not looked at"
+    OWN_CLASS = "left to the engine's own class, with one warning"
+    UNTRIED = "not tried"
 
 
 @dataclass(frozen=True)

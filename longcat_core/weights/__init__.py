@@ -1,1 +1,1 @@
-"""Published checkpoints: tensor names, where each goes, what is wrong with them, files."""
+"""Published checkpoints: names of tensors, load plans, audits, files."""

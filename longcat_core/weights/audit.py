@@ -1,4 +1,4 @@
-"""Compares the tensors of a checkpoint, as they come by, with those that its configuration calls for."""
+"""Compares the tensors of a checkpoint, one by one as they are read, with those that its configuration requires."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ logger = logging.getLogger(__name__)
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _HARMLESS = re.compile(
     r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)"  # follow from the configuration
-    r"|.*\.self_attn(\.\d)?(\.\w+)?\.(q|k|v|kv|kv_cache|prob|output)_scale"  # of a cache in FP8, which has its own here
-    r"|model\.mtp\.(layers\.\d+\.)?(lm_head|shared_head\.head)\.weight"  # the drafter has the model's
+    r"|.*\.self_attn(\.\d)?(\.\w+)?\.(q|k|v|kv|kv_cache|prob|output)_scale"  # of an FP8 cache, which are not used
+    r"|model\.mtp\.(layers\.\d+\.)?(lm_head|shared_head\.head)\.weight"  # the drafter uses the model's
 )
 """Tensors that other software leaves in a checkpoint and no LongCat-Flash reads."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that does not belong to its configuration; the message lists every problem."""
+    """A checkpoint that does not match its configuration; the message lists every problem."""
 
 
 class Audit:
-    """One pass over a checkpoint's tensors. `expected`: name and shape of all that there can be."""
+    """One pass over a checkpoint's tensors. `expected`: name and shape of every tensor that may be there."""
 
     def __init__(self, expected: Mapping[str, tuple[int, ...]], config: LongcatConfig) -> None:
         self._expected, self._config = expected, config
@@ -55,7 +55,7 @@ class Audit:
         self._problems: list[str] = []
 
     def accepts(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> bool:
-        """Note one tensor; False if it is not to be loaded, for a reason that is kept for the end."""
+        """Record one tensor; False if it is not to be loaded, for a reason that is reported at the end."""
         if stacked_experts(name):
             return self._accepts_stacked(name, shape, dtype)
         weight = name.removesuffix(SCALE_SUFFIX)
@@ -101,9 +101,9 @@ class Audit:
         self._raise(self._problems)
 
     def raise_for_all(self, requires_mtp: bool = False) -> None:
-        """Raise CheckpointError if, all having come by, tensors were extra, misshapen or missing; all are listed.
+        """After the last tensor: raise CheckpointError if any were extra, misshapen or missing; all are listed.
 
-        The MTP layer is there as a whole or not at all; `requires_mtp`: it has to be there.
+        The MTP layer is complete or absent; with `requires_mtp` it has to be there.
         """
         has_mtp = any(
             name.startswith(MTP_PREFIX) and name.removesuffix(SCALE_SUFFIX) in self._expected for name in self._seen
@@ -145,11 +145,11 @@ def audited(
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors that are to be loaded, one at a time, by their published names: stacked experts come one by one.
 
-    is_partial: none is missed, as in an update of a running model.
+    is_partial: missing tensors are no error, as in an update of a running model.
 
     Raises:
-        CheckpointError: listing every tensor that is extra, misshapen, or missing: after the last one, or, for an
-            update whose tensors are there already (not read while they are iterated over), at once.
+        CheckpointError: listing every tensor that is extra, misshapen or missing: after the last one, or before the
+            first of an update whose tensors are all in memory.
     """
     return _audited(weights, all_tensors(config), config, is_partial)
 
@@ -157,8 +157,8 @@ def audited(
 def audited_mtp(
     weights: Iterable[tuple[str, Tensor]], config: LongcatConfig, *, is_partial: bool
 ) -> Iterator[tuple[str, Tensor]]:
-    """As `audited`, where the MTP layer is a model of its own: the model's tensors are passed over without a look, and
-    the layer has to be there."""
+    """As `audited`, where the MTP layer is a model of its own: the model's own tensors are skipped without a check,
+    and the layer has to be there."""
     mine: Iterable[tuple[str, Tensor]] = (each for each in weights if each[0].startswith(MTP_PREFIX))
     if isinstance(weights, Collection):
         mine = list(mine)

@@ -88,7 +88,7 @@ def shards(directory: Path) -> list[Path]:
     """The safetensors files of a checkpoint: those its index names, or all there are.
 
     Raises:
-        CheckpointError: if there are none, or the index names files that are not there.
+        CheckpointError: if there are none, or the index names files that do not exist.
     """
     index = directory / INDEX_NAME
     if index.exists():
@@ -98,7 +98,7 @@ def shards(directory: Path) -> list[Path]:
             raise CheckpointError(f"{index}: not a safetensors index ({error!r}); download it again") from None
         absent = [name for name in named if not (directory / name).exists()]
         if absent:
-            raise CheckpointError(f"{index} names shards that are not there: {', '.join(absent)}; download them again")
+            raise CheckpointError(f"{index} names shards that do not exist: {', '.join(absent)}; download them again")
         return [directory / name for name in named]
     found = sorted(directory.glob("*.safetensors"))
     if not found:

@@ -31,13 +31,13 @@ class Target(NamedTuple):
     parameter: str
     """Name of the parameter in the engine's model."""
     part: int | None = None
-    """Of a parameter of two projections of one input: 0 for the rows that come first, 1 for the others."""
+    """In a parameter that fuses two projections: 0 for the first rows, 1 for the others."""
     expert: int | None = None
-    """FFN expert, of a parameter that stacks them."""
+    """FFN expert, in a parameter that stacks them."""
     shard: str | None = None
     """What engines call the part of an expert: w1 (gate), w2 (down), w3 (up)."""
     factor: float = 1.0
-    """By which the tensor is multiplied while it is loaded."""
+    """The tensor is multiplied by it while it is loaded."""
 
     def folded(self, tensor: Tensor) -> Tensor:
         """The tensor that is loaded. A scaled one is fp32, so that it is rounded only once: to the served dtype."""

@@ -1,4 +1,4 @@
-"""What LongCat's rooms ask of a device, and the devices that there are: a CPU and NVIDIA's GPUs."""
+"""The devices, a CPU and NVIDIA's GPUs, and which of them SGLang runs on."""
 
 from __future__ import annotations
 
@@ -14,20 +14,26 @@ def of(name: str) -> Device:
         from longcat_sglang.devices.cpu.device import Cpu
 
         return Cpu()
-    from longcat_sglang.devices.cuda.device import Cuda
+    from sglang.srt.utils import is_hip
 
-    return Cuda()
+    if name == "cuda" and not is_hip():
+        from longcat_sglang.devices.cuda.device import Cuda
+
+        return Cuda()
+    from longcat_sglang.devices.unknown import Unknown
+
+    return Unknown(name)
 
 
 def current() -> Device:
     """The device that SGLang runs on in this process."""
-    from sglang.srt.utils import is_cpu
+    from sglang.srt.utils import get_device, is_cpu
 
-    return of("cpu" if is_cpu() else "cuda")
+    return of("cpu" if is_cpu() else get_device().partition(":")[0])
 
 
 def found() -> Finding:
-    """The platform that SGLang has found, and what is wrong if it has found none of ours."""
+    """The platform that SGLang has found, and what is wrong if it is not a CPU or CUDA."""
     from sglang.srt.platforms import current_platform
 
     name = f"{type(current_platform).__module__}.{type(current_platform).__qualname__}"

@@ -1,4 +1,4 @@
-"""The interface of a device: all that the model, its experts and its deployment ask of what SGLang runs on."""
+"""The interface of a device: all in which devices differ, for the model, its experts and its deployment."""
 
 from __future__ import annotations
 
@@ -18,16 +18,12 @@ if TYPE_CHECKING:
 
 
 class Device(ABC):
-    """Without state, so that each can be made, and asked, on any machine."""
+    """Without state, so that each can be made and called on any machine."""
 
     attention_backend: ClassVar[str | None]
     """The name of our attention backend in SGLang's table, or None where SGLang chooses one of its own."""
     runs_own_class: ClassVar[bool]
     """Whether SGLang's own class of LongCat-Flash runs here."""
-    other_algorithms: ClassVar[tuple[str, ...]]
-    """Speculative algorithms that are served beside the MTP layer's."""
-    algorithm_advice: ClassVar[str]
-    """What the refusal of another algorithm says of these."""
 
     @abstractmethod
     def prepare_process(self) -> None:
@@ -52,11 +48,15 @@ class Device(ABC):
 
     @abstractmethod
     def expert_arguments(self) -> dict[str, Any]:
-        """What SGLang's FusedMoE is made with beside the model's sizes."""
+        """Arguments of SGLang's FusedMoE besides the model's sizes."""
 
     @abstractmethod
     def restore_experts(self, experts: Any) -> None:
         """Bring a layer's expert weights back into the layout in which tensors are loaded."""
+
+    @abstractmethod
+    def reasons_for_own_class(self) -> list[str]:
+        """Why SGLang's own class serves on this device, whatever it is asked for."""
 
     @abstractmethod
     def unsupported(self, server_args: Any, settings: Any) -> list[str]:

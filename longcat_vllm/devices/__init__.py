@@ -1,4 +1,4 @@
-"""What LongCat's rooms ask of a device, and the devices that there are: a CPU and NVIDIA's GPUs."""
+"""The devices, a CPU and NVIDIA's GPUs, and which of them vLLM runs on."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ def current() -> Device:
         from longcat_vllm.devices.cpu.device import Cpu
 
         return Cpu()
-    from longcat_vllm.devices.cuda.device import Cuda
+    if current_platform.is_cuda_alike():
+        from longcat_vllm.devices.cuda.device import Cuda
 
-    return Cuda()
+        return Cuda()
+    from longcat_vllm.devices.unknown import Unknown
+
+    return Unknown(current_platform.device_name)
 
 
 def found() -> Finding:

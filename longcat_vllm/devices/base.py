@@ -1,4 +1,4 @@
-"""The interface of a device: all that the model, its experts and its deployment ask of what vLLM runs on."""
+"""The interface of a device: all in which devices differ, for the model, its experts and its deployment."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
     from vllm.v1.attention.backend import AttentionBackend
 
+MOE_BACKENDS = ("auto", "triton", "flashinfer_cutlass", "humming")
+"""Values of --moe-backend with which unquantised experts get a kernel of `cuda.experts.SKIP_ZERO_EXPERTS`."""
+
 
 class Device(ABC):
-    """Without state, so that each can be made, and asked, on any machine."""
+    """Without state, so that each can be made and called on any machine."""
 
     @abstractmethod
     def attention_backend(self) -> type[AttentionBackend] | None:
@@ -38,8 +41,8 @@ class Device(ABC):
 
     @abstractmethod
     def expert_map(self, num_experts: int, device: torch.device) -> Tensor | None:
-        """Where a rank holds all FFN experts: the map from an expert to its place that the kernel needs, int32
-        [num_experts], or None."""
+        """For a rank that has all FFN experts: the expert map that the kernel needs, int32 [num_experts], or None if
+        it needs none."""
 
     @abstractmethod
     def has_packed(self, experts: RoutedExperts) -> bool:
@@ -55,4 +58,4 @@ class Device(ABC):
 
     @abstractmethod
     def implementations(self, config: LongcatConfig | None) -> list[Finding]:
-        """Which attention and experts a model gets here, for `longcat doctor`; of Chat's sizes without a `config`."""
+        """Which attention and experts a model gets here, for `longcat doctor`; without `config`, with Chat's sizes."""

@@ -65,13 +65,13 @@ def test_the_text_is_shown_whole_with_its_figures(source: Path, text: Path, foun
     assert shown.startswith(TEXT)
     activated = found.activated_parameters(DEFAULT)
     assert re.search(rf"tokens +{len(found.tokens)}\b", shown)
-    assert f"mean {found.ffn_experts.double().mean():.2f} of {DEFAULT.moe_topk} slots" in shown
+    assert f"mean {found.ffn_experts.double().mean():.2f} of {DEFAULT.moe_topk} choices" in shown
     assert f"mean {si(float(activated.mean()))}, p5 {si(float(activated.quantile(0.05)))}" in shown
     assert f"{found.draft_acceptance():.1%}" in shown
 
 
 def test_a_text_of_a_token_or_two_has_no_place_with_a_draft(source: Path, text: Path) -> None:
-    assert "no place with a draft" in run(source, text, "--tokens", "2").stdout
+    assert "no drafts" in run(source, text, "--tokens", "2").stdout
 
 
 def test_a_terminal_obeys_nothing_in_the_text(source: Path, text: Path) -> None:

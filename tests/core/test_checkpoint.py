@@ -111,7 +111,7 @@ def test_missing_shards_are_named(tensors: dict[str, Tensor], tmp_path: Path) ->
     first, second, *_ = checkpoint.shards(tmp_path)
     first.unlink()
     second.unlink()
-    with pytest.raises(CheckpointError, match=rf"not there: {first.name}, {second.name}"):
+    with pytest.raises(CheckpointError, match=rf"do not exist: {first.name}, {second.name}"):
         checkpoint.verify(tmp_path, CONFIG)
 
 

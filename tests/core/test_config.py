@@ -251,3 +251,37 @@ def test_yarn_of_factor_1_keeps_a_factor_on_cos_and_sin_that_is_given() -> None:
     config = spellings.read({**spellings.published(DEFAULT), "rope_scaling": scaling})
     assert rotary.attention_factor(config.rope) == 1.3
     assert spellings.read(spellings.published(config)) == config
+
+
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+def test_yarn_without_its_name_is_not_taken_for_plain_rope(name: str) -> None:
+    with pytest.raises(ConfigError, match="factor without a rope_type; give 'yarn', or remove it"):
+        spellings.read({**spellings.published(DEFAULT), name: {"factor": 4.0, "rope_theta": 1e4}})
+
+
+def test_a_setting_of_the_rotary_embedding_that_is_not_read_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    scaling = {"rope_type": "yarn", "factor": 4.0, "attn_factor": 2.0, "extrapolation_factor": 1}
+    assert spellings.read({**spellings.published(DEFAULT), "rope_scaling": scaling}).rope.factor == 4.0
+    assert "does not read these options of the rotary embedding: attn_factor, extrapolation_factor" in caplog.text
+
+
+def test_an_override_that_names_no_type_changes_the_rotary_embedding_there_is() -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16.0, "original_max_position_embeddings": 128}
+    canonical = spellings.for_transformers({**spellings.published(DEFAULT), "rope_scaling": yarn})
+    for name in ("rope_scaling", "rope_parameters"):
+        found = spellings.overridden(canonical, {name: {"factor": 8.0}})["rope_parameters"]
+        assert (found["rope_type"], found["factor"], found["beta_fast"]) == ("yarn", 8.0, 16.0)
+        with pytest.raises(ConfigError, match="factor without a rope_type"):
+            spellings.overridden(spellings.for_transformers(spellings.published(DEFAULT)), {name: {"factor": 8.0}})
+
+
+def test_an_mscale_that_is_not_given_is_not_handed_on() -> None:
+    """vLLM's and SGLang's class for DeepSeek would take a 0 for an mscale of 0, so no factor on cos and sin."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    config = spellings.read({**spellings.published(DEFAULT), "rope_scaling": yarn})
+    assert not {"mscale", "mscale_all_dim"} & spellings.published(config)["rope_scaling"].keys()
+
+
+def test_a_quantised_checkpoint_is_told_by_its_config() -> None:
+    assert not spellings.read(RAW).is_quantized
+    assert spellings.read({**RAW, "quantization_config": {"quant_method": "fp8"}}).is_quantized

@@ -184,3 +184,12 @@ def test_gradients_are_those_of_the_loop() -> None:
         gradient, truth = (t.grad[real] if name == "weights" else t.grad for t in (our, their))
         assert truth.abs().max() > 0, name
         assert relative_error(gradient, truth) < 1e-5, name
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_rows_of_a_token_are_summed_in_fp32(requires_grad: bool) -> None:
+    """With a gradient it is the path that a GPU takes. In bf16 256 and 1 is 256 again, as often as it is added."""
+    outputs = torch.tensor([[256.0]] + [[1.0]] * 8 + [[3.0]], dtype=torch.bfloat16).requires_grad_(requires_grad)
+    summed = combine(outputs, torch.tensor([0] * 9 + [1]), 2)
+    assert summed.dtype == torch.bfloat16
+    assert summed.flatten().tolist() == [264.0, 3.0]

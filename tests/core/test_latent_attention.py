@@ -315,3 +315,30 @@ def test_of_a_table_as_wide_as_the_models_context_only_the_blocks_in_use_are_rea
         for request, slots in zip(group.queries[:, 0].tolist(), group.slots, strict=True):
             first = [3, 0, 2][request] * width * block_size
             assert slots[: lengths[request]].tolist() == list(range(first, first + lengths[request]))
+
+
+def test_a_batch_of_long_contexts_is_gathered_in_bounded_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latent_attention, "_SLOTS_AT_ONCE", 100)
+    table = torch.arange(10 * 40).view(10, 40)
+    batch = PagedBatch.build(query_starts=range(11), seq_lens=[33] * 10, block_table=table, block_size=1)
+    assert max(group.slots.numel() for group in batch.groups) == 99
+
+
+def test_the_mask_of_a_long_chunk_is_made_in_bounded_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its 64 tokens by 128 slots would be 8,192 pairs."""
+    monkeypatch.setattr(latent_attention, "_PAIRS_AT_ONCE", 512)
+    heads, nope, rope, latent = 1, 4, 2, 8
+    batch = PagedBatch.build([0, 64], [128], torch.arange(128).view(1, -1), 1)
+    masks: list[int] = []
+    visible = RequestGroup.visible
+
+    def noting(group: RequestGroup, *bounds: int) -> Tensor:
+        mask = visible(group, *bounds)
+        masks.append(mask.numel())
+        return mask
+
+    monkeypatch.setattr(RequestGroup, "visible", noting)
+    cache = torch.randn(128, latent + rope)
+    weights = torch.randn(heads, nope, latent), torch.randn(heads, nope, latent)
+    paged_attention(torch.randn(64, heads, nope + rope), cache, batch, *weights, SCALE)
+    assert masks == [512] * 16

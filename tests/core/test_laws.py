@@ -1,4 +1,4 @@
-"""The laws of the house that can be read off the source: imports, devices, patches, rooms, what a file looks like."""
+"""Rules that can be checked in the source: imports, devices, patches, module names, the first line of a file."""
 
 from __future__ import annotations
 

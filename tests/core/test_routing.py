@@ -137,3 +137,11 @@ def test_load_is_over_the_mean_of_each_layer() -> None:
 def test_more_ranks_than_experts_is_an_error() -> None:
     with pytest.raises(ValueError, match="3 experts on 4 ranks"):
         rank_imbalance(torch.ones(3), ranks=4)
+
+
+def test_logits_in_bf16_are_routed_as_the_same_numbers_in_fp32() -> None:
+    logits = torch.randn(50, 12, generator=torch.Generator().manual_seed(0)).bfloat16()
+    sizes = {"n_routed_experts": 8, "top_k": 4, "routed_scaling_factor": 6.0}
+    rounded, exact = (route(given, torch.zeros(12), **sizes) for given in (logits, logits.float()))
+    assert rounded.weights.dtype == torch.float32
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(rounded, exact, strict=True))

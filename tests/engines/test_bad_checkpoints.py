@@ -141,7 +141,7 @@ def test_missing_shards_are_named(good: Path, shards: list[Path]) -> None:
     for shard in shards[:2]:
         shard.unlink()
     message = refusal(good)
-    assert f"names shards that are not there: {shards[0].name}, {shards[1].name}; download them again" in message
+    assert f"names shards that do not exist: {shards[0].name}, {shards[1].name}; download them again" in message
     assert shards[2].name not in message
 
 

@@ -1,4 +1,4 @@
-"""Whatever an engine does to the batch or spreads over ranks, the tokens stay the same."""
+"""Whatever an engine does to the batch or spreads over ranks, tokens and logits stay the same."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from tests.cases import CASES, Case
 from tests.harness import ENGINE, engine
-from tests.oracle import Greedy, assert_greedy_equal, greedy, oracle
+from tests.oracle import Greedy, assert_greedy_equal, greedy, oracle, oracle_logits, relative_error
 
 CASE = CASES["default"]
 NEW_TOKENS = 16
@@ -31,8 +33,20 @@ def truth() -> list[list[Greedy]]:
 
 
 def assert_true(served: engine.Engine) -> None:
-    for tokens, wanted in zip(served.greedy(prompts(), NEW_TOKENS), truth(), strict=True):
-        assert_greedy_equal(tokens, wanted)
+    """The oracle's tokens, and its logits at each of them as far as the tokens are its own."""
+    answers = served.greedy(prompts(), NEW_TOKENS)
+    rows = served.greedy_log_softmax(prompts(), NEW_TOKENS, CASE.config.vocab_size)
+    for prompt, tokens, ours, wanted in zip(prompts(), answers, rows, truth(), strict=True):
+        compared = assert_greedy_equal(tokens, wanted)
+        assert relative_error(ours[:compared], theirs(tuple(prompt))[:compared]) < 1e-4
+
+
+@cache
+def theirs(prompt: tuple[int, ...]) -> Tensor:
+    """The oracle's log-softmax along its continuation: fp32 [NEW_TOKENS, vocabulary]."""
+    model = oracle(CASE.config, CASE.published())
+    whole = [*prompt, *(choice.token for choice in truth()[prompts().index(list(prompt))])]
+    return oracle_logits(model, torch.tensor([whole]))[0, len(prompt) - 1 : -1].log_softmax(dim=-1)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, LongcatFlashForCausalLM
 from longcat_cli.make_checkpoint import make_checkpoint
 from longcat_core.weights import checkpoint
 from tests.harness import ENGINE, engine
-from tests.oracle import Greedy, assert_greedy_equal, greedy, oracle
+from tests.oracle import Greedy, assert_greedy_equal, greedy, oracle, oracle_logits, relative_error
 from tests.requests import CACHE_TOKENS, CASE, COMPLETIONS, MAX_MODEL_LEN, MODEL
 from tests.server import ONE_REQUEST_A_CONNECTION, Server, processes_of, serving, wait_until
 
@@ -92,6 +92,16 @@ def assert_serves_as_before(server: Server, truth: LongcatFlashForCausalLM) -> N
 def test_a_server_that_started_has_logged_that_its_engine_did(server: Server) -> None:
     """So that its absence from a log means something in test_bad_checkpoints.py."""
     assert engine.STARTED in server.log.read_text()
+
+
+def test_a_completion_has_the_oracles_logits(server: Server, truth: LongcatFlashForCausalLM) -> None:
+    answer = completion(server, logprobs=5)
+    whole = torch.tensor([[*PROMPT, *answer["token_ids"]]])
+    exact = oracle_logits(truth, whole)[0, len(PROMPT) - 1 : -1].log_softmax(dim=-1)
+    compared = assert_greedy_equal(answer["token_ids"], continuation(truth, tuple(PROMPT)))
+    ours = torch.tensor(answer["logprobs"]["token_logprobs"])
+    theirs = exact.gather(1, whole[0, len(PROMPT) :].unsqueeze(1)).squeeze(1)
+    assert relative_error(ours[:compared], theirs[:compared]) < 1e-4
 
 
 def test_a_completion_has_the_oracles_tokens(client: OpenAI, truth: LongcatFlashForCausalLM) -> None:

@@ -23,6 +23,13 @@ BAD_REQUESTS = {
     "bias on a token outside the vocabulary": Bad(
         400, f"got {VOCABULARY}", changes={"logit_bias": {str(VOCABULARY): 1}}
     ),
+    "token outside the vocabulary in a stream": Bad(
+        400, "is out of vocabulary", changes={"prompt": [5, VOCABULARY], "stream": True}
+    ),
+    "stop token outside the vocabulary": Bad(
+        400, f"Token id {VOCABULARY} is out of", changes={"stop_token_ids": [VOCABULARY], "min_tokens": 1}
+    ),
+    "more logprobs than there are tokens": Bad(400, f"{10**6} is more than the", changes={"logprobs": 10**6}),
     "role that there is not": Bad(
         400, "'role' must be one of", CHAT, {"messages": [{"role": "robot", "content": "beep"}]}
     ),

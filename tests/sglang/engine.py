@@ -41,6 +41,8 @@ AS_THE_STOCK_COMMAND: dict[str, Any] = {}
 """Engine arguments: the tests' engines are as it is."""
 OURS: dict[str, str] = {}
 """Variables that the tests set for engines of their own, and a user would not."""
+FP8_CACHE = "fp8_e4m3"
+"""What `kv_cache_dtype` is for a cache in FP8 (e4m3)."""
 PRELOADED = ["sglang.srt.managers.scheduler", "sglang.srt.managers.detokenizer_manager", "sglang.srt.models.registry"]
 Break = Callable[[pytest.MonkeyPatch], None]
 
@@ -120,11 +122,20 @@ class Engine:
         """fp32 [len(prompt) - 1, vocabulary]: of the logits at every position that has a successor in the prompt."""
         asked = {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": vocab_size}
         (output,) = self.outputs([prompt], 1, **asked)
-        rows = torch.empty(len(prompt) - 1, vocab_size)
-        for row, position in zip(rows, output["meta_info"]["input_top_logprobs"][1:], strict=True):
-            for logprob, token, _ in position:
-                row[token] = logprob
-        return rows
+        return _rows(output["meta_info"]["input_top_logprobs"][1:], vocab_size)
+
+    def greedy_log_softmax(self, prompts: Sequence[list[int]], new_tokens: int, vocab_size: int) -> list[Tensor]:
+        """Of the logits from which each new token was chosen, all prompts at once: fp32 [new_tokens, vocabulary]."""
+        outputs = self.outputs(prompts, new_tokens, return_logprob=True, top_logprobs_num=vocab_size)
+        return [_rows(output["meta_info"]["output_top_logprobs"], vocab_size) for output in outputs]
+
+
+def _rows(positions: Sequence[Sequence[tuple[float, int, Any]]], vocab_size: int) -> Tensor:
+    rows = torch.empty(len(positions), vocab_size)
+    for row, position in zip(rows, positions, strict=True):
+        for logprob, token, _ in position:
+            row[token] = logprob
+    return rows
 
 
 def speculation(draft_tokens: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""SGLang's own benchmarks measure our model, with drafts and without, as the README says to run them.
+"""SGLang's own benchmarks measure our model, with drafts and without, as docs/benchmarks.md says to run them.
 
 They share one server, which drafts and takes its requests in two processes.
 """
@@ -94,7 +94,7 @@ def test_bench_offline_throughput_measures_an_engine_that_drafts(tmp_path: Path)
     words = ["--model-path", NANO, "--dtype", "float32", "--mem-fraction-static", "0.1", "--max-total-tokens", "1024"]
     words += [*speculation_flags(2), "--dataset-path", tmp_path / "talks.json", "--num-prompts", "2"]
     words += ["--result-filename", tmp_path / "r.jsonl", "--skip-warmup"]
-    measured("sglang.bench_offline_throughput", *words, output=tmp_path)
+    measured("sglang.benchmark.offline_throughput", *words, output=tmp_path)
     (line,) = (tmp_path / "r.jsonl").read_text().splitlines()
     assert json.loads(line)["successful_requests"] == 2
 

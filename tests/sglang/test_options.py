@@ -28,7 +28,11 @@ ASKED: dict[str, dict[str, Any]] = {
     "--enable-elastic-expert-backup": {"enable_elastic_expert_backup": True},
     "--moe-a2a-backend deepep": {"moe_a2a_backend": "deepep"},
     "--enable-two-batch-overlap": {"enable_two_batch_overlap": True},
-    "--enable-single-batch-overlap": {"enable_single_batch_overlap": True},
+    "--moe-dense-tp-size": {"moe_dense_tp_size": 1},
+    "--dwdp-size": {"dwdp_size": 2},
+    "--enable-waterfill": {"enable_waterfill": True},
+    "--dcp-size": {"dcp_size": 2},
+    "--attn-cp-size": {"attn_cp_size": 2},
     "--enable-lora": {"lora_paths": ["adapter"]},
     "--enable-return-routed-experts": {"enable_return_routed_experts": True},
     "--expert-distribution-recorder-mode per_token": {"expert_distribution_recorder_mode": "per_token"},
@@ -65,7 +69,8 @@ ASKED: dict[str, dict[str, Any]] = {
 """What asks for each option that is refused or left to SGLang's own class."""
 REFUSED = [option.flag for option in OPTIONS if option.outcome is Outcome.REFUSED]
 LEFT = [option.flag for option in OPTIONS if option.outcome is Outcome.OWN_CLASS]
-HF_CONFIG = SimpleNamespace(longcat=replace(CASES["default"].config, moe_topk=12))
+LONGCAT = replace(CASES["default"].config, moe_topk=12)
+MODEL_CONFIG: Any = SimpleNamespace(hf_config=SimpleNamespace(longcat=LONGCAT), quantization=None)
 
 
 def settings(device: str, **asked: Any) -> Any:
@@ -77,7 +82,7 @@ def settings(device: str, **asked: Any) -> Any:
 
 def refused(device: str, **asked: Any) -> list[str]:
     given = settings(device, **asked)
-    return deployment._unsupported(given, given, HF_CONFIG)
+    return deployment._unsupported(given, given, MODEL_CONFIG)
 
 
 def test_what_is_asked_for_is_each_row_that_is_refused_or_left() -> None:
@@ -101,10 +106,10 @@ def test_a_refusal_is_of_no_gpu_or_of_none_but_a_cpu(rule: options.Rule) -> None
 
 @pytest.mark.parametrize("flag", LEFT)
 def test_what_only_sglangs_own_class_can_serve_is_left_to_it_on_a_gpu(flag: str) -> None:
-    assert deployment.reasons_for_sglangs_own_class(settings("cuda"), HF_CONFIG) == []
-    (reason,) = deployment.reasons_for_sglangs_own_class(settings("cuda", **ASKED[flag]), HF_CONFIG)
+    assert deployment.reasons_for_sglangs_own_class(settings("cuda"), MODEL_CONFIG) == []
+    (reason,) = deployment.reasons_for_sglangs_own_class(settings("cuda", **ASKED[flag]), MODEL_CONFIG)
     assert flag.strip("-") in reason
-    assert deployment.reasons_for_sglangs_own_class(settings("cpu", **ASKED[flag]), HF_CONFIG) == []
+    assert deployment.reasons_for_sglangs_own_class(settings("cpu", **ASKED[flag]), MODEL_CONFIG) == []
 
 
 @pytest.mark.parametrize("rule", OWN, ids=lambda rule: rule.option.flag)
@@ -118,6 +123,21 @@ def test_every_row_is_an_option_of_sglang() -> None:
     ServerArgs.add_cli_args(parser)
     flags = {flag for action in parser._actions for flag in action.option_strings}
     assert {option.name for option in OPTIONS} <= flags
+
+
+def test_a_quantisation_that_sglang_finds_in_another_file_is_found() -> None:
+    """As ModelOpt's, in `hf_quant_config.json`."""
+    quantised = SimpleNamespace(hf_config=MODEL_CONFIG.hf_config, quantization="modelopt_fp4")
+    (reason,) = deployment.reasons_for_sglangs_own_class(settings("cuda"), quantised)
+    assert reason == "quantization 'modelopt_fp4' is not supported by longcat-serving yet"
+    (problem,) = deployment._unsupported(settings("cpu"), settings("cpu"), quantised)
+    assert "quantization: 'modelopt_fp4', wanted none" in problem
+
+
+@pytest.mark.parametrize("device", ["npu", "xpu"])
+def test_a_device_that_is_not_known_is_left_to_sglangs_own_class(device: str) -> None:
+    (reason,) = deployment.reasons_for_sglangs_own_class(settings(device), MODEL_CONFIG)
+    assert reason == f"longcat-serving does not know the device {device!r}"
 
 
 def test_lora_is_refused_before_any_worker_starts(checkpoint_of: Callable[[Case], Path]) -> None:
@@ -134,14 +154,14 @@ def test_files_that_a_load_format_does_not_read_are_not_checked(
 ) -> None:
     (tmp_path / "model.safetensors").write_text("of another format")
     with caplog.at_level("INFO"):
-        loading.check(tmp_path, settings("cpu", load_format=load_format), HF_CONFIG.longcat)
+        loading.check(tmp_path, settings("cpu", load_format=load_format), LONGCAT)
     assert f"not checked before it is loaded: --load-format {load_format} does not read" in caplog.text
 
 
 def test_a_checkpoint_without_safetensors_is_not_checked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "pytorch_model.bin").touch()
     with caplog.at_level("INFO"):
-        loading.check(tmp_path, settings("cpu"), HF_CONFIG.longcat)
+        loading.check(tmp_path, settings("cpu"), LONGCAT)
     assert "pytorch_model.bin is not safetensors" in caplog.text
 
 

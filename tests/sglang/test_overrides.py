@@ -12,7 +12,7 @@ import pytest
 from longcat_core.config import ConfigError, LongcatConfig
 from tests.cases import CASES, Case
 from tests.plugin import save_llama
-from tests.sglang.engine import configure
+from tests.sglang.engine import _resolved, configure
 
 CASE = CASES["default"]
 YARN = {"factor": 4.0, "original_max_position_embeddings": 64}
@@ -95,3 +95,16 @@ def test_sglang_still_overrides_a_configuration_that_has_been_read() -> None:
 
     source = inspect.getsource(inspect.unwrap(config.get_config))
     assert source.index("parser.parse(") < source.index("setattr(config, key, value)")
+
+
+@pytest.mark.parametrize(("scaling", "context"), [({"factor": 4.0}, 2048), (YARN, 512), ({}, 512)])
+def test_yarn_lengthens_the_context_as_sglang_has_it(
+    scaling: dict[str, Any], context: int, checkpoint_of: Callable[[Case], Path]
+) -> None:
+    """By its factor, unless it says which context it was made for."""
+    from sglang.srt.arg_groups.overrides import model_config_of
+
+    override = json.dumps({"rope_scaling": {"rope_type": "yarn", **scaling} if scaling else None})
+    assert (
+        model_config_of(_resolved(checkpoint_of(CASE), {"json_model_override_args": override})).context_len == context
+    )

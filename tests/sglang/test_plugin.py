@@ -115,13 +115,13 @@ TREE = {"speculative_algorithm": "NEXTN", "speculative_num_steps": 3, "speculati
         ({"page_size": 8}, "page_size: 8, wanted 1 on a CPU"),
         ({"pp_size": 2}, "pp_size: 2, wanted 1"),
         ({"tp_size": 3}, "tp_size: 3, wanted a divisor of the 4 heads"),
-        ({"attention_backend": "triton"}, "attention_backend: 'triton', wanted our own on a CPU"),
+        ({"attention_backend": "triton"}, "attention_backend: 'triton', wanted none on a CPU"),
         ({"kv_cache_dtype": "fp8_e4m3"}, "kv_cache_dtype: 'fp8_e4m3', wanted 'auto' on a CPU"),
         (
             {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True},
-            "data-parallel attention on a CPU is not there yet",
+            "data-parallel attention on a CPU is not supported yet",
         ),
-        ({"enable_torch_compile": True}, "torch.compile on a CPU is not there yet"),
+        ({"enable_torch_compile": True}, "torch.compile on a CPU is not supported yet"),
         ({"speculative_algorithm": "EAGLE3"}, "'EAGLE3', wanted NEXTN, which drafts with LongCat's own MTP layer"),
         ({"speculative_algorithm": "NGRAM"}, "NGRAM on a CPU needs sgl_kernel"),
         (
@@ -142,7 +142,7 @@ TREE = {"speculative_algorithm": "NEXTN", "speculative_num_steps": 3, "speculati
         ),
         (
             {"speculative_algorithm": "NEXTN", "speculative_draft_attention_backend": "triton"},
-            "speculative_draft_attention_backend: 'triton', wanted our own on a CPU",
+            "speculative_draft_attention_backend: 'triton', wanted none on a CPU",
         ),
         ({"speculative_algorithm": "NEXTN", "speculative_num_draft_tokens": 2}, "give --speculative-num-steps"),
         ({"speculative_algorithm": "NEXTN", "speculative_num_steps": 0}, "speculative_num_steps: 0, wanted 1 or more"),
@@ -186,8 +186,8 @@ def test_quantised_weights_on_a_gpu_are_left_to_sglangs_own_class(
     with pytest.raises(ValueError, match="quantization: 'fp8', wanted none so far"):
         configure(checkpoint_of(CASE), quantization="fp8")
     server_args = ServerArgs(model_path=str(checkpoint_of(CASE)), skip_tokenizer_init=True)
-    monkeypatch.setattr(deployment, "_quantization", lambda settings, hf_config: "fp8")
-    monkeypatch.setattr(deployment, "reasons_for_sglangs_own_class", lambda settings, hf_config: ["it is quantised"])
+    monkeypatch.setattr(deployment, "_quantization", lambda settings, model_config: "fp8")
+    monkeypatch.setattr(deployment, "reasons_for_sglangs_own_class", lambda settings, model_config: ["it is quantised"])
     with caplog.at_level("WARNING"):
         registration._check_after_adjustments(server_args, lambda server_args: None)
     assert "is served by SGLang's own class: it is quantised. It lacks: zero experts scaled" in caplog.text

@@ -67,7 +67,7 @@ def test_a_gpu_has_one_table_and_a_cpu_none() -> None:
     assert not embedding.is_neox_style, "pairs are interleaved"
 
 
-@pytest.mark.parametrize("rope", ["yarn", "yarn_mscale_only", "yarn_attention_factor", "yarn_not_truncated"])
+@pytest.mark.parametrize("rope", ["yarn_mscale_only", "yarn_attention_factor", "yarn_not_truncated"])
 def test_sglangs_own_table_is_still_another(rope: str) -> None:
     """If this fails, SGLang's class for DeepSeek may have become right: see `rotary.LongcatRotaryEmbedding`."""
     config = replace(config_of(ROPES[rope], DIM), max_position_embeddings=CONTEXT)

@@ -338,7 +338,7 @@ def test_what_is_in_the_way_of_a_gate_is_named() -> None:
         "speculative_eagle_topk": 2,
     }
     assert deployment.obstacles_to_gate(SimpleNamespace(device="cuda", **options)) == [
-        "graphs of a GPU verify a fixed number of drafts",
+        "CUDA graphs verify a fixed number of drafts",
         "speculative_eagle_topk is 2, wanted 1, as it judges chains",
         "speculative_use_rejection_sampling is set; leave --speculative-use-rejection-sampling out",
     ]

@@ -33,6 +33,8 @@ NAME, PACKAGE, RECORD = "vLLM", "longcat_vllm", VLLM
 UNSUPPORTED, SUPPORTED = ("0.26.0", "0.31.2", "0.34.0"), ("0.32.0+cpu", "0.32.1", "0.33.0rc1")
 AS_THE_STOCK_COMMAND = {"enforce_eager": False}
 """Engine arguments: the tests' engines are eager, to start sooner."""
+FP8_CACHE = "fp8"
+"""What `kv_cache_dtype` is for a cache in FP8 (e4m3)."""
 STARTED = "EngineCore"
 """In the log of a server whose engine's processes have started."""
 METRICS = Metrics(
@@ -94,6 +96,13 @@ class Engine:
         (output,) = self.outputs([prompt], 1, prompt_logprobs=-1)
         rows = [[position[token].logprob for token in range(vocab_size)] for position in output.prompt_logprobs[1:]]
         return torch.tensor(rows)
+
+    def greedy_log_softmax(self, prompts: Sequence[list[int]], new_tokens: int, vocab_size: int) -> list[Tensor]:
+        """Of the logits from which each new token was chosen, all prompts at once: fp32 [new_tokens, vocabulary]."""
+        return [
+            torch.tensor([[step[token].logprob for token in range(vocab_size)] for step in output.outputs[0].logprobs])
+            for output in self.outputs(prompts, new_tokens, logprobs=-1)
+        ]
 
     def largest_chunk(self) -> int:
         """Tokens of a step, at most."""

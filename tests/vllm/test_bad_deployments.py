@@ -64,7 +64,6 @@ def test_routed_experts_that_cannot_be_told_from_zero_experts_are_not_returned()
     from longcat_vllm.deployment import _unsupported_experts
 
     asked = SimpleNamespace(
-        kernel_config=SimpleNamespace(moe_backend="auto"),
         aux_output_config=SimpleNamespace(enable_return_routed_experts=True),
     )
     (problem,) = _unsupported_experts(asked)
@@ -118,9 +117,10 @@ def test_every_refusal_is_a_row_of_the_table_of_options_and_the_reverse() -> Non
     from longcat_core.plugin import engine
     from longcat_core.plugin.options import Outcome
     from longcat_vllm import adapters, deployment, loading
+    from longcat_vllm.devices.cpu import device
     from longcat_vllm.options import OPTIONS
 
-    rooms = [Path(room.__file__) for room in (adapters, deployment, loading, engine)]
+    rooms = [Path(room.__file__) for room in (adapters, deployment, loading, device, engine)]
     named = {flag for room in rooms for text in texts_of(room) for flag in re.findall(r"--[a-z0-9-]+", text)}
     assert named == {option.name for option in OPTIONS if option.outcome is Outcome.REFUSED}
 

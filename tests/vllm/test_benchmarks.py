@@ -1,4 +1,4 @@
-"""vLLM's own benchmarks measure our model, with drafts and without, as the README says to run them."""
+"""vLLM's own benchmarks measure our model, with drafts and without, as docs/benchmarks.md says."""
 
 from __future__ import annotations
 

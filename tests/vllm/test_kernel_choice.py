@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from longcat_vllm.devices.base import MOE_BACKENDS
+from longcat_vllm.devices.cpu.device import Cpu
+from longcat_vllm.devices.cuda.device import TRANSPORTS_WITH_A_KERNEL, Cuda
 from tests.cases import Case
 from tests.engines.test_bad_checkpoints import CASE, refusal
 from tests.vllm.engine import configure
@@ -28,7 +31,6 @@ def chosen_by_vllm(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None, str
     from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
     from longcat_vllm import devices
-    from longcat_vllm.devices.cuda.device import Cuda
     from longcat_vllm.moe import ZeroExpertAwareExperts
 
     def choosing(left_alone: str | None, asked_for_triton: str | None) -> Callable[[], Any]:
@@ -64,6 +66,7 @@ def test_a_kernel_that_is_not_known_to_skip_zero_experts_is_not_taken(
     from longcat_vllm.devices.cuda.experts import SKIP_ZERO_EXPERTS, kernel_of
 
     taken = kernel_of(chosen_by_vllm(kernel, "TritonExperts")())
+    assert set(SKIP_ZERO_EXPERTS) == {"TritonExperts", "FlashInferExperts"}, "those that were read"
     if kernel in SKIP_ZERO_EXPERTS:
         assert taken == kernel
         assert said() == ""
@@ -91,39 +94,75 @@ def test_these_are_all_the_kernels_that_vllm_has_for_unquantised_experts() -> No
     assert found == set(KERNELS)
 
 
-def test_a_kernel_that_was_asked_for_and_is_not_known_to_skip_zero_experts_is_refused(
-    checkpoint_of: Callable[[Case], Path],
+def asked(**changes: Any) -> Any:
+    """What a GPU's device looks at of vLLM's configuration."""
+    plain = {
+        "quantization": None,
+        "convert_type": "none",
+        "moe_backend": "auto",
+        "all2all_backend": "allgather_reducescatter",
+        "data_parallel_size": 2,
+        "prefill_context_parallel_size": 1,
+        "enable_expert_parallel": True,
+        "enable_eplb": False,
+    }
+    together = SimpleNamespace(**plain | changes)
+    return SimpleNamespace(model_config=together, parallel_config=together, kernel_config=together)
+
+
+@pytest.mark.parametrize("backend", ["batched_triton", "flashinfer_trtllm", "aiter", *MOE_BACKENDS])
+def test_a_kernel_that_was_asked_for_and_is_not_known_to_skip_zero_experts(
+    backend: str, checkpoint_of: Callable[[Case], Path]
 ) -> None:
+    """On a GPU it is served by vLLM's own class, and refused on a CPU, where that one does not run."""
     from typing import get_args
 
     from vllm.config.kernel import MoEBackend
 
-    from longcat_vllm.deployment import MOE_BACKENDS
-
-    directory = checkpoint_of(CASE)
-    for backend in ("batched_triton", "flashinfer_trtllm", "aiter"):  # of those that vLLM has for unquantised experts
-        assert backend in get_args(MoEBackend)
-        assert f"moe_backend: '{backend}', wanted one of auto, triton" in refusal(directory, moe_backend=backend)
-    for backend in MOE_BACKENDS:
+    assert backend in get_args(MoEBackend)
+    directory, reasons = checkpoint_of(CASE), Cuda().reasons_for_own_class(asked(moe_backend=backend))
+    if backend in MOE_BACKENDS:
         assert configure(directory, moe_backend=backend) == CASE.config
+        assert reasons == []
+    else:
+        assert f"moe_backend: '{backend}', wanted one of auto, triton" in refusal(directory, moe_backend=backend)
+        (reason,) = reasons
+        assert reason.startswith(f"moe_backend '{backend}' is not known to skip zero experts")
 
 
-@pytest.mark.parametrize("backend", ["deepep_low_latency", "nixl_ep", "moonep"])
-def test_a_transport_without_such_a_kernel_is_refused_where_it_would_be_used(
-    backend: str,
-) -> None:
+@pytest.mark.parametrize("where", [{}, {"data_parallel_size": 1}, {"enable_expert_parallel": False}])
+def test_a_transport_without_such_a_kernel_is_not_taken_where_it_would_be_used(where: dict[str, Any]) -> None:
     from longcat_vllm.deployment import _unsupported_parallelism
 
-    parallel = SimpleNamespace(
-        all2all_backend=backend,
-        data_parallel_size=2,
-        enable_expert_parallel=True,
-        enable_eplb=False,
-        decode_context_parallel_size=1,
-        prefill_context_parallel_size=1,
+    problems = _unsupported_parallelism(asked(all2all_backend="deepep_low_latency", **where).parallel_config)
+    assert [problem.partition(",")[0] for problem in problems] == ["all2all_backend: 'deepep_low_latency'"] * (
+        not where
     )
-    (problem,) = _unsupported_parallelism(parallel)
-    assert f"all2all_backend: {backend!r}, wanted" in problem
-    assert "leave --all2all-backend out" in problem
-    for change in ({"data_parallel_size": 1}, {"enable_expert_parallel": False}):
-        assert _unsupported_parallelism(SimpleNamespace(**vars(parallel) | change)) == []
+    for transport in TRANSPORTS_WITH_A_KERNEL:
+        reasons = Cuda().reasons_for_own_class(asked(all2all_backend=transport, **where))
+        assert len(reasons) == (not where)
+        assert _unsupported_parallelism(asked(all2all_backend=transport, **where).parallel_config) == []
+
+
+def test_on_a_platform_of_another_plugin_vllms_own_class_serves() -> None:
+    from longcat_vllm.devices.unknown import Unknown
+
+    assert Unknown("npu").reasons_for_own_class(asked()) == ["longcat-serving does not know the platform 'npu'"]
+
+
+@pytest.mark.parametrize("asks_for_gate", [False, True])
+def test_a_gate_that_the_own_class_does_not_have_is_not_lost_without_a_word(
+    asks_for_gate: bool,
+    checkpoint_of: Callable[[Case], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(Cpu, "reasons_for_own_class", lambda *_: ["it is quantised"])
+    arguments = {"additional_config": {"longcat": {"draft_gate": asks_for_gate}}}
+    if asks_for_gate:
+        message = refusal(checkpoint_of(CASE), **arguments)
+        assert "vLLM's own class has no draft gate, and is needed, as it is quantised" in message
+    else:
+        with caplog.at_level("WARNING"):
+            configure(checkpoint_of(CASE), **arguments)
+        assert "LongCat-Flash is served by vLLM's own class: it is quantised." in caplog.text

@@ -212,7 +212,7 @@ def test_doctor_finds_nothing_wrong_here_and_what_is_wrong_elsewhere(tmp_path: P
 
 
 def test_vllms_own_longcat_still_does_not_run_on_a_cpu(tmp_path: Path) -> None:
-    """The README says so. With the one latent size that vLLM's CPU_MLA takes, it gets as far as the router."""
+    """docs/differences.md says so. With the one latent size that vLLM's CPU_MLA takes, it gets as far as the router."""
     case = CASES["latent_512_rope_64"]
     directory = write_checkpoint(tmp_path, case.config, case.published())
     script = f"""
@@ -231,7 +231,7 @@ if __name__ == "__main__":
 
 
 def test_vllms_own_longcat_still_loads_a_checkpoint_that_lacks_an_expert(tmp_path: Path) -> None:
-    """The README says so; with the plugin it is refused (`test_bad_checkpoints.py`)."""
+    """docs/differences.md says so; with the plugin it is refused (`test_bad_checkpoints.py`)."""
     case = CASES["latent_512_rope_64"]
     tensors = case.published()
     del tensors["model.layers.0.mlp.experts.3.up_proj.weight"]

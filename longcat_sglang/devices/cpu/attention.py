@@ -86,7 +86,7 @@ class LatentAttentionBackend(AttentionBackend):
 class DraftingBackend:
     """Attention of the drafter's steps after the first: `attn_backends[i]` is for step i.
 
-    In place of SGLang's backends of that kind, as speculative/draft_utils.py makes them.
+    Replaces SGLang's backends of that kind, which speculative/draft_utils.py makes.
     """
 
     def __init__(self, runner: ModelRunner, branches: int, steps: int) -> None:

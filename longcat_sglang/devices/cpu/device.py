@@ -8,7 +8,7 @@ from longcat_core.config import LongcatConfig
 from longcat_core.plugin.diagnosis import Finding
 from longcat_core.plugin.engine import unsupported_cpu_cache
 from longcat_sglang.devices.base import Device
-from longcat_sglang.engine import CPU_ATTENTION, drafts_with_mtp
+from longcat_sglang.engine import CPU_ATTENTION, MTP_ALGORITHMS, algorithm_of, drafts_with_mtp
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 class Cpu(Device):
     attention_backend = CPU_ATTENTION
     runs_own_class = False
-    other_algorithms = ()
-    algorithm_advice = "; NGRAM on a CPU needs sgl_kernel"
 
     def prepare_process(self) -> None:
         from longcat_sglang.devices.cpu.platform import bind_rank_to_its_cores
@@ -55,13 +53,22 @@ class Cpu(Device):
         """SGLang does so itself before some updates, and not before one from a disk."""
         experts.quant_method.restore_weights_before_loading(experts)
 
+    def reasons_for_own_class(self) -> list[str]:
+        return []
+
     def unsupported(self, server_args: Any, settings: Any) -> list[str]:
-        problems = []
+        problems, algorithm = [], algorithm_of(settings)
+        if algorithm not in (None, *MTP_ALGORITHMS):
+            problems.append(
+                f"speculative_algorithm: {algorithm!r}, wanted NEXTN, which drafts with LongCat's own MTP layer; NGRAM "
+                "on a CPU needs sgl_kernel; change --speculative-algorithm"
+            )
         wanted = (None, "auto", CPU_ATTENTION)
         for option in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
             given = getattr(server_args, option)
             if given not in wanted:
-                problems.append(f"{option}: {given!r}, wanted our own on a CPU; leave --{option.replace('_', '-')} out")
+                flag = option.replace("_", "-")
+                problems.append(f"{option}: {given!r}, wanted none on a CPU, as it has one backend; leave --{flag} out")
         if settings.kv_cache_dtype.startswith("fp"):
             problems.append(unsupported_cpu_cache(settings.kv_cache_dtype))
         if server_args.page_size not in (None, 1):
@@ -70,13 +77,13 @@ class Cpu(Device):
                 "leave --page-size out"
             )
         if settings.enable_dp_attention:
-            problems.append("data-parallel attention on a CPU is not there yet; leave --enable-dp-attention out")
+            problems.append("data-parallel attention on a CPU is not supported yet; leave --enable-dp-attention out")
         if settings.enable_torch_compile:
-            problems.append("torch.compile on a CPU is not there yet; leave --enable-torch-compile out")
+            problems.append("torch.compile on a CPU is not supported yet; leave --enable-torch-compile out")
         backend = settings.speculative_draft_attention_backend
         if drafts_with_mtp(settings) and backend not in (None, CPU_ATTENTION):
             problems.append(
-                f"speculative_draft_attention_backend: {backend!r}, wanted our own on a CPU; "
+                f"speculative_draft_attention_backend: {backend!r}, wanted none on a CPU, as it has one backend; "
                 "leave --speculative-draft-attention-backend out"
             )
         return problems

@@ -21,8 +21,8 @@ class CompactedRowsMethod(UnquantizedFusedMoEMethod):
     SGLang's path without `sgl_kernel` (moe/fused_moe_native.py) indexes with ids, so it cannot take -1.
 
     A layer's weights are in its parameters, where SGLang reads and writes them, or packed for the kernel. SGLang has
-    loaders that pack before they load, and others that never do, so weights are packed, if they are not, when they are
-    used, and unpacked when someone asks for the layer's state.
+    loaders that pack before they load, and others that never do, so weights are packed at their first use, unless they
+    are already, and unpacked when the layer's state is read.
     """
 
     ffn: ExpertFFN | None = None

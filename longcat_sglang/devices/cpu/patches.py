@@ -1,4 +1,4 @@
-"""What a CPU needs of SGLang's functions: wrappers that rows of `hooks.HOOKS` name, where each has its reason."""
+"""Wrappers of SGLang's functions for a CPU; the row of `hooks.HOOKS` that names a wrapper has the reason."""
 
 from __future__ import annotations
 

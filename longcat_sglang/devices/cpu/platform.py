@@ -1,4 +1,4 @@
-"""What a CPU needs: SGLang's own CPU platform, and what it takes for granted beside it, where a LongCat is served."""
+"""Prepares a CPU for a LongCat: SGLang's own CPU platform, with a stand-in for `sgl_kernel`, which it imports."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import torch
 from longcat_core.family import Member, member_of
 
 PREPARED = "LONGCAT_SGLANG_CPU"
-"""Variable that a process sets for those that it starts: prepare a CPU as it did."""
+"""Environment variable by which a process tells those that it starts to prepare a CPU as it did."""
 SERVERS = ("sglang.launch_server", "sglang.benchmark.one_batch")
-"""Modules that run a model in the process that starts them, and are asked for before SGLang's engine is imported."""
+"""Modules that run a model in their own process, and ask for the device before they import SGLang's engine."""
 ENGINE_MODULE = "sglang.srt.entrypoints.engine"
-"""What a process imports that will run an engine, and no client, gateway or load generator does."""
+"""Imported by every process that runs an engine, and by no client, gateway or load generator."""
 
 
 def prepare_cpu() -> None:
@@ -85,8 +85,8 @@ def _options(command: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def is_longcat(model: str) -> bool:
-    """Whether a directory, or a repository of the Hub in the local cache, holds a LongCat-Flash; by its name, if it is
-    not there yet."""
+    """Whether a directory, or a repository of the Hub in the local cache, holds a LongCat-Flash; judged by its name, if
+    it has not been downloaded yet."""
     from huggingface_hub import try_to_load_from_cache
 
     local = Path(model, "config.json")

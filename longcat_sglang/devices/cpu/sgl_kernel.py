@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 _FULL_MASK, _TREE_ONLY = 0, 1
-"""`TreeMaskMode` of speculative/eagle_utils.py, as far as the functions below are asked for it."""
+"""Those values of `TreeMaskMode` (speculative/eagle_utils.py) that the functions below support."""
 
 
 def __getattr__(name: str) -> NoReturn:
-    raise AttributeError(f"sgl_kernel is not installed, and LongCat-Flash does without its {name}")
+    raise AttributeError(f"sgl_kernel is not installed, and LongCat-Flash does not need its {name}")
 
 
 # -- slots -------------------------------------------------------------------------------------------
@@ -119,8 +119,8 @@ def build_tree_kernel_efficient_cpu(
     row; positions: int64 [R n]; and, all int64 [R, n] with -1 for none, the number of each node among all, its first
     child and its next sibling.
 
-    As `sgl_build_tree_kernel_efficient_triton` (kernels/ops/speculative/spec_tree.py), also in that a node whose parent
-    was not selected has no one who leads to it.
+    As `sgl_build_tree_kernel_efficient_triton` (kernels/ops/speculative/spec_tree.py), also in that no node links to
+    one whose parent was not selected.
 
     Raises:
         NotImplementedError: for a mask in bits.

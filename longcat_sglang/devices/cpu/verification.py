@@ -18,7 +18,7 @@ def verify_sampled(
     """Draw the target's token after every node of the drafts, and follow the path of nodes that were drawn.
 
     What comes out is distributed as the target's own tokens, whatever the drafts are, as each is drawn from its
-    distribution without a look at them. SGLang does so for its UNO (`sample_uno_tree_target_tokens`); its kernels for
+    distribution independently of them. SGLang does so for its UNO (`sample_uno_tree_target_tokens`); its kernels for
     CUDA accept a draft with its probability instead, to the same effect.
 
     The logits [R n, vocabulary] have penalties, biases and grammars applied. Returns the tokens predicted [R n], the

@@ -1,1 +1,1 @@
-"""All that a GPU does differently: what it leaves to SGLang's own MLA and MoE kernels, and rotates with."""
+"""All that a GPU does differently: SGLang's own MLA and MoE kernels, with our rotary table."""

@@ -20,11 +20,9 @@ if TYPE_CHECKING:
 class Cuda(Device):
     attention_backend = None
     runs_own_class = True
-    other_algorithms = ("NGRAM",)
-    algorithm_advice = ", or NGRAM"
 
     def prepare_process(self) -> None:
-        """Nothing is to be prepared."""
+        """A GPU needs no preparation."""
 
     def rotary_embedding(self, config: LongcatConfig) -> LongcatRotaryEmbedding:
         from longcat_sglang.devices.cuda.rotary import LongcatRotaryEmbedding
@@ -50,13 +48,16 @@ class Cuda(Device):
         return {}
 
     def restore_experts(self, experts: Any) -> None:
-        """SGLang does what is to be done."""
+        """SGLang does so itself."""
+
+    def reasons_for_own_class(self) -> list[str]:
+        return []
 
     def unsupported(self, server_args: Any, settings: Any) -> list[str]:
         return []
 
     def obstacles_to_gate(self) -> list[str]:
-        return ["graphs of a GPU verify a fixed number of drafts"]
+        return ["CUDA graphs verify a fixed number of drafts"]
 
     def implementations(self) -> list[Finding]:
         from longcat_sglang.options import SKIP_ZERO_EXPERTS

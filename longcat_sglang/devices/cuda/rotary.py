@@ -11,8 +11,8 @@ from longcat_core.layers import rotary
 
 
 class LongcatRotaryEmbedding(RotaryEmbedding):
-    """For every RoPE that core reads. Of YaRN's settings, SGLang's own class for DeepSeek has no `attention_factor` and
-    no `truncate`, and takes a missing `mscale` for 1 and a given one of 0 for no factor on cos and sin."""
+    """For every RoPE that core reads. Of YaRN's settings, SGLang's own class for DeepSeek ignores `attention_factor`
+    and `truncate`, and reads a missing `mscale` as 1, and an `mscale` of 0 as no factor on cos and sin."""
 
     cos_sin_cache: Tensor
 

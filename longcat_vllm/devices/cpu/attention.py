@@ -29,7 +29,7 @@ from longcat_core.layers.latent_attention import PagedBatch, paged_attention, wr
 @dataclass
 class LatentAttentionMetadata(AttentionMetadata):
     """One step. `MLAAttention.forward_impl` hands what it counts as prefill tokens to `forward_mha`; here that is
-    all tokens, as `paged_attention` makes no difference between prefill, decode and verification."""
+    all tokens, as `paged_attention` treats prefill, decode and verification alike."""
 
     batch: PagedBatch
     num_actual_tokens: int

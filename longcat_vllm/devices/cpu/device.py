@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from longcat_core.config import LongcatConfig
 from longcat_core.plugin.diagnosis import Finding
 from longcat_core.plugin.engine import unsupported_cpu_cache
-from longcat_vllm.devices.base import Device
+from longcat_vllm.devices.base import MOE_BACKENDS, Device
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +45,13 @@ class Cpu(Device):
         from vllm.utils.torch_utils import is_quantized_kv_cache
 
         problems, parallel = [], vllm_config.parallel_config
+        backend = vllm_config.kernel_config.moe_backend
+        if backend not in MOE_BACKENDS:
+            problems.append(
+                f"moe_backend: {backend!r}, wanted one of {', '.join(MOE_BACKENDS)}; leave --moe-backend out"
+            )
+        if vllm_config.model_config.convert_type == "classify":
+            problems.append("convert: 'classify', wanted none or embed on a CPU; leave --convert out")
         cache_dtype = vllm_config.cache_config.cache_dtype
         if is_quantized_kv_cache(cache_dtype):
             problems.append(unsupported_cpu_cache(cache_dtype))

@@ -24,8 +24,8 @@ logger = init_logger(__name__)
 class CompactedRowsMethod(FusedMoEMethodBase):
     """Unquantised experts on a CPU, over rows of local FFN experts only.
 
-    vLLM's CPU kernels hang on an id of -1 and ignore the expert map (experts/cpu_moe.py in 0.32), so they are given
-    one row for each slot that is really to be computed, with a top-k of 1.
+    vLLM's CPU kernels hang on an id of -1 and ignore the expert map (experts/cpu_moe.py in 0.32), so they get
+    one row for each choice of a local FFN expert, with a top-k of 1.
     """
 
     create_weights = UnquantizedFusedMoEMethod.create_weights

@@ -1,4 +1,4 @@
-"""What a CPU needs of vLLM's functions: wrappers that rows of `hooks.HOOKS` name, where each has its reason."""
+"""Wrappers of vLLM's functions for a CPU; the row of `hooks.HOOKS` that names a wrapper has the reason."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def keep_scheduling_settings(
     if block_size is not None:
         cache.block_size = block_size
     if drafts_with_mtp(vllm_config):
-        # Padded batches save a synchronisation that a CPU has not. They draft over rejected tokens too, and take the
-        # prompt's last token for the one that follows a chunk (prepare_next_token_ids_padded in 0.32).
+        # Padded batches save a synchronisation, which a CPU does not need. They draft over rejected tokens too, and
+        # after a chunk use the prompt's last token instead of its next (prepare_next_token_ids_padded in 0.32).
         vllm_config.speculative_config.disable_padded_drafter_batch = True
 
 
@@ -77,7 +77,7 @@ def constrain_drafts_there_are(
 def shrink_with_adapters_only(
     original: Callable[..., None], punica: PunicaWrapperCPU, shrunk: torch.Tensor, *args: Any, **kwargs: Any
 ) -> None:
-    """shrunk: [T, rank], which is multiplied with B next, and added to what the layer gives without adapters."""
+    """shrunk: [T, rank], which is multiplied by B next, and added to the layer's output without adapters."""
     original(punica, shrunk, *args, **kwargs)
     shrunk[punica.token_lora_indices < 0] = 0
 

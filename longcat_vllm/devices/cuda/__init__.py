@@ -1,1 +1,1 @@
-"""All that a GPU does differently: kernels of FFN experts that drop zero experts, what it leaves to vLLM."""
+"""All that a GPU does differently: MoE kernels that drop zero experts; the rest is vLLM's own."""

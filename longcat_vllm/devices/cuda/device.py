@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from longcat_core.config import LongcatConfig
 from longcat_core.plugin.diagnosis import Finding
-from longcat_vllm.devices.base import Device
+from longcat_vllm.devices.base import MOE_BACKENDS, Device
+from longcat_vllm.engine import shares_experts_over_a_transport
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
     from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+TRANSPORTS_WITH_A_KERNEL = ("nixl_ep", "moonep")
+"""Values of --all2all-backend that bind experts to a kernel."""
 
 
 class Cuda(Device):
@@ -46,8 +50,18 @@ class Cuda(Device):
         return kernel_of(method) == "FlashInferExperts" and method.moe_kernel is not None
 
     def reasons_for_own_class(self, vllm_config: VllmConfig) -> list[str]:
-        quantization = vllm_config.model_config.quantization
-        return [] if quantization is None else [f"quantization {quantization!r} is not there yet in longcat-serving"]
+        model, parallel = vllm_config.model_config, vllm_config.parallel_config
+        backend, transport = vllm_config.kernel_config.moe_backend, parallel.all2all_backend
+        reasons = []
+        if model.quantization is not None:
+            reasons.append(f"quantization {model.quantization!r} is not supported by longcat-serving yet")
+        if model.convert_type == "classify":
+            reasons.append("longcat-serving has no head of a classifier")
+        if backend not in MOE_BACKENDS:
+            reasons.append(f"moe_backend {backend!r} is not known to skip zero experts, {', '.join(MOE_BACKENDS)} are")
+        if shares_experts_over_a_transport(parallel) and transport in TRANSPORTS_WITH_A_KERNEL:
+            reasons.append(f"all2all_backend {transport!r} has a kernel that is not known to skip zero experts")
+        return reasons
 
     def unsupported(self, vllm_config: VllmConfig) -> list[str]:
         return []

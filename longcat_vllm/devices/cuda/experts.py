@@ -11,11 +11,11 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 logger = init_logger(f"vllm.{__name__}")
 
 SKIP_ZERO_EXPERTS = ("TritonExperts", "FlashInferExperts")
-"""vLLM's experts that were read to skip ids of -1: by the expert map, and by the range of a rank's experts."""
+"""vLLM's experts that skip ids of -1, by the expert map and by the range of a rank's experts (read in vLLM 0.32)."""
 
 
 def kernel_of(method: FusedMoEMethodBase) -> str:
-    """vLLM's experts class by name; without one, the method's own class, as where a kernel routes by itself."""
+    """The name of vLLM's experts class; if there is none, as where a kernel does its own routing, of the method's."""
     experts = getattr(method, "experts_cls", None)
     return (experts or type(method)).__name__
 
@@ -23,7 +23,7 @@ def kernel_of(method: FusedMoEMethodBase) -> str:
 def skipping_zero_experts(choose: Callable[[], FusedMoEMethodBase], moe_config: FusedMoEConfig) -> FusedMoEMethodBase:
     """vLLM's choice of a kernel if that is known to skip zero experts, else Triton's.
 
-    `deployment.check` has refused whatever the user could have asked for instead.
+    `deployment.check` has refused every other kernel that a user can request.
 
     Raises:
         ValueError: if there is no such kernel for this deployment.

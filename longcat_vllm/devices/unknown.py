@@ -1,0 +1,18 @@
+"""A device that this package does not know, such as another platform plugin's: vLLM's own class serves there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from longcat_vllm.devices.cuda.device import Cuda
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class Unknown(Cuda):
+    def __init__(self, platform: str) -> None:
+        self.platform = platform
+
+    def reasons_for_own_class(self, vllm_config: VllmConfig) -> list[str]:
+        return [f"longcat-serving does not know the platform {self.platform!r}"]

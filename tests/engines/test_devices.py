@@ -1,0 +1,50 @@
+"""The devices of each engine package, made on this machine: what can be known of each without having it."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import pytest
+
+from longcat_core.weights.plan import load_plan
+from tests.cases import DEFAULT
+from tests.harness import engine
+
+MODEL: Any = import_module(f"{engine.PACKAGE}.model")
+BASE: Any = import_module(f"{engine.PACKAGE}.devices.base")
+DEVICES = {
+    name: getattr(import_module(f"{engine.PACKAGE}.devices.{name.lower()}.device"), name)() for name in ("Cpu", "Cuda")
+}
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_a_device_can_be_made_on_any_machine(name: str) -> None:
+    assert isinstance(DEVICES[name], BASE.Device)
+    assert not vars(DEVICES[name])
+
+
+def test_the_current_device_is_this_machines() -> None:
+    devices = import_module(f"{engine.PACKAGE}.devices")
+    assert isinstance(devices.current(), tuple(type(device) for device in DEVICES.values()))
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_doctor_has_something_to_say_of_attention_and_experts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "Cuda" and engine.NAME == "vLLM":  # which asks vLLM what it would choose on the machine that it is on
+        monkeypatch.setattr("longcat_vllm.devices.cuda.device.engine_choice", lambda *_: ("MLA", "TrtLlmExperts"))
+    arguments = (None,) if engine.NAME == "vLLM" else ()
+    findings = DEVICES[name].implementations(*arguments)
+    assert [finding.subject for finding in findings] == ["attention", "MoE"]
+
+
+def test_packed_modules_are_named_in_the_order_in_which_tensors_are_packed() -> None:
+    """An engine goes by the order where it applies an adapter, or a quantisation, to one of two projections."""
+    packed: dict[str, dict[int, str]] = {}
+    for name, target in load_plan(DEFAULT, MODEL.LAYOUT).items():
+        if target.part is not None:
+            projection, module = name.rsplit(".", 2)[1], target.parameter.rsplit(".", 2)[1]
+            assert packed.setdefault(module, {}).setdefault(target.part, projection) == projection
+    assert {
+        module: [parts[0], parts[1]] for module, parts in packed.items()
+    } == MODEL.LongcatCausalLM.packed_modules_mapping

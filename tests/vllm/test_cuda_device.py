@@ -1,0 +1,210 @@
+"""What vLLM's model is built of on a GPU, as far as a machine without one can tell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from longcat_core import spellings
+from longcat_core.config import RopeConfig
+from longcat_core.drafting.gate import DraftGate
+from longcat_core.layers import rotary
+from longcat_core.reference import LongcatForCausalLM
+from longcat_core.weights.audit import CheckpointError
+from longcat_vllm.devices.cpu.device import Cpu
+from longcat_vllm.devices.cuda.device import Cuda
+from tests.cases import DEFAULT, Case, in_dtype, write_checkpoint
+from tests.core.test_rotary import ROPES, config_of
+from tests.engines.test_bad_checkpoints import CASE, refusal
+from tests.oracle import relative_error
+from tests.vllm.engine import GATED, serving
+
+NANO = Path(__file__).parents[2] / "longcat_nano" / "checkpoint"
+YARN = RopeConfig(theta=1e4, factor=4.0, original_max_position_embeddings=128, mscale=1.0, mscale_all_dim=0.8)
+
+
+class Facts(NamedTuple):
+    """Of a model in bf16, with YaRN."""
+
+    backends: set[type]
+    scales: set[float]
+    softmax_scale: float
+    router_dtypes: set[torch.dtype]
+    router_error: float
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory: pytest.TempPathFactory) -> Facts:
+    case = Case(replace(DEFAULT, rope=YARN))
+    tensors = in_dtype(case.published(), torch.bfloat16)
+    with serving(write_checkpoint(tmp_path_factory.mktemp("bf16"), case.config, tensors), dtype="bfloat16") as served:
+        layers = served.model.model.layers
+        attentions = [attention.attn for layer in layers for attention in layer.self_attn]
+        router = layers[0].mlp.router
+        hidden = torch.randn(9, DEFAULT.hidden_size, generator=torch.Generator().manual_seed(0)).bfloat16()
+        exact = hidden.double() @ tensors["model.layers.0.mlp.router.classifier.weight"].double().T
+        return Facts(
+            backends={attention.get_attn_backend() for attention in attentions},
+            scales={attention.scale for attention in attentions},
+            softmax_scale=case.config.softmax_scale,
+            router_dtypes={parameter.dtype for parameter in router.parameters()},
+            router_error=relative_error(router(hidden), exact),
+        )
+
+
+def test_a_gpu_has_vllms_own_attention_and_a_cpu_ours(facts: Facts) -> None:
+    assert Cuda().attention_backend() is None
+    assert facts.backends == {Cpu().attention_backend()}
+
+
+def test_the_softmax_scale_is_cores(facts: Facts) -> None:
+    assert facts.scales == {facts.softmax_scale}
+    assert facts.softmax_scale != DEFAULT.softmax_scale
+
+
+def test_the_router_of_a_model_in_bf16_is_in_fp32(facts: Facts) -> None:
+    assert facts.router_dtypes == {torch.float32}
+    assert facts.router_error < 1e-6
+
+
+def test_no_kernel_routes_by_itself() -> None:
+    """Such kernels are told how, by this; they would choose among FFN experts alone."""
+    from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
+
+    from longcat_vllm.moe import PrecomputedRouting
+
+    assert PrecomputedRouting(4, 8).routing_method_type is RoutingMethodType.Unspecified
+
+
+@pytest.mark.parametrize("module", ["self_attn", "mlps", "mtp", None])
+def test_modules_that_a_release_leaves_in_bf16_get_no_quantisation(
+    module: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from longcat_vllm import model, mtp
+
+    given: dict[str, set[Any]] = {}
+
+    def standing_for(name: str) -> Callable[..., torch.nn.Module]:
+        def make(*args: Any, **kwargs: Any) -> torch.nn.Module:
+            given.setdefault(name, set()).update({"fp8"} & {each for each in args if isinstance(each, str)})
+            return torch.nn.Identity()
+
+        return make
+
+    for room in (model, mtp):
+        for name in ("LongcatAttention", "LongcatFFN"):
+            monkeypatch.setattr(room, name, standing_for(name))
+        monkeypatch.setattr(room, "RMSNorm", standing_for("RMSNorm"))
+    monkeypatch.setattr(model, "LongcatMoE", standing_for("LongcatMoE"))
+    monkeypatch.setattr(
+        mtp, "ReplicatedLinear", lambda *_, quant_config, **__: given.setdefault("eh_proj", {quant_config})
+    )
+    config = replace(DEFAULT, disable_quant_module=(module,) if module else ())
+    vllm_config: Any = SimpleNamespace(quant_config="fp8")
+    model.LongcatDecoderLayer(config, vllm_config, "layers.0")
+    quantised = {name for name, configs in given.items() if configs == {"fp8"}}
+    expected = {"LongcatAttention", "LongcatFFN", "LongcatMoE"}
+    assert quantised == expected - {{"self_attn": "LongcatAttention", "mlps": "LongcatFFN"}.get(str(module), "")}
+    given.clear()
+    monkeypatch.setattr(torch.nn, "ModuleDict", dict)
+    mtp.LongcatMTPLayer(config, vllm_config, "layers.2")
+    quantised = {name for name, configs in given.items() if configs == {"fp8"}}
+    assert quantised == (set() if module == "mtp" else {"LongcatAttention", "LongcatFFN", "eh_proj"})
+
+
+def test_a_gate_is_where_the_drafter_is(gated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+    move = DraftGate.to
+
+    def noting(gate: DraftGate, device: torch.device) -> DraftGate:
+        asked.append(torch.device(device))
+        return move(gate, device)
+
+    monkeypatch.setattr(DraftGate, "to", noting)
+    with serving(gated, draft_tokens=2, **GATED) as served:
+        assert asked == [served.llm.llm_engine.vllm_config.device_config.device]
+
+
+def test_a_gate_is_not_for_the_second_model_runner() -> None:
+    from longcat_vllm.deployment import obstacles_to_gate
+
+    scheduler = SimpleNamespace(async_scheduling=False, scheduler_cls=None)
+    speculation = SimpleNamespace(
+        method="mtp", draft_sample_method="greedy", num_speculative_tokens_per_batch_size=None
+    )
+    config: Any = SimpleNamespace(use_v2_model_runner=True, scheduler_config=scheduler, speculative_config=speculation)
+    (obstacle,) = obstacles_to_gate(config)
+    assert "set VLLM_USE_V2_MODEL_RUNNER=0" in obstacle
+    config.use_v2_model_runner = False
+    assert obstacles_to_gate(config) == []
+
+
+def test_expert_load_balancing_is_refused() -> None:
+    from longcat_vllm.deployment import _unsupported_parallelism
+
+    parallel: Any = SimpleNamespace(
+        enable_eplb=True, data_parallel_size=1, prefill_context_parallel_size=1, enable_expert_parallel=False
+    )
+    (problem,) = _unsupported_parallelism(parallel)
+    assert "leave --enable-eplb out" in problem
+
+
+def test_a_quantised_model_is_refused_on_a_cpu(checkpoint_of: Callable[[Case], Path]) -> None:
+    """Where vLLM's own class, which serves it on a GPU, does not run."""
+    assert "quantization: 'fp8', wanted none" in refusal(checkpoint_of(CASE), quantization="fp8")
+
+
+HANDED_OVER = [
+    name
+    for name, rope in ROPES.items()
+    if rope.attention_factor is None and rope.truncate and bool(rope.mscale) == bool(rope.mscale_all_dim)
+]
+"""vLLM's class for DeepSeek, which its own LongCat takes, reads the others otherwise than transformers."""
+
+
+@pytest.mark.parametrize("rope", HANDED_OVER)
+def test_what_is_left_to_vllms_own_class_has_cores_rotary_table(rope: str) -> None:
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding import get_rope
+
+    config = config_of(ROPES[rope], 64)
+    handed_over = dict(spellings.for_transformers(spellings.published(config))["rope_parameters"])
+    if handed_over["rope_type"] != "default":
+        handed_over["rope_type"] = "deepseek_yarn"
+    with set_current_vllm_config(VllmConfig()):
+        theirs = get_rope(64, max_position=4096, rope_parameters=handed_over, is_neox_style=False, dtype=torch.float32)
+    table = theirs.cos_sin_cache[:4096]
+    frequencies, factor = rotary.inverse_frequencies(config), rotary.attention_factor(config.rope)
+    cos, sin = rotary.cos_sin(torch.arange(len(table)), frequencies, factor)
+    torch.testing.assert_close(table, torch.cat((cos, sin), dim=-1), atol=1e-4, rtol=1e-4)
+
+
+def test_packed_weights_of_experts_are_not_written_over(checkpoint_of: Callable[[Case], Path]) -> None:
+    """By a call of `load_weights`, as trainers make; vLLM's own `reload_weights` unpacks them first."""
+    name = "model.layers.0.mlp.experts.3.down_proj.weight"
+    with serving(checkpoint_of(CASE)) as served:
+        with pytest.raises(CheckpointError, match="update them with vLLM's reload_weights"):
+            served.model.load_weights([(name, CASE.published()[name])])
+        served.update({name: CASE.published()[name]})
+
+
+def test_an_embedding_is_the_normed_hidden_state_of_the_last_token() -> None:
+    """Of Nano, as vLLM's pooling wants a tokenizer."""
+    prompt = list(range(5, 25))
+    pooling = {"runner": "pooling", "convert": "embed", "skip_tokenizer_init": False}
+    with serving(NANO, max_logprobs=None, **pooling) as served:
+        (output,) = served.llm.embed([{"prompt_token_ids": prompt}], use_tqdm=False)
+    with torch.no_grad():
+        _, hidden, _ = LongcatForCausalLM.from_checkpoint(NANO)(torch.tensor([prompt]))
+    exact = torch.nn.functional.normalize(hidden[0, -1].float(), dim=-1)
+    assert relative_error(torch.tensor(output.outputs.embedding), exact) < 1e-4
+
+
+def test_a_classifier_is_refused_on_a_cpu(checkpoint_of: Callable[[Case], Path]) -> None:
+    assert "convert: 'classify', wanted none" in refusal(checkpoint_of(CASE), runner="pooling", convert="classify")
