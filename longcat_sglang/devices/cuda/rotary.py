@@ -22,7 +22,7 @@ class LongcatRotaryEmbedding(RotaryEmbedding):
             head_size=config.qk_rope_head_dim,
             rotary_dim=config.qk_rope_head_dim,
             max_position_embeddings=config.max_position_embeddings,
-            base=config.rope.theta,
+            base=config.rope.theta,  # type: ignore[arg-type]  # any number
             is_neox_style=False,
             dtype=torch.float32,
         )

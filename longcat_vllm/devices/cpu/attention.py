@@ -125,7 +125,7 @@ class LatentAttentionBackend(MLACommonBackend):
         return LatentAttentionImpl
 
     @staticmethod
-    def get_builder_cls() -> type[LatentAttentionMetadataBuilder]:
+    def get_builder_cls() -> type[LatentAttentionMetadataBuilder]:  # type: ignore[override]  # vLLM takes any builder
         return LatentAttentionMetadataBuilder
 
     @classmethod

@@ -32,7 +32,7 @@ class Cpu(Device):
 
         return CompactedRowsMethod(moe_config)
 
-    def expert_map(self, num_experts: int, device: torch.device) -> None:
+    def expert_map(self, num_experts: int, device: torch.device | str) -> None:
         return None
 
     def has_packed(self, experts: RoutedExperts) -> bool:
