@@ -74,14 +74,15 @@ class Environment:
         self.bin = directory / "bin"
         self.site = Path(sysconfig.get_path("purelib", "venv", {"base": str(directory)}))
         install = ("-m", "pip", "--python", self.bin / "python", "install", "--no-deps", "--no-index", "--quiet", wheel)
-        subprocess.run([sys.executable, *install], check=True, timeout=60)
+        self._run(sys.executable, *install).check_returncode()
 
-    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+    def run(self, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return self._run(self.bin / program, *arguments)
+
+    def _run(self, *command: str | Path) -> subprocess.CompletedProcess[str]:
+        """Where nothing else of this distribution can be found, neither by PYTHONPATH nor in the working directory."""
         variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        program, *arguments = command
-        return subprocess.run(
-            [self.bin / program, *arguments], cwd=self.bin, env=variables, capture_output=True, text=True, timeout=120
-        )
+        return subprocess.run(command, cwd=self.bin, env=variables, capture_output=True, text=True, timeout=120)
 
     def add_libraries(self) -> None:
         """Let it import what is installed beside these tests. Our own packages are still those of the wheel: its folder
