@@ -1,4 +1,5 @@
 """The command `longcat`, whose libraries are the extra `cli`: serving does without them."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

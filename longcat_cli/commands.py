@@ -1,4 +1,5 @@
 """The subcommands of `longcat`: one file each, which imports torch and engines only once it runs."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

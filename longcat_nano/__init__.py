@@ -1,4 +1,5 @@
 """LongCat-Nano: the shipped checkpoint, a small LongCat-Flash that has learned something; `examples/nano` trains it."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

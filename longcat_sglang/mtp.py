@@ -1,4 +1,5 @@
 """The MTP layer for SGLang: the draft model behind `--speculative-algorithm NEXTN`."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """Penalties of what a request has generated, for every token that is sampled: after drafts, each on its own path."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """The draft worker's part in SGLang: with a gate, drafts that are unlikely to be accepted are pruned (C2T)."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

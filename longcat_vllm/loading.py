@@ -1,4 +1,5 @@
 """Load formats: which files vLLM will read, and whether they can be checked against the configuration beforehand."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

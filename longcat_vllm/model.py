@@ -1,4 +1,5 @@
 """LongCat-Flash for vLLM: the decoder layer with its shortcut-connected MoE, and loading of published checkpoints."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

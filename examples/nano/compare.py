@@ -1,4 +1,5 @@
 """`python -m examples.nano.compare MECHANISM`: trains with a mechanism and without it, and draws what it does."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

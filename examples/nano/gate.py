@@ -1,4 +1,5 @@
 """`python -m examples.nano.gate CHECKPOINT`: the gate of a trained Nano, and what it saves on held-out files."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

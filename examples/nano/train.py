@@ -1,4 +1,5 @@
 """`python -m examples.nano.train`: trains LongCat-Nano, a small LongCat-Flash that has learned something."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """`longcat inspect`: the text in colours, the figures, and the page, which is looked at in a real browser."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

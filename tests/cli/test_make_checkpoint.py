@@ -1,4 +1,5 @@
 """`longcat make-checkpoint`: what it writes, what it refuses, and that it leaves nothing half-made."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

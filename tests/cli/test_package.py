@@ -1,4 +1,5 @@
 """What is published: a wheel is built from a source distribution, looked at, installed, and asked what it finds."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

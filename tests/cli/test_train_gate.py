@@ -1,4 +1,5 @@
 """`longcat train-gate`: a gate from prompts, what is said of it, what is refused, and that nothing half-made stays."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

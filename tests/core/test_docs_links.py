@@ -1,4 +1,5 @@
 """Links and pictures of the README, its neighbours and the documentation lead to files and headings that exist."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

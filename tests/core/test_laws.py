@@ -1,4 +1,5 @@
 """Rules that can be checked in the source: imports, devices, patches, module names, the first line of a file."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

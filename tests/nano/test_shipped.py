@@ -1,4 +1,5 @@
 """The shipped LongCat-Nano: what it is, and that its record is of it."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

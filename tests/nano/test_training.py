@@ -1,4 +1,5 @@
 """Training LongCat-Nano: one seed gives one set of weights, a cut-off run goes on unchanged, and the record of it."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 On CUDA SGLang's own MLA backends (FlashAttention 3, FlashMLA, FlashInfer, Triton) are used and nothing here is loaded.
 Without `sgl_kernel` SGLang has none for a CPU.
 """
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """Verification of drafts for requests that sample, on a CPU: a draft is accepted where it is what the target draws."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

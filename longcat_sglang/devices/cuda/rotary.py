@@ -1,4 +1,5 @@
 """SGLang's rotary embedding with the angles of `longcat_core.layers.rotary`, for its MLA backends on a GPU."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

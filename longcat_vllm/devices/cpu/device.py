@@ -1,4 +1,5 @@
 """A CPU: our MLA over vLLM's paged cache, and vLLM's MoE kernels over rows of FFN experts only."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """FFN experts on a CPU: vLLM's own kernels over rows of FFN experts only."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
