@@ -26,10 +26,15 @@ test-sglang: sglang
 	@echo "== SGLang"
 	.venv-sglang/bin/python -m pytest tests/engines tests/sglang
 
-lint: vllm
+# The one mypy, in vLLM's environment, reads SGLang's as well. Each run has its own cache, as their settings differ.
+MYPY_ENGINES = .venv-vllm/bin/mypy --config-file mypy-engines.toml
+
+lint: vllm sglang
 	.venv-vllm/bin/ruff check .
 	.venv-vllm/bin/ruff format --check .
 	.venv-vllm/bin/mypy
+	$(MYPY_ENGINES) --cache-dir .mypy_cache/vllm --package longcat_vllm
+	$(MYPY_ENGINES) --cache-dir .mypy_cache/sglang --python-executable .venv-sglang/bin/python --package longcat_sglang
 
 bench: vllm sglang
 	set -e; for engine in vllm sglang; do for script in $(sort $(wildcard benchmarks/bench_*.py)); do \

@@ -3,6 +3,7 @@
 An engine keeps a table of each request's place in the cache, as wide as the longest context there may be. The model is
 small, so that work on the table shows; 131,072 tokens is LongCat-Flash's own context.
 """
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

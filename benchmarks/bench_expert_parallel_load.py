@@ -2,6 +2,7 @@
 
 Counted, not timed: the routing of random tokens through LongCat-Flash-Chat's router shape.
 """
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

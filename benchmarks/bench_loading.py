@@ -4,6 +4,7 @@ Both fill the same model from the same files, by turns: what differs is the loop
 many tensors as LongCat-Flash-Chat, which are tiny, so that it shows what a tensor costs; the other has few and large
 ones, so that it shows what copying costs. Files are in the page cache.
 """
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ Both sides share router, softmax, top-k and the identity term; what differs is w
 which kernel. vLLM's is the one that 0.32 picks for this CPU. SGLang's is its path without `sgl_kernel`; as that cannot
 take an expert twice in a token, which the remap to expert 0 makes common, it is given one choice a row.
 """
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ A LongCat layer has two attentions, two dense FFNs and a MoE, of whose 12 choice
 model is a Qwen3-MoE of twice as many layers, by turns with a dense FFN and with a MoE of top 8, of the same sizes: one
 dense FFN in four blocks less, and no low ranks in its attention. Over token ids, so without HTTP; the models by turns.
 """
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 The same random checkpoint in bf16, the same prompts, greedy, at 1 and 8 requests at once. transformers runs before and
 after the server, so that a machine that changes its speed shows.
 """
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ LongCat-Nano continues the beginnings of held-out files of Python's standard lib
 without its gate, at 1 and 8 requests at once, in eager mode. All of them run in turn, several times: each ratio is to
 plain decoding of the same pass, and the median of the passes is given with the least and the greatest.
 """
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

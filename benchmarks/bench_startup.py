@@ -5,6 +5,7 @@ plugins and the configuration of a tiny Llama, with the plugin and with the engi
 turns; its CPU seconds are compared, as the wall clock of such a run wavers by more than what is measured. SGLang cannot
 be imported on a CPU without the plugin's preparation, so that is made both times.
 """
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

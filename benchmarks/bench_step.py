@@ -2,6 +2,7 @@
 
 The model of `bench_serving.py`, in the engine, in eager mode; the forward passes of its modules are timed.
 """
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

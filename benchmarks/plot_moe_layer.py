@@ -1,4 +1,5 @@
 """Draws `results/*/moe_layer.json` for docs/numbers.md: each engine's time over ours, by the tokens of a batch."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

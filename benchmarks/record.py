@@ -1,4 +1,5 @@
 """How a benchmark's figures are kept: JSON by engine, with the device, the versions and the date; and paired timing."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """Writes the pages of the documentation that come from data: `python -m docs.tables`, in each engine's environment."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

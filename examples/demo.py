@@ -1,4 +1,5 @@
 """Serves LongCat-Nano, drafts and all, with the stock command of an engine, and has it write Python."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,24 +1,20 @@
-"""The command `longcat`: one file a subcommand, each of which imports torch and engines only once it runs."""
+"""The command `longcat`, whose libraries are the extra `cli`: serving does without them."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
-import typer
+import importlib.util
+import sys
 
-from longcat_cli import doctor, inspect, make_checkpoint, nano, train_gate
-
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
-app.command("doctor")(doctor.command)
-app.command("inspect")(inspect.command)
-app.command("make-checkpoint")(make_checkpoint.command)
-app.command("nano")(nano.command)
-app.command("train-gate")(train_gate.command)
-
-
-@app.callback()
-def longcat() -> None:
-    """LongCat-Flash for vLLM and SGLang."""
+LIBRARIES = ("typer", "rich", "jinja2", "tokenizers")
+"""What the extra `cli` brings."""
 
 
 def main() -> None:
     """Entry point of the command line."""
+    missing = [library for library in LIBRARIES if importlib.util.find_spec(library) is None]
+    if missing:
+        sys.exit(f'longcat: not installed: {", ".join(missing)}; run `pip install "longcat-serving[cli]"`')
+    from longcat_cli.commands import app
+
     app()

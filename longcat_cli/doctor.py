@@ -1,4 +1,5 @@
 """`longcat doctor`: what is installed and hooked here, and what a LongCat model would get."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """A byte-level BPE tokenizer with LongCat-Flash's special tokens and chat template, trained on text at hand."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """`longcat inspect`: what a model's router and drafter do with a text, coloured over its tokens."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

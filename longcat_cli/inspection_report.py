@@ -1,4 +1,5 @@
 """What `longcat inspect` shows of an inspection: colours, figures, and the page."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """Checks for commands that run the reference: the checkpoint's tokenizer, and memory for its weights."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

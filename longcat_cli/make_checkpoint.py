@@ -1,4 +1,5 @@
 """`longcat make-checkpoint`: a small random LongCat-Flash, laid out as LongCat-Flash-Chat is published."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

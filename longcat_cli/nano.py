@@ -1,4 +1,5 @@
 """`longcat nano`: where the shipped checkpoint is, for whatever takes a checkpoint."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

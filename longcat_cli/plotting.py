@@ -1,4 +1,5 @@
 """Pictures of one pair of axes, all of one look; needs matplotlib, which the extra `train` brings."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

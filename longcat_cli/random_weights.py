@@ -1,4 +1,5 @@
 """Random weights that behave: logits with clear winners, and a router that takes experts of both kinds."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

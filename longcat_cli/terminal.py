@@ -1,4 +1,5 @@
 """Makes text safe to print to a terminal."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

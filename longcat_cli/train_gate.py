@@ -1,4 +1,5 @@
 """`longcat train-gate`: teach a checkpoint which drafts of its MTP layer are worth verifying (C2T)."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

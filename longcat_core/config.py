@@ -1,4 +1,5 @@
 """A LongCat-Flash model as one dataclass, and the numbers derived from it."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

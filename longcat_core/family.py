@@ -1,4 +1,5 @@
 """Tells which member of the LongCat family a `config.json` is of: by its fields, as several members share a name."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """What the router and the drafter of a model do with one text, token by token, in the reference."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """The whole of LongCat-Flash with its MTP layer in plain PyTorch: documentation, oracle and trainer in one."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

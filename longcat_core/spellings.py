@@ -1,4 +1,5 @@
 """Every published spelling of a `config.json`: read, written, and rewritten for transformers and for each engine."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """The configuration object that SGLang passes around: its own, read by `longcat_core.config`."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """What LongCat-Flash can be served with in SGLang: options are checked before any process of the engine starts."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """What `longcat doctor` says of SGLang: its version, what was hooked here, what a LongCat model would get."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """Names and versions of SGLang: which are supported, and how a LongCat model is recognised."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """Every change of SGLang, a row each: what, why, and when it can go."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

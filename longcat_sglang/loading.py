@@ -1,4 +1,5 @@
 """Load formats: which files SGLang will read, and if they can be checked against the configuration beforehand."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """LongCat-Flash for SGLang: the decoder layer with its shortcut-connected MoE, and loading of published checkpoints."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -77,8 +78,8 @@ class LongcatAttention(DeepseekV2AttentionMLA):
             skip_rope=True,
         )
         self.rotary_emb = rotary_embedding
-        self.w_kc: Tensor
-        self.w_vc: Tensor
+        self.w_kc: Tensor  # type: ignore[assignment]  # None until the weights are loaded
+        self.w_vc: Tensor  # type: ignore[assignment]
         for norm in (self.q_a_layernorm, self.kv_a_layernorm):
             norm.variance_epsilon = config.mla_norm_eps
         self.scaling = config.softmax_scale
@@ -86,7 +87,7 @@ class LongcatAttention(DeepseekV2AttentionMLA):
             if isinstance(module, RadixAttention):
                 module.scaling = config.softmax_scale
 
-    def forward(
+    def forward(  # type: ignore[override]  # LongcatLayer alone calls it, with the angles
         self,
         positions: Tensor,
         hidden_states: Tensor,
@@ -101,7 +102,8 @@ class LongcatAttention(DeepseekV2AttentionMLA):
 
     def process_weights_after_loading(self) -> None:
         """Take `kv_b_proj` apart into w_kc [heads, nope, latent] and w_vc [heads, latent, v], in SGLang's strides."""
-        parts = self.kv_b_proj.weight.unflatten(0, (self.num_local_heads, -1))
+        weight: Any = self.kv_b_proj.weight
+        parts = weight.unflatten(0, (self.num_local_heads, -1))
         w_kc, w_vc = parts.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
         self.w_kc = bind_or_assign(self.w_kc, w_kc.transpose(1, 2).contiguous().transpose(1, 2))
         self.w_vc = bind_or_assign(self.w_vc, w_vc.contiguous().transpose(1, 2))
@@ -304,7 +306,7 @@ class LongcatCausalLM(nn.Module):
         if target is None:
             return
         parameter = parameters[target.parameter]
-        loader = getattr(parameter, "weight_loader", default_weight_loader)
+        loader: Callable[..., Any] = getattr(parameter, "weight_loader", default_weight_loader)
         if target.expert is not None:
             loader(parameter, tensor, target.parameter, shard_id=target.shard, expert_id=target.expert)
         elif target.part is None:
@@ -342,7 +344,9 @@ class LongcatFlashForCausalLM(LongcatCausalLM):
 
     def get_embed_and_head(self) -> tuple[Tensor, Tensor]:
         """This rank's part of both; SGLang offers them to the drafter."""
-        return self.model.embed_tokens.weight, self.lm_head.weight
+        embedding: Any = self.model.embed_tokens
+        head: Any = self.lm_head
+        return embedding.weight, head.weight
 
     @torch.no_grad()
     def forward(

@@ -1,4 +1,5 @@
 """The MTP layer for SGLang: the draft model behind `--speculative-algorithm NEXTN`."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -64,7 +65,8 @@ class LongcatMTPLayer(nn.Module):
     def forward(self, embedded: Tensor, forward_batch: ForwardBatch, attention_inputs: dict[str, Any]) -> Tensor:
         hidden_states = embedded
         if embedded.shape[0]:  # an idle rank has no hidden states either
-            joined = (self.enorm["m"](embedded), self.hnorm["m"](forward_batch.spec_info.hidden_states))
+            draft: Any = forward_batch.spec_info  # its class depends on the stage of drafting
+            joined = (self.enorm["m"](embedded), self.hnorm["m"](draft.hidden_states))
             hidden_states, _ = self.eh_proj(torch.cat(joined, dim=-1))
         hidden_states = self._attention.prepare(hidden_states, forward_batch)
         if hidden_states.shape[0]:

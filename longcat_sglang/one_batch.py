@@ -1,4 +1,5 @@
 """SGLang's benchmark of one batch, which serves nothing and loads no plugins: with ours it measures our LongCat."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """SGLang's options: what becomes of each with LongCat-Flash, as data, and the refusals that follow from it."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """Penalties of what a request has generated, for every token that is sampled: after drafts, each on its own path."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -130,9 +131,10 @@ def penalties_of_what_was_generated(
 ) -> SamplingBatchInfo:
     """The copy that a batch runs with. SGLang's has penalties that are summed already; this one has the tokens."""
     copy = original(sampling, *args, **kwargs)
-    if not sampling.penalizer_orchestrator.is_required:
+    orchestrator = sampling.penalizer_orchestrator
+    if orchestrator is None or not orchestrator.is_required:
         return copy
-    copy.penalizer_orchestrator = GeneratedTokenPenalties.of(sampling.penalizer_orchestrator)
+    copy.penalizer_orchestrator = GeneratedTokenPenalties.of(orchestrator)  # type: ignore[assignment]
     copy.acc_additive_penalties = copy.acc_scaling_penalties = None
     return copy
 
@@ -141,8 +143,8 @@ def process_what_is_penalised(
     original: Callable[..., bool], scheduler: Scheduler, batch: ScheduleBatch | None, *args: Any, **kwargs: Any
 ) -> bool:
     """Whether to process the last batch's tokens before this batch runs, as SGLang does for some grammars."""
-    sampling = batch.sampling_info if batch else None
-    if sampling is not None and sampling.penalizer_orchestrator.is_required and scheduler.result_queue:
+    orchestrator = batch.sampling_info.penalizer_orchestrator if batch and batch.sampling_info else None
+    if orchestrator is not None and orchestrator.is_required and scheduler.result_queue:
         return True
     return original(scheduler, batch, *args, **kwargs)
 
@@ -157,6 +159,7 @@ def transform_at_every_node(
 ) -> Any:
     """Apply penalties and custom processors at every node; `eagle_sample` applies the root's, or none."""
     if not batch.forward_mode.is_idle():
+        assert logits_output.next_token_logits is not None
         _transform_at_every_node(draft, batch.sampling_info, logits_output.next_token_logits)
     return original(draft, batch, logits_output, *args, **kwargs)
 

@@ -1,4 +1,5 @@
 """Entries in SGLang's tables: how the rows of `hooks.HOOKS` make them and look them up."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """Wrappers that concern single requests: which are refused before they run, and how many slots one may need."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

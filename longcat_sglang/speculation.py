@@ -1,4 +1,5 @@
 """The draft worker's part in SGLang: with a gate, drafts that are unlikely to be accepted are pruned (C2T)."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.speculative.eagle_info import EagleDraftInput, EagleVerifyInput
-from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
+from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker, EAGLEWorkerV2
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from torch import Tensor
 
@@ -34,9 +35,12 @@ class GatedWorker(EAGLEWorkerV2):
     as `topk_p`, which has no other use on a chain: the draft's probability, or 0 if it is pruned.
     """
 
-    def __init__(self, server_args: ServerArgs, *args: Any, **kwargs: Any) -> None:
+    # server_args: a ServerArgs, whose fields SGLang adds to the class at run time, so mypy knows none of them.
+    def __init__(self, server_args: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(server_args, *args, **kwargs)
-        runner = self.draft_worker.draft_runner
+        assert isinstance(self.draft_worker, EagleDraftWorker)
+        self._drafter = self.draft_worker
+        runner = self._drafter.draft_runner
         directory = loading.local_directory(server_args)
         gate = None if directory is None else drafting.load(directory)
         assert gate is not None, "gated_worker asks for this worker where there is one"
@@ -46,7 +50,7 @@ class GatedWorker(EAGLEWorkerV2):
         """By the draft model in this step, in order."""
         self._first: Tensor | None = None
         self._draft = runner.forward
-        runner.forward = self._draft_and_note
+        runner.forward = self._draft_and_note  # type: ignore[method-assign]
         self._pruned: Counter | None = None
         if server_args.enable_metrics and get_parallel().tp_rank == 0:
             help_text = "Drafts that a gate pruned; a batch verifies as many as its longest chain all the same."
@@ -62,21 +66,26 @@ class GatedWorker(EAGLEWorkerV2):
             self._verify_at_most(self._most)
         drafted = result.next_draft_input
         if self._made and drafted is not None:
-            drafted.topk_p = self._judge_first(self._made[-1].next_token_logits, drafted.topk_index)
+            logits = self._made[-1].next_token_logits
+            assert logits is not None
+            drafted.topk_p = self._judge_first(logits, drafted.topk_index)
         return result
 
     def verify(self, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> GenerationBatchResult:
         if not batch.forward_mode.is_idle():
-            kept = self._kept(batch.spec_info)
+            chains = batch.spec_info
+            assert isinstance(chains, EagleVerifyInput)
+            kept = self._kept(chains)
             longest = int(kept.max())
             if self._pruned is not None:
                 self._pruned.inc(self._most * len(kept) - int(kept.sum()))
-            shorten(batch.spec_info, kept, longest)
+            shorten(chains, kept, longest)
             self._verify_at_most(longest)
         return super().verify(batch, *args, **kwargs)
 
     def _draft_and_note(self, forward_batch: ForwardBatch, *args: Any, **kwargs: Any) -> Any:
         output = self._draft(forward_batch, *args, **kwargs)
+        assert isinstance(output.logits_output, LogitsProcessorOutput)
         self._made.append(output.logits_output)
         return output
 
@@ -95,6 +104,7 @@ class GatedWorker(EAGLEWorkerV2):
         if self._most > 1:
             judged = []
             for depth, made in enumerate(self._made, start=2):
+                assert made.next_token_logits is not None
                 features, path = draft_features(made.next_token_logits, drafts[:, depth - 1], path, depth)
                 judged.append(features)
             kept += kept * self._gate.kept(torch.stack(judged, dim=1))
@@ -105,7 +115,7 @@ class GatedWorker(EAGLEWorkerV2):
 
     def _verify_at_most(self, drafts: int) -> None:
         self.speculative_num_draft_tokens = drafts + 1
-        self.draft_worker.speculative_num_draft_tokens = drafts + 1
+        self._drafter.speculative_num_draft_tokens = drafts + 1
 
 
 def shorten(chains: EagleVerifyInput, kept: Tensor, longest: int) -> None:

@@ -1,4 +1,5 @@
 """All that the plugin tells vLLM, on one screen."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

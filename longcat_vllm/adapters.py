@@ -1,4 +1,5 @@
 """LoRA: which modules of LongCat-Flash an adapter may change in vLLM, and how others are refused."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

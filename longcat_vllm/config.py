@@ -1,4 +1,5 @@
 """The configuration object that vLLM passes around: transformers', read by `longcat_core.config`."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """What LongCat-Flash can be served with in vLLM: options are checked before any process of the engine starts."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from longcat_core.plugin.engine import (
 from longcat_core.plugin.hooks import Stage
 from longcat_core.spellings import is_read
 from longcat_vllm import adapters, devices, hooks, loading
-from longcat_vllm.engine import OWN_ARCHITECTURE, drafts_with_mtp, shares_experts_over_a_transport
+from longcat_vllm.engine import OWN_ARCHITECTURE, mtp_speculation, shares_experts_over_a_transport
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
@@ -48,9 +49,9 @@ def check(vllm_config: VllmConfig) -> None:
     adapters.restrict(vllm_config.lora_config)
     loading.check(vllm_config, config)
     _tell_of_overrides_that_nothing_reads(model)
-    if drafts_with_mtp(vllm_config):
-        _give_drafts_the_targets_context(vllm_config)
-    if gate_is_asked_for or drafts_with_mtp(vllm_config):
+    if (speculation := mtp_speculation(vllm_config)) is not None:
+        _give_drafts_the_targets_context(speculation, model)
+    if gate_is_asked_for or speculation is not None:
         _check_gate(Path(model.model), vllm_config)
 
 
@@ -62,9 +63,8 @@ def _tell_of_overrides_that_nothing_reads(model: ModelConfig) -> None:
         logger.warning("hf_overrides: LongCat-Flash reads no field %s; check the spelling", " or ".join(unread))
 
 
-def _give_drafts_the_targets_context(vllm_config: VllmConfig) -> None:
+def _give_drafts_the_targets_context(speculation: SpeculativeConfig, target: ModelConfig) -> None:
     """vLLM reads `config.json` again for the MTP layer, without --hf-overrides that are a dictionary."""
-    speculation, target = vllm_config.speculative_config, vllm_config.model_config
     if speculation.max_model_len is None:
         speculation.draft_model_config.max_model_len = target.max_model_len
 
@@ -100,14 +100,16 @@ def _check_gate(directory: Path, vllm_config: VllmConfig) -> None:
     scheduler = vllm_config.scheduler_config
     scheduler.async_scheduling = False
     scheduler.scheduler_cls = GATE_SCHEDULER
-    vllm_config.speculative_config.disable_padded_drafter_batch = True
+    speculation = mtp_speculation(vllm_config)
+    assert speculation is not None, "a gate without drafts was refused"
+    speculation.disable_padded_drafter_batch = True
     PrunedDrafts.collect()
 
 
 def obstacles_to_gate(vllm_config: VllmConfig) -> list[str]:
     """Options with which the number of drafts is fixed before a gate can judge them, or drafts are not its own."""
-    speculation, scheduler = vllm_config.speculative_config, vllm_config.scheduler_config
-    if not drafts_with_mtp(vllm_config):
+    speculation, scheduler = mtp_speculation(vllm_config), vllm_config.scheduler_config
+    if speculation is None:
         return ['there are no drafts of the MTP layer; give --speculative-config \'{"method": "mtp", ...}\'']
     obstacles = []
     if vllm_config.use_v2_model_runner:
@@ -125,16 +127,16 @@ def obstacles_to_gate(vllm_config: VllmConfig) -> list[str]:
 
 def _unsupported(vllm_config: VllmConfig) -> list[str]:
     """Options that vLLM would accept for LongCat-Flash and then get wrong, each with what to do."""
-    model, speculation = vllm_config.model_config, vllm_config.speculative_config
+    model, speculation = vllm_config.model_config, mtp_speculation(vllm_config)
     problems = []
     if not model.use_mla:
         problems.append("it needs MLA, which VLLM_MLA_DISABLE turns off; unset that")
     if model.quantization is not None:
         problems.append(unsupported_quantization(model.quantization))
-    if drafts_with_mtp(vllm_config):
+    if speculation is not None:
         problems += _unsupported_speculation(speculation, model)
     parallel = vllm_config.parallel_config
-    if drafts_with_mtp(vllm_config) and parallel.pipeline_parallel_size > 1 and not vllm_config.use_v2_model_runner:
+    if speculation is not None and parallel.pipeline_parallel_size > 1 and not vllm_config.use_v2_model_runner:
         # Every rank but the last fails, as it has no drafter (`_check_and_update_cudagraph_mode` in 0.32).
         problems.append(
             f"pipeline_parallel_size: {parallel.pipeline_parallel_size}, wanted 1 with drafts, which this model runner "

@@ -1,4 +1,5 @@
 """What `longcat doctor` says of vLLM: its version, what was hooked in this process, what a LongCat model would get."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

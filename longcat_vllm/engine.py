@@ -1,4 +1,5 @@
 """Names and versions of vLLM: which are supported, the architectures, and how a LongCat model is recognised."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from longcat_core.family import ARCHITECTURE
 from longcat_core.plugin.engine import Engine
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, ParallelConfig, VllmConfig
+    from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
 
 VLLM = Engine(
     name="vLLM",
@@ -29,9 +30,14 @@ def is_longcat(model: ModelConfig | None) -> bool:
     return model is not None and ARCHITECTURE in (model.hf_config.architectures or [])
 
 
-def drafts_with_mtp(vllm_config: VllmConfig) -> bool:
+def mtp_speculation(vllm_config: VllmConfig) -> SpeculativeConfig | None:
+    """The settings of drafts, where it is the MTP layer that drafts."""
     speculation = vllm_config.speculative_config
-    return speculation is not None and speculation.method == "mtp"
+    return speculation if speculation is not None and speculation.method == "mtp" else None
+
+
+def drafts_with_mtp(vllm_config: VllmConfig) -> bool:
+    return mtp_speculation(vllm_config) is not None
 
 
 def shares_experts_over_a_transport(parallel: ParallelConfig) -> bool:

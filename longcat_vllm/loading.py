@@ -1,4 +1,5 @@
 """Load formats: which files vLLM will read, and whether they can be checked against the configuration beforehand."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from longcat_core.config import LongcatConfig
 from longcat_core.weights import checkpoint
 from longcat_core.weights.audit import CheckpointError
-from longcat_vllm.engine import drafts_with_mtp
+from longcat_vllm.engine import drafts_with_mtp, mtp_speculation
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -44,8 +45,8 @@ def check(vllm_config: VllmConfig, config: LongcatConfig) -> None:
 
 def unsupported(vllm_config: VllmConfig) -> list[str]:
     """Drafts from a saved state, which holds the model alone; their loader would look for them in its files."""
-    load, speculation = vllm_config.load_config, vllm_config.speculative_config
-    if load.load_format not in SHARDED or not drafts_with_mtp(vllm_config) or speculation.draft_load_config is not None:
+    load, speculation = vllm_config.load_config, mtp_speculation(vllm_config)
+    if load.load_format not in SHARDED or speculation is None or speculation.draft_load_config is not None:
         return []
     return [
         f"load_format: {load.load_format!r}, wanted one that reads a published checkpoint with drafts, as a saved "

@@ -1,8 +1,9 @@
 """LongCat-Flash for vLLM: the decoder layer with its shortcut-connected MoE, and loading of published checkpoints."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Any, ClassVar
 
@@ -229,6 +230,7 @@ class LongcatModel(nn.Module):
         for layer in islice(self.layers, self.start_layer, self.end_layer):
             hidden_states, residual = layer(hidden_states, residual, cos, sin)
         if not get_pp_group().is_last_rank:
+            assert residual is not None, "a stage has at least one layer"
             return IntermediateTensors({"hidden_states": hidden_states, "residual": residual})
         hidden_states, _ = self.norm(hidden_states, residual)
         return hidden_states
@@ -287,7 +289,7 @@ class LongcatCausalLM(nn.Module):
         if target is None or is_pp_missing_parameter(target.parameter, self):
             return set()
         parameter = parameters[target.parameter]
-        loader = getattr(parameter, "weight_loader", default_weight_loader)
+        loader: Callable[..., Any] = getattr(parameter, "weight_loader", default_weight_loader)
         if target.expert is not None:
             if self._experts_are_packed and not parameter.is_meta:
                 raise CheckpointError(
@@ -314,15 +316,18 @@ class LongcatFlashForCausalLM(LongcatCausalLM, SupportsLoRA, SupportsPP):
         hooks.install(Stage.MODEL)
         self.hf_to_vllm_mapper = AdapterNames(config=config)
         self.model = LongcatModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        self.lm_head: ParallelLMHead | PPMissingLayer
         if get_pp_group().is_last_rank:
-            self.lm_head = ParallelLMHead(
+            head = ParallelLMHead(
                 config.vocab_size,
                 config.hidden_size,
                 quant_config=vllm_config.quant_config,
                 prefix=maybe_prefix(prefix, "lm_head"),
             )
             if config.tie_word_embeddings:
-                self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+                assert not isinstance(self.model.embed_tokens, PPMissingLayer), "the last stage has it, to tie it to"
+                head = head.tie_weights(self.model.embed_tokens)
+            self.lm_head = head
         else:
             self.lm_head = PPMissingLayer()
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors

@@ -1,4 +1,5 @@
 """LongCat's router and experts against vLLM's FusedMoE: zero experts are dropped before any kernel sees them."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

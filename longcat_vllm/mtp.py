@@ -1,4 +1,5 @@
 """The MTP layer for vLLM: the draft model behind `--speculative-config '{"method": "mtp", ...}'`."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 `deployment.py` and the modules that it calls make the refusals; a test compares them with the rows.
 """
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

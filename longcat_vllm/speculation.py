@@ -1,4 +1,5 @@
 """The draft worker's part in vLLM: with a gate, drafts that are unlikely to be accepted are pruned (C2T)."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -81,6 +82,7 @@ class GateScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         model_name = self.vllm_config.model_config.served_model_name
+        assert isinstance(model_name, str), "ModelConfig takes the first of several names"
         self._pruned = PrunedDrafts(model_name, engine=self.vllm_config.parallel_config.data_parallel_index)
         self._without_drafts: set[str] = set()
         """Requests that go into their next step with all of their drafts pruned."""

@@ -1,4 +1,5 @@
 """The models that every engine is compared on: one definition of configurations, weights and spellings."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

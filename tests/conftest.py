@@ -1,4 +1,5 @@
 """What all tests have: checkpoints of the shared cases, each written once."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """The engine of this environment, as `tests/engines` asks it: each environment has one, so one suite serves both."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

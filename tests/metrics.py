@@ -1,4 +1,5 @@
 """The names of what the HTTP tests count; each engine has its own."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

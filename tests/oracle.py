@@ -1,4 +1,5 @@
 """The ground truth: transformers' LongCat-Flash, fed with published tensors, and how results are compared with it."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """What both engines' tests of the plugin do: run a fresh interpreter, and have a model that is not LongCat's."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """What the HTTP tests ask for, and how a bad request is written down; what is said of it, each engine says its way."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

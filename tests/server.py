@@ -1,4 +1,5 @@
 """An engine's stock server in processes of its own: started, asked over HTTP, ended."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """What speculation has to do: the drafts that the reference makes, and how many of them the target accepts."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

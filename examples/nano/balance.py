@@ -1,4 +1,5 @@
 """What steers the router while it learns: the controllers of its bias, and the balance loss over devices."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """Conversations out of source files: the first line of a function's docstring asks, and its source answers."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """What the router spends on the tokens of each class of Python's: indentation, keywords, names, numbers, and so on."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """`python -m examples.nano.compare MECHANISM`: trains with a mechanism and without it, and draws what it does."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -16,10 +17,10 @@ from matplotlib.axes import Axes
 from examples.nano import publish
 from examples.nano.corpus import Streams, standard_library, streams
 from examples.nano.plots import smoothed
-from examples.nano.record import machine
 from examples.nano.settings import PRESETS, Settings
 from examples.nano.train import chosen_device, console, preset_of, require_enough, train
 from examples.nano.trainer import Curves, Trainer, deterministic
+from examples.nano.training_record import machine
 from longcat_cli.plotting import BLUE, GREY, RED, figure, save
 
 

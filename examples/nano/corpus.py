@@ -1,4 +1,5 @@
 """The text of LongCat-Nano: the Python standard library's sources, split by file, as tokens and as batches."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

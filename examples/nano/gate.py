@@ -1,4 +1,5 @@
 """`python -m examples.nano.gate CHECKPOINT`: the gate of a trained Nano, and what it saves on held-out files."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from examples.nano import measure, publish, record
+from examples.nano import measure, publish, training_record
 from examples.nano.chats import chat, explained
 from examples.nano.corpus import encode, standard_library
 from examples.nano.settings import Settings
@@ -25,7 +26,7 @@ _PROMPTS = 160
 def command(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint that examples.nano.train has written.")],
     library: Annotated[Path | None, typer.Option(help="Python sources, as for the training.")] = None,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to continue each prompt by.")] = record.NEW_TOKENS,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to continue each prompt by.")] = training_record.NEW_TOKENS,
 ) -> None:
     """Train the gate with `longcat train-gate` on what the model was trained on, measure it on what it was not, and
     note that in the training record."""
@@ -37,7 +38,7 @@ def command(
 
 
 def _train_and_measure(checkpoint: Path, library: Path | None, new_tokens: int) -> None:
-    file = checkpoint / record.FILE
+    file = checkpoint / training_record.FILE
     if not file.exists():
         raise ValueError(f"{file}: no such file; give a directory that examples.nano.train has written")
     settings, made = Settings.read(file), json.loads(file.read_text())

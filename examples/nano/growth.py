@@ -1,4 +1,5 @@
 """Model growth: a model of twice the depth out of a trained one, by stacking its layers upon themselves."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """What a trained model is worth on held-out text: bits a byte beside simple models', experts, and draft acceptance."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

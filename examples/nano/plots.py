@@ -1,4 +1,5 @@
 """The plots of a training record: what it learned, and what each mechanism did."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """A trained model as LongCat-Flash-Chat is published: what `vllm serve` and `longcat` load."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

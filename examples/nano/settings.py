@@ -1,4 +1,5 @@
 """All that decides what a training run of LongCat-Nano makes: sizes, schedule, and a switch for each mechanism."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """`python -m examples.nano.train`: trains LongCat-Nano, a small LongCat-Flash that has learned something."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from examples.nano import measure, plots, publish, record
+from examples.nano import measure, plots, publish, training_record
 from examples.nano.corpus import standard_library
 from examples.nano.corpus import streams as encoded
 from examples.nano.settings import PRESETS, Settings, SettingsError
@@ -150,19 +151,19 @@ def run(
             # What is measured is what is shipped: the bf16 weights.
             shipped = LongcatForCausalLM.from_checkpoint(unfinished)
             tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
-            results = record.results(shipped, tokenizer, corpus, streams.held_out, settings)
-            made = record.record(
+            results = training_record.results(shipped, tokenizer, corpus, streams.held_out, settings)
+            made = training_record.record(
                 settings,
                 corpus,
                 len(streams.train),
                 shipped,
                 unfinished,
-                record.machine(device, threads),
+                training_record.machine(device, threads),
                 seconds,
                 trainer.curves,
                 results,
             )
-            publish.write_json(unfinished / record.FILE, made)
+            publish.write_json(unfinished / training_record.FILE, made)
             plots.draw(made, unfinished)
         if out.exists():
             out.rmdir()

@@ -1,4 +1,5 @@
 """One training run, step by step: the model, its losses, its optimizer, and the state to go on from."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

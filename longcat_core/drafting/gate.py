@@ -1,4 +1,5 @@
 """Which drafts of the MTP layer are worth verifying: C2T's gate, its training, and what it saves (arXiv 2502.13652)."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 For an engine without a kernel of its own, as SGLang without `sgl_kernel`: with few rows an expert, oneDNN reads weights
 in its own layout about twice as fast as `F.linear` reads plain ones.
 """
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,1 +1,2 @@
 """Routing, experts, latent attention and rotary embedding: pure functions over tensors."""
+# SPDX-License-Identifier: Apache-2.0

@@ -1,4 +1,5 @@
 """The zero-expert-aware MoE: one entry, `moe`, over row-compacted FFN experts."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """MLA over a paged latent cache in plain torch: prefill, chunks of it, decode and verification are one function."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

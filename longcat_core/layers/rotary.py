@@ -1,4 +1,5 @@
 """Rotary embedding of LongCat's MLA: interleaved pairs, computed from positions in fp32, plain or YaRN."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

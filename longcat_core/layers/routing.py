@@ -1,4 +1,5 @@
 """LongCat's router as a pure function: which FFN experts a token takes, and how much of itself it keeps."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """What `longcat doctor` reports: one finding a line, made by each engine package for its own engine."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """An engine as both engine packages see it: supported versions, hooks that failed, refusals of options."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

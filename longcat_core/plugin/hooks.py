@@ -1,4 +1,5 @@
 """Hooks into an engine: rows of a table, each installed once, and harmless to every model that is not LongCat's."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """What becomes of an engine's own options where LongCat is served: rows that the docs' tables are made from."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

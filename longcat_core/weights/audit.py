@@ -1,4 +1,5 @@
 """Compares the tensors of a checkpoint, one by one as they are read, with those that its configuration requires."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

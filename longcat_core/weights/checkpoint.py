@@ -1,4 +1,5 @@
 """Files of a checkpoint: `config.json` and safetensors, read, written and checked."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """The tensors of a published checkpoint, by name and shape."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """The load plan: where each published tensor goes, in an engine's model and in the reference."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

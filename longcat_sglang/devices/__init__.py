@@ -1,4 +1,5 @@
 """The devices, a CPU and NVIDIA's GPUs, and which of them SGLang runs on."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

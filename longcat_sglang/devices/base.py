@@ -1,4 +1,5 @@
 """The interface of a device: all in which devices differ, for the model, its experts and its deployment."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """A device that this package does not know, as an NPU or a TPU: SGLang's own class serves there."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """The interface of a device: all in which devices differ, for the model, its experts and its deployment."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ class Device(ABC):
         """
 
     @abstractmethod
-    def expert_map(self, num_experts: int, device: torch.device) -> Tensor | None:
+    def expert_map(self, num_experts: int, device: torch.device | str) -> Tensor | None:
         """For a rank that has all FFN experts: the expert map that the kernel needs, int32 [num_experts], or None if
         it needs none."""
 

@@ -1,4 +1,5 @@
 """A device that this package does not know, such as another platform plugin's: vLLM's own class serves there."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

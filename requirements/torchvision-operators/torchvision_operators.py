@@ -4,6 +4,7 @@ SGLang imports torchvision whatever it serves, an index may have its CUDA build 
 operators there, of which it then registers fakes, in vain. This defines their names when torchvision is first looked
 for. `torchvision_operators.pth` runs it in every interpreter of the environment.
 """
+# SPDX-License-Identifier: Apache-2.0
 
 import sys
 

@@ -1,4 +1,5 @@
 """What the tests of the command line share: a checkpoint to copy."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

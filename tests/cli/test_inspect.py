@@ -1,4 +1,5 @@
 """`longcat inspect`: the text in colours, the figures, and the page, which is looked at in a real browser."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from playwright.sync_api import Page, sync_playwright
 from tokenizers import Tokenizer
 from typer.testing import CliRunner, Result
 
-from longcat_cli import app, example_tokenizer, loading
+from longcat_cli import example_tokenizer, loading
+from longcat_cli.commands import app
 from longcat_cli.inspection_report import Report, _shade, pieces, si
 from longcat_core.inspection import Inspection, inspect
 from longcat_core.reference import LongcatForCausalLM

@@ -1,4 +1,5 @@
 """`longcat make-checkpoint`: what it writes, what it refuses, and that it leaves nothing half-made."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ import torch
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from longcat_cli import app, example_tokenizer
+from longcat_cli import example_tokenizer
+from longcat_cli.commands import app
 from longcat_cli.make_checkpoint import make_checkpoint
 from longcat_core.config import ConfigError, LongcatConfig, RopeConfig
 from longcat_core.reference import LongcatForCausalLM

@@ -1,4 +1,5 @@
 """`longcat train-gate`: a gate from prompts, what is said of it, what is refused, and that nothing half-made stays."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from rich.progress import Progress
 from tokenizers import Tokenizer
 from typer.testing import CliRunner, Result
 
-from longcat_cli import app, example_tokenizer, train_gate
+from longcat_cli import example_tokenizer, train_gate
+from longcat_cli.commands import app
 from longcat_core.drafting import gate as drafting
 from longcat_core.reference import LongcatForCausalLM
 from longcat_core.weights import checkpoint

@@ -1,4 +1,5 @@
 """Settings of the core tests: tiny tensors gain nothing from threads, and hypothesis is bounded by examples."""
+# SPDX-License-Identifier: Apache-2.0
 
 import torch
 from hypothesis import settings

@@ -1,4 +1,5 @@
 """Reading and writing published checkpoints: every problem is said, by name, and all of them at once."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """Reading every published spelling of `config.json`, saying what is wrong with it, and the derived numbers."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

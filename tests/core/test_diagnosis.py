@@ -1,4 +1,5 @@
 """What `longcat doctor` says of a checkpoint, whatever the engine."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

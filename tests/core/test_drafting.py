@@ -1,4 +1,5 @@
 """C2T without an engine: chains against recomputation, features, the gate, what it saves, and its file."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """The zero-expert-aware MoE against a loop over slots in float64, and what it must not spend."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

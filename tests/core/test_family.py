@@ -1,4 +1,5 @@
 """Members of the LongCat family are told apart by their fields."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """Hooks: a wrapper is called for LongCat models alone, and everything else reaches the engine as it came."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """An inspection tells what the router and the drafter do: counted in other ways, it comes out the same."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """Attention over a paged latent cache against dense attention in float64, request by request."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

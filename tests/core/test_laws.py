@@ -1,4 +1,5 @@
 """Rules that can be checked in the source: imports, devices, patches, module names, the first line of a file."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ FORBIDDEN = {
 """What each package must not import, at the top of a file or inside a function."""
 
 PACKAGES = sorted(path.name for path in ROOT.glob("longcat_*") if path.is_dir() and path.suffix != ".egg-info")
-FOLDERS = [*PACKAGES, "tests", "benchmarks", "examples"]
+FOLDERS = [*PACKAGES, "tests", "benchmarks", "examples", "docs", "requirements"]
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 ROOMS = [source for source in SOURCES if source.split("/")[0] in PACKAGES]
 
@@ -165,6 +166,17 @@ def test_a_file_begins_by_saying_what_it_is(source: str) -> None:
     text = (ROOT / source).read_text()
     assert text.startswith(('"""', "#")), "the first line is a docstring or a comment"
     assert len(text.splitlines()[0]) > 20, "and says something"
+
+
+LICENSE = "# SPDX-License-Identifier: Apache-2.0"
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_file_names_its_license_below_its_docstring(source: str) -> None:
+    text = (ROOT / source).read_text()
+    docstring = ast.parse(text).body[0]
+    assert isinstance(docstring, ast.Expr), "the first statement is a docstring"
+    assert text.splitlines()[docstring.end_lineno or 0 :][:1] == [LICENSE], "and the line after it names the license"
 
 
 @pytest.mark.parametrize("source", ROOMS)

@@ -1,4 +1,5 @@
 """The rows that say what becomes of an engine's options."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

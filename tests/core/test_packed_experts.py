@@ -1,4 +1,5 @@
 """oneDNN's packed experts against their reference in higher precision."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

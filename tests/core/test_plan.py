@@ -1,4 +1,5 @@
 """The load plan: every published tensor has one place of its own in an engine's model."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """The whole model in plain PyTorch against transformers: logits, greedy tokens, bf16, caches, the MTP layer."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """Rotary embedding against that of transformers, which writes the rotated pairs as halves."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

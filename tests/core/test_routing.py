@@ -1,4 +1,5 @@
 """The router against a loop that follows the report, and the load statistics that come of it."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """The name of the engine in every test's, so that a failure says which one it is of."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

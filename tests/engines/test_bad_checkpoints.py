@@ -1,4 +1,5 @@
 """What cannot be served is refused before any worker starts, by a message that names it."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """On an NVIDIA GPU: the engines' MLA backends and MoE kernels, with the graphs that the stock command has on."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

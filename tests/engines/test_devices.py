@@ -1,4 +1,5 @@
 """The devices of each engine package, made on this machine: what can be known of each without having it."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """The pages of the documentation that come from data say what the data say."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

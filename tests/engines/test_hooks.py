@@ -1,4 +1,5 @@
 """The table of hooks of each engine: what it names is there, and what is not LongCat's stays the engine's."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

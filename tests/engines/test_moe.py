@@ -1,4 +1,5 @@
 """An engine's experts are given the rows of FFN experts and nothing else, counted."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """The shipped checkpoint, whose router and drafts have learned something, in the engines."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

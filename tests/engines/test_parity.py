@@ -1,4 +1,5 @@
 """An engine's tokens and logits are transformers', whatever the shape of the model and the spelling of its config."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

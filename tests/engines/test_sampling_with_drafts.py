@@ -2,6 +2,7 @@
 
 Two stock servers, one of which drafts, are asked the same over HTTP.
 """
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """Whatever an engine does to the batch or spreads over ranks, tokens and logits stay the same."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """The stock server over HTTP: the right tokens by every route, and no request that harms the next one."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """Speculation changes no token, and drafts are the MTP layer's: the target accepts as many as the reference's."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """The stock server with the stock flags for speculation, and what its `/metrics` say of drafts."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """The tests' own strength: each thing that makes LongCat LongCat is broken once, and parity must fail each time."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """One thread: the models here are so small that more only wait for each other."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """What steers LongCat-Nano's router: the balance loss by hand, and the controllers in a toy of a router."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """Tokens are put into Python's classes, and what is spent on a class is what its tokens took."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

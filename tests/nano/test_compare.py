@@ -1,4 +1,5 @@
 """Runs with a mechanism and without it: what differs, what they cost, and the files that come of them."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

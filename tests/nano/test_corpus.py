@@ -1,4 +1,5 @@
 """LongCat-Nano's corpus: which files are in it, how it is split, and the batches of a run."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """Nano's gate: trained on the train part, measured on the held-out one, and noted in the record."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

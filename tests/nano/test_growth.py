@@ -1,4 +1,5 @@
 """Model growth: the layers of the grown model are the small model's, twice."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

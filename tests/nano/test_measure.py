@@ -1,4 +1,5 @@
 """What is measured on held-out text, against the same counted in a plainer way."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """The shipped LongCat-Nano: what it is, and that its record is of it."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -12,14 +13,14 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from examples.nano import measure, record
+from examples.nano import measure, training_record
 from examples.nano.corpus import encode, standard_library
 from longcat_core.drafting import gate as drafting
 from longcat_core.reference import LongcatForCausalLM
 from longcat_core.weights import checkpoint
 from longcat_nano import CHECKPOINT
 
-RECORD = json.loads((CHECKPOINT / "record.json").read_text())
+RECORD = json.loads((Path(training_record.__file__).with_name("record") / training_record.FILE).read_text())
 RESULTS = RECORD["results"]
 
 
@@ -36,7 +37,7 @@ def test_it_is_complete_and_at_most_16_mb() -> None:
 
 
 def test_its_record_is_of_these_weights() -> None:
-    assert RECORD["sha256"] == record.digests(CHECKPOINT)
+    assert RECORD["sha256"] == training_record.digests(CHECKPOINT)
 
 
 def test_it_reads_python_that_it_was_not_trained_on() -> None:

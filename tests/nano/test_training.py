@@ -1,4 +1,5 @@
 """Training LongCat-Nano: one seed gives one set of weights, a cut-off run goes on unchanged, and the record of it."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -336,7 +337,7 @@ def test_a_run_that_could_not_be_measured_goes_on_with_resume(
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.record, "results", fail)
+        patch.setattr(train.training_record, "results", fail)
         code, output = run("--out", out, "--settings", settings, "--library", library, "--threads", "1")
         assert (code, "no space left on device" in output) == (1, True)
     with monkeypatch.context() as patch:

@@ -3,6 +3,7 @@
 SGLang runs in processes of its own, which take 10 s to import it. Here they are forked from a server that has done so,
 which takes less than one.
 """
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """What SGLang's completions take beside OpenAI's parameters, for `tests/engines/test_sampling_with_drafts.py`."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """SGLang and vLLM, each with the plugin, give the same tokens."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """SGLang's table of slots is as wide as the longest context there may be: a step reads the columns that it needs."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

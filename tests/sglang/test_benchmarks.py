@@ -2,6 +2,7 @@
 
 They share one server, which drafts and takes its requests in two processes.
 """
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """Each of SGLang's options that was looked at has the outcome that its row says."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """Options of a server of another kind, or of no model at all, meet what they would meet without us."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """`--json-model-override-args` means what the same fields mean in a `config.json`, in every published spelling."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """Penalties of what was generated: at every node of the drafts they are what they would be without drafts."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

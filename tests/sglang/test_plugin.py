@@ -1,4 +1,5 @@
 """The plugin is light, re-entrant and harmless to other models, and each of its patches is still needed."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

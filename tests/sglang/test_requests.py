@@ -1,4 +1,5 @@
 """What is outside the vocabulary is refused in whatever process a request is taken, before it runs."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """What SGLang's MLA rotates with on a GPU, where core's own rotation is not in the way: the same angles."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """What stands in for `sgl_kernel` does what its names say, against loops over requests and paths through trees."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """What speculation needs of SGLang beside what `tests/engines/test_speculation.py` asks of both engines."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

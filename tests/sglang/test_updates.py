@@ -1,4 +1,5 @@
 """Weights that SGLang reads and writes otherwise than by a first load of published tensors."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

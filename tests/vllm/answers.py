@@ -2,6 +2,7 @@
 
 python -m tests.vllm.answers CHECKPOINT PROMPTS.json NEW_TOKENS ANSWERS.json
 """
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

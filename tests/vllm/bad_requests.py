@@ -1,4 +1,5 @@
 """What vLLM answers to requests that cannot be served."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """What `tests/engines/test_strength.py` breaks in vLLM's own terms."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """For test_strength.py: a worker extension, imported by vLLM in each rank, under which each takes another's experts."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

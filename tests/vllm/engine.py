@@ -1,4 +1,5 @@
 """A vLLM engine that is asked for tokens and logits, over token ids."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

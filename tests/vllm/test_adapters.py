@@ -1,4 +1,5 @@
 """LoRA: a request with an adapter is answered as by a checkpoint into which the adapter is merged."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

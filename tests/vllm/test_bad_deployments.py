@@ -1,4 +1,5 @@
 """What vLLM alone can be asked for and LongCat cannot be served with, and weights that vLLM's loaders bring."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

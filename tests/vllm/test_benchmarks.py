@@ -1,4 +1,5 @@
 """vLLM's own benchmarks measure our model, with drafts and without, as docs/benchmarks.md says."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

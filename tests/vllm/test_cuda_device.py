@@ -1,4 +1,5 @@
 """What vLLM's model is built of on a GPU, as far as a machine without one can tell."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

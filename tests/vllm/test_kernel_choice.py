@@ -1,4 +1,5 @@
 """Off the CPU, experts get a kernel of vLLM's that skips zero experts, whichever vLLM would have chosen."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

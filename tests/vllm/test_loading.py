@@ -1,4 +1,5 @@
 """vLLM's load formats: what is read by published names is checked beforehand, and everything else is let through."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

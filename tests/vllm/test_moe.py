@@ -1,4 +1,5 @@
 """vLLM's CPU kernels, given the rows of FFN experts of a rank, are the reference."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """`--hf-overrides` changes the model that is served, in every spelling of `config.json`."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

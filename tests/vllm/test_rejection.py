@@ -1,4 +1,5 @@
 """vLLM's verification of drafts on a CPU, whose kernels are other code than on a GPU, against the formula in torch."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """What vLLM does beside what `tests/engines/test_scheduling.py` asks of both engines."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

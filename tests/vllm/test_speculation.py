@@ -1,4 +1,5 @@
 """What speculation needs of vLLM beside what `tests/engines/test_speculation.py` asks of both engines."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -153,7 +154,7 @@ if __name__ == "__main__":
 
 def test_vllm_still_drafts_from_another_token_after_a_chunk(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If this fails, `patches.keep_scheduling_settings` may leave padded batches on."""
-    monkeypatch.setattr(patches, "drafts_with_mtp", lambda config: False)
+    monkeypatch.setattr(patches, "mtp_speculation", lambda config: None)
     with (
         serving(directory, draft_tokens=2, chunk=16, prefix_caching=False) as served,
         pytest.raises(AssertionError, match="accepted drafts"),

@@ -3,6 +3,7 @@
 On CUDA SGLang's own MLA backends (FlashAttention 3, FlashMLA, FlashInfer, Triton) are used and nothing here is loaded.
 Without `sgl_kernel` SGLang has none for a CPU.
 """
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -31,22 +32,27 @@ class LatentAttentionBackend(AttentionBackend):
 
     def __init__(self, runner: ModelRunner) -> None:
         super().__init__()
+        assert runner.req_to_token_pool is not None, "SGLang makes the pools first"
         self._slots_of = runner.req_to_token_pool
         self._cache = runner.token_to_kv_pool
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
-        mode, draft = forward_batch.forward_mode, forward_batch.spec_info
+        mode = forward_batch.forward_mode
         if mode.is_idle():
             self.forward_metadata = None
             return
         seq_lens, trees = forward_batch.seq_lens.tolist(), None
         if mode.is_target_verify():  # whose lengths do not count the drafts
+            draft: Any = forward_batch.spec_info  # of EAGLE or of n-grams, which name these fields alike
             new = [draft.draft_token_num] * len(seq_lens)
             seq_lens = [length + draft.draft_token_num for length in seq_lens]
             if draft.tree_topk > 1:
                 trees = draft.custom_mask.view(-1, draft.draft_token_num, draft.draft_token_num)
+        elif mode.is_decode():
+            new = [1] * len(seq_lens)
         else:
-            new = [1] * len(seq_lens) if mode.is_decode() else forward_batch.extend_seq_lens.tolist()
+            assert forward_batch.extend_seq_lens is not None
+            new = forward_batch.extend_seq_lens.tolist()
         self.forward_metadata = PagedBatch.build(
             query_starts=[0, *accumulate(new)],
             seq_lens=seq_lens,
@@ -59,7 +65,7 @@ class LatentAttentionBackend(AttentionBackend):
     def support_triton(self) -> bool:
         return False
 
-    def forward_extend(
+    def forward_extend(  # type: ignore[override]  # called by `attend` alone, with both weights
         self,
         q: Tensor,
         k: Tensor,
@@ -75,12 +81,13 @@ class LatentAttentionBackend(AttentionBackend):
         """q: [T, heads, nope + rope]; k: [T, 1, latent + rope]; v: its first `latent` columns. Returns [T, heads v]."""
         assert self.forward_metadata is not None
         if save_kv_cache:
-            self._cache.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
+            slots = KVWriteLoc(forward_batch.out_cache_loc, None)
+            self._cache.set_kv_buffer(layer, slots, k, v)  # type: ignore[arg-type]  # what MLATokenToKVPool takes
         cache = self._cache.get_key_buffer(layer.layer_id).squeeze(1)
         attended = paged_attention(q, cache, self.forward_metadata, w_uk, w_uv, layer.scaling)
         return attended.flatten(1)
 
-    forward_decode = forward_extend
+    forward_decode = forward_extend  # type: ignore[assignment]
 
 
 class DraftingBackend:
@@ -90,6 +97,7 @@ class DraftingBackend:
     """
 
     def __init__(self, runner: ModelRunner, branches: int, steps: int) -> None:
+        assert runner.req_to_token_pool is not None, "SGLang makes the pools first"
         self._slots_of = runner.req_to_token_pool
         self._branches, self._steps = branches, steps
         self.attn_backends = [LatentAttentionBackend(runner) for _ in range(steps - 1)]

@@ -1,4 +1,5 @@
 """A CPU: our MLA over SGLang's paged cache, and core's packed experts over rows of FFN experts only."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

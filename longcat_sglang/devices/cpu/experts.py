@@ -1,4 +1,5 @@
 """FFN experts on a CPU: core's packed experts over rows of FFN experts only."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
 from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
+from sglang.srt.layers.moe.topk import StandardTopKOutput
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 from torch import Tensor
 
@@ -45,10 +47,13 @@ class CompactedRowsMethod(UnquantizedFusedMoEMethod):
             layer.w13_weight.data, layer.w2_weight.data = self.ffn.unpack()
         self.ffn = None
 
-    def apply(self, layer: Any, dispatch_output: StandardDispatchOutput) -> StandardCombineInput:
+    def apply(  # type: ignore[override]  # narrower than linear layers', as UnquantizedFusedMoEMethod's
+        self, layer: Any, dispatch_output: StandardDispatchOutput
+    ) -> StandardCombineInput:
         if self.ffn is None:
             self.process_weights_after_loading(layer)
         assert self.ffn is not None
+        assert isinstance(dispatch_output.topk_output, StandardTopKOutput)
         weights, ids, _ = dispatch_output.topk_output
         return StandardCombineInput(routed_experts(dispatch_output.hidden_states, ids, weights, self.ffn))
 

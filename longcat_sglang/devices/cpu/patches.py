@@ -1,4 +1,5 @@
 """Wrappers of SGLang's functions for a CPU; the row of `hooks.HOOKS` that names a wrapper has the reason."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

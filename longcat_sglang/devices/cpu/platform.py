@@ -1,4 +1,5 @@
 """Prepares a CPU for a LongCat: SGLang's own CPU platform, with a stand-in for `sgl_kernel`, which it imports."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ All are steps of speculation, and each writes into the tensors it is given, as S
 A request's slots are its row of `req_to_token`, an integer [requests, longest context]; `pool_len` is its width, which
 a tensor knows itself. A tree has n nodes, of which the root is the last token that is certain, and a chain is a tree.
 """
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """Verification of drafts for requests that sample, on a CPU: a draft is accepted where it is what the target draws."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -24,12 +25,13 @@ def verify_sampled(
     The logits [R n, vocabulary] have penalties, biases and grammars applied. Returns the tokens predicted [R n], the
     tokens gained by each request [R] and the nodes on its path [R, longest path], all int32, as `eagle_sample` does.
     """
-    sampling, width = batch.sampling_info, draft.draft_token_num
+    sampling, width, logits = batch.sampling_info, draft.draft_token_num, logits_output.next_token_logits
+    assert logits is not None
 
     def each_node(of_request: Tensor) -> Tensor:
         return of_request.repeat_interleave(width, dim=0)
 
-    probabilities = (logits_output.next_token_logits.float() / each_node(sampling.temperatures)).softmax(dim=-1)
+    probabilities = (logits.float() / each_node(sampling.temperatures)).softmax(dim=-1)
     drawn = top_k_top_p_min_p_sampling_from_probs_torch(
         probabilities,
         each_node(sampling.top_ks),

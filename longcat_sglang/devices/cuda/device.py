@@ -1,4 +1,5 @@
 """A GPU: SGLang's own MLA with core's rotary table, and those of its MoE kernels that drop a zero expert."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """SGLang's rotary embedding with the angles of `longcat_core.layers.rotary`, for its MLA backends on a GPU."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ class LongcatRotaryEmbedding(RotaryEmbedding):
             head_size=config.qk_rope_head_dim,
             rotary_dim=config.qk_rope_head_dim,
             max_position_embeddings=config.max_position_embeddings,
-            base=config.rope.theta,
+            base=config.rope.theta,  # type: ignore[arg-type]  # any number
             is_neox_style=False,
             dtype=torch.float32,
         )

@@ -3,6 +3,7 @@
 On CUDA vLLM's own MLA backends (FlashMLA, FlashAttention, Triton) are used and nothing here is loaded. vLLM's CPU_MLA
 takes latent 512 + rope 64 and block size 16 only, and neither chunked prefill nor prefix caching.
 """
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -125,7 +126,7 @@ class LatentAttentionBackend(MLACommonBackend):
         return LatentAttentionImpl
 
     @staticmethod
-    def get_builder_cls() -> type[LatentAttentionMetadataBuilder]:
+    def get_builder_cls() -> type[LatentAttentionMetadataBuilder]:  # type: ignore[override]  # vLLM takes any builder
         return LatentAttentionMetadataBuilder
 
     @classmethod

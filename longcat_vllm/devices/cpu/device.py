@@ -1,4 +1,5 @@
 """A CPU: our MLA over vLLM's paged cache, and vLLM's MoE kernels over rows of FFN experts only."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ class Cpu(Device):
 
         return CompactedRowsMethod(moe_config)
 
-    def expert_map(self, num_experts: int, device: torch.device) -> None:
+    def expert_map(self, num_experts: int, device: torch.device | str) -> None:
         return None
 
     def has_packed(self, experts: RoutedExperts) -> bool:

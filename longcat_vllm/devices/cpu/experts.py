@@ -1,4 +1,5 @@
 """FFN experts on a CPU: vLLM's own kernels over rows of FFN experts only."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ class CompactedRowsMethod(FusedMoEMethodBase):
 
     create_weights = UnquantizedFusedMoEMethod.create_weights
 
-    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         _, hidden, intermediate = layer.w2_weight.shape
         layer.cpu_kernel = select_cpu_kernel(hidden, intermediate, layer.w2_weight.dtype)
         logger.info_once("LongCat experts on CPU: %s over rows of FFN experts only.", layer.cpu_kernel)
@@ -42,7 +43,7 @@ class CompactedRowsMethod(FusedMoEMethodBase):
     def get_fused_moe_quant_config(self, layer: nn.Module) -> FusedMoEQuantConfig:
         return FusedMoEQuantConfig.make()
 
-    def apply(
+    def apply(  # type: ignore[override]  # narrower than linear layers', as every FusedMoEMethodBase's
         self,
         layer: RoutedExperts,
         x: Tensor,

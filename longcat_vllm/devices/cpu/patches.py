@@ -1,11 +1,12 @@
 """Wrappers of vLLM's functions for a CPU; the row of `hooks.HOOKS` that names a wrapper has the reason."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from longcat_vllm.engine import drafts_with_mtp
+from longcat_vllm.engine import mtp_speculation
 
 if TYPE_CHECKING:
     import torch
@@ -36,10 +37,10 @@ def keep_scheduling_settings(
     scheduler.max_num_batched_tokens = budget
     if block_size is not None:
         cache.block_size = block_size
-    if drafts_with_mtp(vllm_config):
+    if (speculation := mtp_speculation(vllm_config)) is not None:
         # Padded batches save a synchronisation, which a CPU does not need. They draft over rejected tokens too, and
         # after a chunk use the prompt's last token instead of its next (prepare_next_token_ids_padded in 0.32).
-        vllm_config.speculative_config.disable_padded_drafter_batch = True
+        speculation.disable_padded_drafter_batch = True
 
 
 def sample_without_discarded_requests(

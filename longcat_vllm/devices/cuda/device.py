@@ -1,4 +1,5 @@
 """A GPU: vLLM's own MLA backends, and those of its MoE kernels that drop a zero expert."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ class Cuda(Device):
         moe_config.is_lora_enabled = False  # adapters.py: no adapter changes experts, so any kernel will do
         return skipping_zero_experts(choose, moe_config)
 
-    def expert_map(self, num_experts: int, device: torch.device) -> Tensor:
+    def expert_map(self, num_experts: int, device: torch.device | str) -> Tensor:
         """The identity. With a map, vLLM's Triton experts drop an id of -1 (`moe_align_block_size`, `moe_sum`);
         without one, they sum its uninitialised output. The price is vLLM's shortcut for batches of very few tokens
         (`naive_block_assignment`), which it takes only without a map.

@@ -1,4 +1,5 @@
 """FFN experts on a GPU: those of vLLM's kernels that drop a zero expert, an id of -1, and the choice among them."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

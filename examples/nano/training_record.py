@@ -1,4 +1,5 @@
 """The training record that lies beside a checkpoint: settings, corpus, machine, curves, and what was measured."""
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 

@@ -1,0 +1,20 @@
+"""The subcommands of `longcat`: one file each, which imports torch and engines only once it runs."""
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import typer
+
+from longcat_cli import doctor, inspect, make_checkpoint, nano, train_gate
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
+app.command("doctor")(doctor.command)
+app.command("inspect")(inspect.command)
+app.command("make-checkpoint")(make_checkpoint.command)
+app.command("nano")(nano.command)
+app.command("train-gate")(train_gate.command)
+
+
+@app.callback()
+def longcat() -> None:
+    """LongCat-Flash for vLLM and SGLang."""
