@@ -251,6 +251,6 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("config", [None, DEFAULT])
 def test_doctor_asks_vllm_which_implementations_it_would_choose(config: LongcatConfig | None) -> None:
     """What doctor prints on a GPU, asked here of vLLM's CPU platform."""
-    from longcat_vllm.diagnosis import engine_choice
+    from longcat_vllm.devices.cuda.device import engine_choice
 
     assert engine_choice(config, torch.bfloat16) == ("CPU_MLA", "CPUUnquantizedExperts")
