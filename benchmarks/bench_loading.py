@@ -73,6 +73,9 @@ def measured(directory: Path, pairs: int) -> dict[str, Any]:
 
 def loaded(directory: Path) -> tuple[Any, Callable[[], Iterator[tuple[str, Tensor]]]]:
     """The model in this process, and its tensors as SGLang reads them, as often as they are requested."""
+    from longcat_sglang.devices.cpu.platform import prepare_cpu_as_for_longcat
+
+    prepare_cpu_as_for_longcat()
     from sglang.benchmark import one_batch
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.model_loader.loader import DefaultModelLoader

@@ -67,9 +67,9 @@ def vllm_ffns(w13: Tensor, w2: Tensor) -> tuple[ExpertFFN, ExpertFFN]:
 
 
 def sglang_ffns(w13: Tensor, w2: Tensor) -> tuple[ExpertFFN, ExpertFFN]:
-    from longcat_sglang.devices.cpu.platform import prepare_cpu
+    from longcat_sglang.devices.cpu.platform import prepare_cpu_as_for_longcat
 
-    prepare_cpu()
+    prepare_cpu_as_for_longcat()
     from sglang.srt.layers.moe.fused_moe_native import moe_forward_native
 
     from longcat_sglang.devices.cpu.experts import CPU_KERNELS, select_cpu_kernel

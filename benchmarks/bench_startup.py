@@ -32,8 +32,8 @@ load_general_plugins()
 EngineArgs({directory!r}, skip_tokenizer_init=True).create_engine_config()
 """,
     "sglang": """
-from longcat_sglang.devices.cpu.platform import prepare_cpu
-prepare_cpu()
+from longcat_sglang.devices.cpu.platform import prepare_cpu_as_for_longcat
+prepare_cpu_as_for_longcat()
 from sglang.srt.plugins import load_plugins
 from sglang.srt.managers import scheduler
 from sglang.srt.server_args import ServerArgs
