@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longcat_core.layers.experts import ExpertFFN, add_identity, combine, compact, grouped_ffn, moe, routed_experts
 from longcat_core.layers.routing import Routing, route
@@ -194,3 +195,19 @@ def test_rows_of_a_token_are_summed_in_fp32(requires_grad: bool) -> None:
     summed = combine(outputs, torch.tensor([0] * 9 + [1]), 2)
     assert summed.dtype == torch.bfloat16
     assert summed.flatten().tolist() == [264.0, 3.0]
+
+
+def test_a_gpu_is_given_fp32_to_sum() -> None:
+    """On a CPU torch sums bf16 in fp32 by itself, so that the sum does not tell."""
+    given: list[torch.dtype] = []
+
+    class Noting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.index_add.default:
+                given.extend(each.dtype for each in args if isinstance(each, Tensor) and each.is_floating_point())
+            return func(*args, **(kwargs or {}))
+
+    outputs = torch.ones(3, 4, dtype=torch.bfloat16, requires_grad=True)
+    with Noting():
+        combine(outputs, torch.tensor([0, 0, 1]), 2)
+    assert given == [torch.float32] * 2

@@ -27,9 +27,6 @@ BAD_REQUESTS = {
     "bias on a token outside the vocabulary": Bad(
         400, f"Vocabulary size: {VOCABULARY}", changes={"logit_bias": {str(VOCABULARY): 1}}
     ),
-    "token outside the vocabulary in a stream": Bad(
-        400, "is out of vocabulary", changes={"prompt": [5, VOCABULARY], "stream": True}
-    ),
     "stop token outside the vocabulary": Bad(
         400, "out-of-vocab", changes={"stop_token_ids": [VOCABULARY], "min_tokens": 1}
     ),
