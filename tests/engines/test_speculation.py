@@ -176,8 +176,8 @@ def test_a_gate_of_another_model_is_refused(gated: Path, tmp_path: Path) -> None
     directory = write_checkpoint(tmp_path / "other", CASE.config, drafting_tensors(CASE.config, seed=7))
     drafting.save(the_gate(), directory, drafting.fingerprint(gated, CASE.config))
     with pytest.raises(Exception, match="belongs to another model"):
-        engine.configure(directory, **engine.speculation(1))
-    assert engine.configure(directory) == CASE.config, "without speculation it is not asked for"
+        engine.configure(directory, **engine.speculation(1), **engine.GATED)
+    assert engine.configure(directory, **engine.speculation(1)) == CASE.config, "it is read on request only"
 
 
 def test_a_gate_that_is_not_there_or_has_no_drafts_is_refused(directory: Path, gated: Path) -> None:
