@@ -6,6 +6,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from longcat_core.quantization import Quantization
+
 
 class ConfigError(ValueError):
     """A configuration that is not a LongCat-Flash model this package can run; the message lists every problem."""
@@ -70,7 +72,7 @@ class LongcatConfig:
     mla_scale_q_lora: bool = True
     mla_scale_kv_lora: bool = True
     tie_word_embeddings: bool = False
-    is_quantized: bool = False
+    quantization: Quantization | None = None
     disable_quant_module: tuple[str, ...] = ()
 
     # -- shapes and factors of the forward pass --------------------------------------------------

@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 from longcat_core.config import ConfigError, LongcatConfig, RopeConfig
+from longcat_core.quantization import read_quantization
 
 logger = logging.getLogger(__name__)
 
@@ -97,10 +98,7 @@ def read(hf_config: Mapping[str, Any] | Any) -> LongcatConfig:
         problems.append(f"zero_expert_type: {zero_expert_type!r}, wanted 'identity', the only one published")
     scaling = _number(raw, "routed_scaling_factor", problems)
     eps = _number(raw, "rms_norm_eps", problems, default=1e-5)
-    unquantized = raw.get("disable_quant_module") or ()
-    if not isinstance(unquantized, (list, tuple)) or not all(isinstance(kind, str) for kind in unquantized):
-        problems.append(f"disable_quant_module: {unquantized!r}, wanted a list of module kinds")
-        unquantized = ()
+    quantization = read_quantization(raw, problems)
     scales_q, scales_kv = (_boolean(raw, f"mla_scale_{part}_lora", problems, True) for part in ("q", "kv"))
     ties = _boolean(raw, "tie_word_embeddings", problems, False)
     rope = _read_rope(raw, problems)
@@ -118,8 +116,8 @@ def read(hf_config: Mapping[str, Any] | Any) -> LongcatConfig:
         mla_scale_q_lora=scales_q,
         mla_scale_kv_lora=scales_kv,
         tie_word_embeddings=ties,
-        is_quantized=bool(raw.get("quantization_config")),
-        disable_quant_module=tuple(unquantized),
+        quantization=quantization,
+        disable_quant_module=tuple(raw.get("disable_quant_module") or ()),
     )
 
 

@@ -11,19 +11,21 @@ import torch
 from torch import Tensor
 
 from longcat_core.config import LongcatConfig
+from longcat_core.quantization import PUBLISHED_BLOCK
+from longcat_core.weights.blocks import FP8, scale_shape
 from longcat_core.weights.names import (
     MTP_PREFIX,
-    SCALE_BLOCK,
     SCALE_SUFFIX,
     all_tensors,
     expert_parts,
+    is_mtp,
     mtp_tensors,
     stacked_experts,
 )
 
 logger = logging.getLogger(__name__)
 
-_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_FP8 = (FP8, torch.float8_e5m2)
 _HARMLESS = re.compile(
     r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)"  # follow from the configuration
     r"|.*\.self_attn(\.\d)?(\.\w+)?\.(q|k|v|kv|kv_cache|prob|output)_scale"  # of an FP8 cache, which are not used
@@ -41,6 +43,7 @@ class Audit:
 
     def __init__(self, expected: Mapping[str, tuple[int, ...]], config: LongcatConfig) -> None:
         self._expected, self._config = expected, config
+        self._block = config.quantization.block if config.quantization is not None else PUBLISHED_BLOCK
         # transformers also saves a tied head, which is the embedding, and rows for zero experts, which are never read.
         zero_experts = range(config.n_routed_experts, config.num_experts)
         self._redundant = {
@@ -71,7 +74,10 @@ class Audit:
             return False
         wanted = self._expected[weight]
         if name != weight:
-            wanted = tuple(-(-size // SCALE_BLOCK) for size in wanted)
+            if len(wanted) != 2:
+                self._problems.append(f"extra: {name} {list(shape)}, of a tensor that is never in FP8; remove it")
+                return False
+            wanted = scale_shape(wanted, self._block)
         if shape != wanted:
             self._problems.append(f"misshapen: {name} is {list(shape)}, wanted {list(wanted)}")
             return False
@@ -119,18 +125,45 @@ class Audit:
             for name, shape in self._expected.items()
             if name not in self._seen and (has_mtp or not name.startswith(MTP_PREFIX))
         ]
-        in_fp8 = [name for name, dtype in self._seen.items() if dtype in _FP8]
-        unscaled = [
+        self._raise(self._problems + missing + self._misquantized())
+
+    def check_scales(self, name: str, scales: Tensor) -> None:
+        """Record the values of a tensor of scales, which multiply a weight: each is to be finite and positive."""
+        wrong = scales[~(scales.isfinite() & (scales > 0))]
+        if wrong.numel():
+            self._problems.append(
+                f"wrong: {name} has {wrong.numel()} scales such as {float(wrong[0])}, wanted finite numbers above 0; "
+                "convert the checkpoint again"
+            )
+
+    def _misquantized(self) -> list[str]:
+        """Tensors whose precision is not what the configuration, or the tensor beside them, says."""
+        quantization = self._config.quantization
+        in_fp8 = [name for name, dtype in self._seen.items() if dtype in _FP8 and not name.endswith(SCALE_SUFFIX)]
+        scales = [name for name in self._seen if name.endswith(SCALE_SUFFIX)]
+        found = [
             f"missing: {name}{SCALE_SUFFIX}, the scales of an FP8 weight; convert the checkpoint with its scales"
             for name in in_fp8
             if name + SCALE_SUFFIX not in self._seen
         ]
-        undeclared = (
-            [f"missing: quantization_config in config.json, while {len(in_fp8)} tensors are FP8, {in_fp8[0]} the first"]
-            if in_fp8 and not unscaled and not self._config.is_quantized
-            else []
-        )
-        self._raise(self._problems + missing + unscaled + undeclared)
+        found += [
+            f"extra: {name}, scales of a weight that is not in FP8; convert the checkpoint again"
+            for name in scales
+            if self._seen.get(name.removesuffix(SCALE_SUFFIX)) not in _FP8
+        ]
+        if found:
+            return found
+        if quantization is None:
+            first = f"{len(in_fp8)} tensors are FP8, {in_fp8[0]} the first" if in_fp8 else ""
+            return [f"missing: quantization_config in config.json, while {first}"] if in_fp8 else []
+        # Of the MTP layer the tensors that are there decide.
+        of_trunk = {name: dtype for name, dtype in self._seen.items() if name in self._expected and not is_mtp(name)}
+        for name, dtype in of_trunk.items():
+            if dtype in _FP8 and not quantization.is_fp8(name):
+                found.append(f"wrong: {name} is in FP8, in config.json it is not; correct ignored_layers")
+            elif dtype not in _FP8 and quantization.is_fp8(name):
+                found.append(f"wrong: {name} is not in FP8, in config.json it is; add it to ignored_layers")
+        return found
 
     @staticmethod
     def _raise(problems: list[str]) -> None:
@@ -187,6 +220,8 @@ def _accepted(
     for name, tensor in weights:
         if not audit.accepts(name, tuple(tensor.shape), tensor.dtype):
             continue
+        if name.endswith(SCALE_SUFFIX):
+            audit.check_scales(name, tensor)
         if stacked_experts(name):
             yield from zip(expert_parts(name, config), unstacked(name, tensor, config), strict=True)
         else:

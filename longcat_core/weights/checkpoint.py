@@ -14,7 +14,9 @@ from torch import Tensor
 
 from longcat_core import spellings
 from longcat_core.config import ConfigError, LongcatConfig
+from longcat_core.quantization import PUBLISHED_BLOCK
 from longcat_core.weights.audit import Audit, CheckpointError, unstacked
+from longcat_core.weights.blocks import dequantize_blocks
 from longcat_core.weights.names import SCALE_SUFFIX, all_tensors, expert_parts, stacked_experts
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -38,7 +40,8 @@ def read_config(directory: Path) -> LongcatConfig:
 
 
 def verify(directory: Path, config: LongcatConfig, requires_mtp: bool = False) -> None:
-    """Check every shard's header against the configuration, without reading weights. `requires_mtp`: for drafting.
+    """Check every shard's header against the configuration, and FP8 scales, but no weights. With `requires_mtp` the MTP
+    layer has to be there.
 
     Raises:
         CheckpointError: if the directory has no safetensors, a shard is missing or truncated, or tensors are
@@ -49,31 +52,37 @@ def verify(directory: Path, config: LongcatConfig, requires_mtp: bool = False) -
         with OpenShard(shard) as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 piece = tensors.get_slice(name)
-                audit.accepts(name, tuple(piece.get_shape()), _DTYPES.get(piece.get_dtype()))
+                accepted = audit.accepts(name, tuple(piece.get_shape()), _DTYPES.get(piece.get_dtype()))
+                if accepted and name.endswith(SCALE_SUFFIX):
+                    audit.check_scales(name, piece[:])
     audit.raise_for_all(requires_mtp)
     audit.warn_of_ignored()
 
 
 def load(directory: Path, config: LongcatConfig) -> dict[str, Tensor]:
-    """Read all tensors, by published name, after the checks of `verify`.
+    """Read all tensors, by published name, after the checks of `verify`. FP8 weights come in fp32, with their scales.
 
     Raises:
-        CheckpointError: as `verify`, and for FP8 weights.
+        CheckpointError: as `verify`, and for a quantisation that cannot be read.
     """
+    if config.quantization is not None and (problems := config.quantization.problems()):
+        raise CheckpointError(f"{directory}: {'; '.join(problems)}; give a checkpoint in bf16, fp32 or such FP8")
     verify(directory, config)
     expected = all_tensors(config)
     tensors: dict[str, Tensor] = {}
+    scales: dict[str, Tensor] = {}
     for shard in shards(directory):
         with OpenShard(shard) as opened:
             for name in opened.keys():  # noqa: SIM118
                 if name.endswith(SCALE_SUFFIX):
-                    raise CheckpointError(f"{shard}: {name} scales FP8 weights; wanted float32 or bfloat16 weights")
-                if stacked_experts(name):
+                    scales[name.removesuffix(SCALE_SUFFIX)] = opened.get_tensor(name)
+                elif stacked_experts(name):
                     parts = unstacked(name, opened.get_tensor(name), config)
                     tensors |= zip(expert_parts(name, config), parts, strict=True)
                 elif name in expected:
                     tensors[name] = opened.get_tensor(name)
-    return tensors
+    block = config.quantization.block if config.quantization is not None else PUBLISHED_BLOCK
+    return tensors | {name: dequantize_blocks(tensors[name], each, block=block) for name, each in scales.items()}
 
 
 def save(tensors: Mapping[str, Tensor], directory: Path, max_shard_size: int = 2**30) -> None:

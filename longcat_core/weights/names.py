@@ -12,8 +12,6 @@ from longcat_core.config import LongcatConfig
 
 MTP_PREFIX = "model.mtp."
 SCALE_SUFFIX = "_scale_inv"
-SCALE_BLOCK = 128
-"""FP8 releases scale weights by blocks of 128 x 128 (report, section 5)."""
 
 _STACKED = re.compile(r"(?P<experts>.*\.mlp\.experts)\.(?P<part>gate_up|down)_proj")
 
@@ -97,3 +95,8 @@ def expert_parts(name: str, config: LongcatConfig) -> list[str]:
     assert match is not None, name
     parts = ("gate", "up") if match["part"] == "gate_up" else ("down",)
     return [f"{match['experts']}.{e}.{part}_proj.weight" for e in range(config.n_routed_experts) for part in parts]
+
+
+def is_mtp(name: str) -> bool:
+    """Whether a published tensor belongs to the MTP layer."""
+    return name.startswith(MTP_PREFIX)

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from longcat_core.config import LongcatConfig
+from longcat_core.quantization import Quantization
 from longcat_core.reference import LongcatForCausalLM
 from longcat_core.weights import audit, checkpoint, names, plan
 from longcat_core.weights.audit import Audit, CheckpointError
-from longcat_core.weights.names import SCALE_BLOCK
+from longcat_core.weights.blocks import dequantize_blocks, quantize_blocks
 from tests.cases import CASES, DEFAULT, in_dtype, published, write_checkpoint
+from tests.oracle import relative_error
 
 CONFIG = replace(DEFAULT, num_layers=1, hidden_size=200)
 DOWN = "model.layers.0.mlp.experts.3.down_proj.weight"
@@ -131,20 +133,77 @@ def test_only_shards_that_the_index_names_are_read(tensors: dict[str, Tensor], t
 # -- FP8 ---------------------------------------------------------------------------------------------
 
 
-def scales(tensor: Tensor) -> Tensor:
-    return torch.ones([-(-size // SCALE_BLOCK) for size in tensor.shape])
+def in_fp8(tensors: dict[str, Tensor], chosen: Callable[[str], bool]) -> tuple[dict[str, Tensor], LongcatConfig]:
+    """Chosen linear layers in FP8 with their scales, and the configuration that says so."""
+    every = Quantization("fp8")
+    linear = [name for name in tensors if every.is_fp8(name)]
+    changed = dict(tensors)
+    for name in filter(chosen, linear):
+        changed[name], changed[f"{name}_scale_inv"] = quantize_blocks(tensors[name])
+    ignored = tuple(name.removesuffix(".weight") for name in linear if not chosen(name))
+    return changed, replace(CONFIG, quantization=replace(every, ignored=ignored))
 
 
-def test_fp8_weights_with_scales_of_their_blocks_are_accepted(tensors: dict[str, Tensor], tmp_path: Path) -> None:
-    quantized = [name for name in tensors if ".mlp.experts." in name or ".mlps." in name]
-    for name in quantized:
-        tensors[f"{name}_scale_inv"] = scales(tensors[name])
-        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
-    (undeclared,) = problems(tmp_path, tensors)
+def test_fp8_weights_are_read_as_their_numbers_times_their_scales(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    changed, config = in_fp8(tensors, lambda name: ".mlp.experts." in name or ".mlps." in name)
+    (undeclared,) = problems(tmp_path, changed)
     assert undeclared.startswith("missing: quantization_config in config.json")
-    checkpoint.verify(tmp_path, replace(CONFIG, is_quantized=True))
-    with pytest.raises(CheckpointError, match="wanted float32 or bfloat16 weights"):
-        checkpoint.load(tmp_path, replace(CONFIG, is_quantized=True))
+    read = checkpoint.load(tmp_path, config)
+    assert read.keys() == tensors.keys()
+    for name, tensor in read.items():
+        if f"{name}_scale_inv" in changed:
+            assert tensor.equal(dequantize_blocks(changed[name], changed[f"{name}_scale_inv"]))
+            assert relative_error(tensor, tensors[name]) < 2**-4
+        else:
+            assert tensor.equal(tensors[name])
+
+
+def test_a_quantisation_that_cannot_be_read_is_named(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    checkpoint.save(tensors, tmp_path)
+    with pytest.raises(CheckpointError, match="quant_method: 'gptq', wanted 'fp8'"):
+        checkpoint.load(tmp_path, replace(CONFIG, quantization=Quantization("gptq")))
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_scale_that_is_no_positive_number_is_named(value: float, tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    changed, config = in_fp8(tensors, lambda name: name == GATE)
+    changed[f"{GATE}_scale_inv"][0, 0] = value
+    (found,) = problems(tmp_path, changed, config)
+    assert found.startswith(f"wrong: {GATE}_scale_inv has 1 scales such as ")
+    with pytest.raises(CheckpointError, match="wanted finite numbers above 0"):
+        list(audit.audited(iter(changed.items()), config, is_partial=False))
+
+
+def test_a_tensor_in_another_precision_than_the_config_says_is_named(
+    tensors: dict[str, Tensor], tmp_path: Path
+) -> None:
+    changed, config = in_fp8(tensors, lambda name: ".mlps." in name)
+    other = GATE.replace("gate_proj", "down_proj")
+    changed |= {GATE: tensors[GATE]}
+    changed.pop(f"{GATE}_scale_inv")
+    assert problems(tmp_path, changed, config) == [
+        f"wrong: {GATE} is not in FP8, in config.json it is; add it to ignored_layers"
+    ]
+    changed, _ = in_fp8(tensors, lambda name: ".mlps." in name)
+    assert config.quantization is not None
+    ignoring = replace(config.quantization, ignored=(*config.quantization.ignored, other.removesuffix(".weight")))
+    assert problems(tmp_path, changed, replace(config, quantization=ignoring)) == [
+        f"wrong: {other} is in FP8, in config.json it is not; correct ignored_layers"
+    ]
+
+
+def test_of_the_mtp_layer_the_tensors_that_are_there_decide(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    _, config = in_fp8(tensors, lambda name: True)
+    mixed, _ = in_fp8(tensors, lambda name: not name.startswith(names.MTP_PREFIX))
+    checkpoint.save(mixed, tmp_path)
+    checkpoint.verify(tmp_path, config)
+
+
+def test_scales_of_a_tensor_that_is_not_in_fp8_are_extra(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    changed, config = in_fp8(tensors, lambda name: name == GATE)
+    changed[GATE] = tensors[GATE]
+    (found,) = problems(tmp_path, changed, config)
+    assert found.startswith(f"extra: {GATE}_scale_inv, scales of a weight that is not in FP8")
 
 
 def test_what_transformers_saves_beyond_the_published_tensors_is_passed_over(
@@ -168,10 +227,9 @@ def test_an_fp8_weight_without_scales_is_named(dtype: torch.dtype, tensors: dict
 
 
 def test_fp8_scales_of_another_block_size_are_misshapen(tensors: dict[str, Tensor], tmp_path: Path) -> None:
-    tensors[GATE] = tensors[GATE].to(torch.float8_e4m3fn)
-    tensors[f"{GATE}_scale_inv"] = torch.ones(2, 4)
-    found = problems(tmp_path, tensors, replace(CONFIG, is_quantized=True))
-    assert found == [f"misshapen: {GATE}_scale_inv is [2, 4], wanted [1, 2]"]
+    changed, config = in_fp8(tensors, lambda name: name == GATE)
+    changed[f"{GATE}_scale_inv"] = torch.ones(2, 4)
+    assert problems(tmp_path, changed, config) == [f"misshapen: {GATE}_scale_inv is [2, 4], wanted [1, 2]"]
 
 
 def test_scales_of_nothing_are_extra(tensors: dict[str, Tensor], tmp_path: Path) -> None:

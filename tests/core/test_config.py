@@ -281,8 +281,3 @@ def test_an_mscale_that_is_not_given_is_not_handed_on() -> None:
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
     config = spellings.read({**spellings.published(DEFAULT), "rope_scaling": yarn})
     assert not {"mscale", "mscale_all_dim"} & spellings.published(config)["rope_scaling"].keys()
-
-
-def test_a_quantised_checkpoint_is_told_by_its_config() -> None:
-    assert not spellings.read(RAW).is_quantized
-    assert spellings.read({**RAW, "quantization_config": {"quant_method": "fp8"}}).is_quantized

@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from longcat_core.config import LongcatConfig
 from longcat_core.drafting import gate as drafting
 from longcat_core.drafting.gate import Chains, DraftGate, GateError, Step, TradeOff, draft_chains, draft_features, walk
+from longcat_core.quantization import Quantization
 from longcat_core.reference import LongcatForCausalLM
 from longcat_core.weights import checkpoint
 from longcat_core.weights.audit import CheckpointError
@@ -407,7 +408,7 @@ def test_shards_and_spellings_of_a_model_share_a_fingerprint(tmp_path: Path) -> 
 
 def test_quantizing_a_model_or_changing_its_context_keeps_its_fingerprint(tmp_path: Path) -> None:
     wanted = identity(tmp_path, published(DEFAULT))
-    copy = replace(DEFAULT, is_quantized=True, disable_quant_module=("mtp",), max_position_embeddings=64)
+    copy = replace(DEFAULT, quantization=Quantization("fp8"), disable_quant_module=("mtp",), max_position_embeddings=64)
     assert drafting.fingerprint(tmp_path, copy) == wanted
 
 
