@@ -93,7 +93,8 @@ def test_bench_offline_throughput_measures_an_engine_that_drafts(tmp_path: Path)
     talk = [{"from": "human", "value": "def area(self):"}, {"from": "gpt", "value": "    return self.width"}]
     (tmp_path / "talks.json").write_text(json.dumps([{"conversations": talk}] * 4))
     words = ["--model-path", NANO, "--dtype", "float32", "--mem-fraction-static", "0.1", "--max-total-tokens", "1024"]
-    words += [*speculation_flags(2), "--dataset-path", tmp_path / "talks.json", "--num-prompts", "2"]
+    words += [*speculation_flags(2), "--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "3"]
+    words += ["--dataset-path", tmp_path / "talks.json", "--num-prompts", "2"]
     words += ["--result-filename", tmp_path / "r.jsonl", "--skip-warmup"]
     measured("sglang.benchmark.offline_throughput", *words, output=tmp_path)
     (line,) = (tmp_path / "r.jsonl").read_text().splitlines()
