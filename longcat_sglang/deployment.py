@@ -7,8 +7,8 @@ import json
 import logging
 from typing import TYPE_CHECKING, Any
 
-from longcat_core.drafting import gate as drafting
-from longcat_core.plugin.engine import refuse, tell_of_gate, tell_of_own_class, unsupported_quantization, use_gate
+from longcat_core.plugin.engine import leave_to_own_class, refuse, unsupported_quantization
+from longcat_core.plugin.gate import uses_gate
 from longcat_core.plugin.hooks import Stage
 from longcat_sglang import devices, hooks, loading, options
 from longcat_sglang.engine import OWN_CLASS, drafts_with_mtp
@@ -31,9 +31,7 @@ def settle(server_args: ServerArgs) -> None:
     settings, model_config = resolving_view(server_args), model_config_of(server_args)
     hf_config = model_config.hf_config
     if reasons := reasons_for_sglangs_own_class(settings, model_config):
-        if is_gate_asked_for(hf_config):
-            refuse([f"{GATE_OPTION}: SGLang's own class has no draft gate, and is needed, as {'; '.join(reasons)}"])
-        tell_of_own_class("SGLang", reasons, _LOST, logger)
+        leave_to_own_class("SGLang", reasons, _LOST, GATE_OPTION, is_gate_requested(hf_config), logger)
         # Every process of SGLang reads the configuration again, and these with it.
         overrides = {**json.loads(settings.json_model_override_args), OWN_CLASS: True}
         declare_resolution(server_args, "longcat-serving", json_model_override_args=json.dumps(overrides))
@@ -57,11 +55,8 @@ def check(server_args: Any, settings: Any, model_config: Any) -> None:
     refuse(_unsupported(server_args, settings, model_config))
     directory = loading.local_directory(settings)
     loading.check(directory, settings, hf_config.longcat)
-    if is_gate_asked_for(hf_config):
-        gate = None if directory is None else drafting.load(directory)
-        use_gate(None if gate is None else gate.threshold, obstacles_to_gate(settings), GATE_OPTION, logger)
-    elif drafts_with_mtp(settings) and directory is not None and (directory / drafting.GATE_FILE).exists():
-        tell_of_gate(GATE_OPTION, logger)
+    of_gate = directory if drafts_with_mtp(settings) else None
+    uses_gate(of_gate, is_gate_requested(hf_config), obstacles_to_gate(settings), GATE_OPTION, logger)
 
 
 def reasons_for_sglangs_own_class(settings: Any, model_config: Any) -> list[str]:
@@ -165,7 +160,7 @@ GATE_OPTION = """--json-model-override-args '{"longcat_draft_gate": true}'"""
 """The one option of SGLang that takes fields of any name, and that reaches all of its processes."""
 
 
-def is_gate_asked_for(hf_config: Any) -> bool:
+def is_gate_requested(hf_config: Any) -> bool:
     asked = getattr(hf_config, "longcat_draft_gate", False)
     if not isinstance(asked, bool):
         refuse([f"longcat_draft_gate: {asked!r}, wanted true or false; correct --json-model-override-args"])

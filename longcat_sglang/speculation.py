@@ -142,6 +142,6 @@ def gated_worker(
     """On request, a worker that verifies only what passes the draft gate; `deployment.check` has made sure that there
     is a gate and that nothing prevents its use."""
     worker = original(algorithm, server_args, *args, **kwargs)
-    if not algorithm.is_eagle() or not deployment.is_gate_asked_for(model_config_of(server_args).hf_config):
+    if not algorithm.is_eagle() or not deployment.is_gate_requested(model_config_of(server_args).hf_config):
         return worker
     return GatedWorker

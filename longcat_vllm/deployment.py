@@ -10,16 +10,9 @@ from typing import TYPE_CHECKING
 from transformers import LongcatFlashConfig
 
 from longcat_core import spellings
-from longcat_core.drafting import gate as drafting
-from longcat_core.plugin.engine import (
-    refuse,
-    tell_of_gate,
-    tell_of_own_class,
-    unsupported_quantization,
-    use_gate,
-)
+from longcat_core.plugin.engine import leave_to_own_class, refuse, unsupported_quantization
+from longcat_core.plugin.gate import uses_gate
 from longcat_core.plugin.hooks import Stage
-from longcat_core.spellings import is_read
 from longcat_vllm import adapters, devices, hooks, loading
 from longcat_vllm.engine import OWN_ARCHITECTURE, mtp_speculation, shares_experts_over_a_transport
 
@@ -36,11 +29,9 @@ TRANSPORT_WITH_TOO_FEW_COLUMNS = "deepep_low_latency"
 def check(vllm_config: VllmConfig) -> None:
     """Raise for what LongCat-Flash cannot be served with: ValueError, or CheckpointError for a local checkpoint."""
     model = vllm_config.model_config
-    gate_is_asked_for = _is_gate_asked_for(vllm_config)
+    is_gate_requested = _is_gate_requested(vllm_config)
     if reasons := devices.current().reasons_for_own_class(vllm_config):
-        if gate_is_asked_for:
-            refuse([f"{GATE_OPTION}: vLLM's own class has no draft gate, and is needed, as {'; '.join(reasons)}"])
-        tell_of_own_class("vLLM", reasons, _LOST, logger)
+        leave_to_own_class("vLLM", reasons, _LOST, GATE_OPTION, is_gate_requested, logger)
         model.hf_config.architectures = [OWN_ARCHITECTURE]
         return
     hooks.install(Stage.DEPLOYMENT)
@@ -51,14 +42,15 @@ def check(vllm_config: VllmConfig) -> None:
     _tell_of_overrides_that_nothing_reads(model)
     if (speculation := mtp_speculation(vllm_config)) is not None:
         _give_drafts_the_targets_context(speculation, model)
-    if gate_is_asked_for or speculation is not None:
-        _check_gate(Path(model.model), vllm_config)
+    obstacles, directory = obstacles_to_gate(vllm_config), Path(model.model) if speculation is not None else None
+    if uses_gate(directory, is_gate_requested, obstacles, GATE_OPTION, logger) and speculation is not None:
+        _schedule_after_the_gate(vllm_config, speculation)
 
 
 def _tell_of_overrides_that_nothing_reads(model: ModelConfig) -> None:
     given = {} if callable(model.hf_overrides) else model.hf_overrides
     known = vars(LongcatFlashConfig()).keys() - {"head_dim", "qk_head_dim", "num_key_value_heads"}  # which follow
-    unread = sorted(name for name in given if not is_read(name) and name not in known)
+    unread = sorted(name for name in given if not spellings.is_read(name) and name not in known)
     if unread:
         logger.warning("hf_overrides: LongCat-Flash reads no field %s; check the spelling", " or ".join(unread))
 
@@ -71,7 +63,8 @@ def _give_drafts_the_targets_context(speculation: SpeculativeConfig, target: Mod
 
 _LOST = (
     "expert choices of zero experts without a GEMM row, the audit of the checkpoint, the MTP layer's own embedding, "
-    "norms inside MLA with transformers' epsilon"
+    "norms inside MLA with transformers' epsilon, YaRN's attention_factor and truncate, `ignored_layers` that name "
+    "q_a_proj or kv_a_proj_with_mqa"
 )
 """What LongCat-Flash does not have in vLLM's own class."""
 
@@ -79,7 +72,7 @@ _LOST = (
 GATE_OPTION = """--additional-config '{"longcat": {"draft_gate": true}}'"""
 
 
-def _is_gate_asked_for(vllm_config: VllmConfig) -> bool:
+def _is_gate_requested(vllm_config: VllmConfig) -> bool:
     given = vllm_config.additional_config
     ours = given.get("longcat", {}) if isinstance(given, dict) else {}
     if ours not in ({}, {"draft_gate": True}, {"draft_gate": False}):
@@ -87,21 +80,13 @@ def _is_gate_asked_for(vllm_config: VllmConfig) -> bool:
     return bool(ours.get("draft_gate"))
 
 
-def _check_gate(directory: Path, vllm_config: VllmConfig) -> None:
-    """With a gate, schedule a step after its drafts are judged, and count pruned drafts."""
+def _schedule_after_the_gate(vllm_config: VllmConfig, speculation: SpeculativeConfig) -> None:
+    """Schedule a step after its drafts are judged, and count pruned drafts."""
     from longcat_vllm.speculation import GATE_SCHEDULER, PrunedDrafts
 
-    if not _is_gate_asked_for(vllm_config):
-        if (directory / drafting.GATE_FILE).exists():
-            tell_of_gate(GATE_OPTION, logger)
-        return
-    gate = drafting.load(directory)
-    use_gate(None if gate is None else gate.threshold, obstacles_to_gate(vllm_config), GATE_OPTION, logger)
     scheduler = vllm_config.scheduler_config
     scheduler.async_scheduling = False
     scheduler.scheduler_cls = GATE_SCHEDULER
-    speculation = mtp_speculation(vllm_config)
-    assert speculation is not None, "a gate without drafts was refused"
     speculation.disable_padded_drafter_batch = True
     PrunedDrafts.collect()
 

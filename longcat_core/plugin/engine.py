@@ -122,31 +122,20 @@ def unsupported_quantization(method: str) -> str:
     )
 
 
-def tell_of_own_class(engine: str, reasons: Sequence[str], lost: str, log: logging.Logger) -> None:
-    """Warn that a LongCat model is left to the engine's own class, why, and what that lacks."""
-    log.warning("LongCat-Flash is served by %s's own class: %s. It lacks: %s.", engine, "; ".join(reasons), lost)
+def leave_to_own_class(
+    engine: str, reasons: Sequence[str], lost: str, gate_option: str, is_gate_requested: bool, log: logging.Logger
+) -> None:
+    """Warn that a LongCat model is left to the engine's own class, why, and what that lacks.
+
+    Raises:
+        ValueError: if a draft gate is requested, which that class does not have.
+    """
+    why = "; ".join(reasons)
+    if is_gate_requested:
+        refuse([f"{gate_option}: {engine}'s own class, which serves here as {why}, has no draft gate; leave it out"])
+    log.warning("LongCat-Flash is served by %s's own class: %s. It lacks: %s.", engine, why, lost)
 
 
 def unsupported_cpu_cache(dtype: str) -> str:
     """The problem of a cache that a CPU's attention cannot read, to be told with `refuse`."""
     return f"kv_cache_dtype: {dtype!r}, wanted 'auto' on a CPU; leave --kv-cache-dtype out"
-
-
-def use_gate(threshold: float | None, obstacles: Sequence[str], option: str, log: logging.Logger) -> None:
-    """Say in the engine's log that drafts go through the checkpoint's draft gate, which is asked for.
-
-    threshold: the gate's, or None if there is no gate; obstacles: what prevents the use of a gate; option: how a user
-    requests it, as typed.
-
-    Raises:
-        ValueError: if there is none, or something is in its way.
-    """
-    refuse([f"{option}: {obstacle}; or leave the draft gate out" for obstacle in obstacles])
-    if threshold is None:
-        refuse([f"{option}: the checkpoint has no draft gate; train one with `longcat train-gate`, or leave it out"])
-    log.info("The checkpoint's draft gate prunes drafts with a score under %g.", threshold)
-
-
-def tell_of_gate(option: str, log: logging.Logger) -> None:
-    """Say that the checkpoint has a gate that nobody has asked for."""
-    log.info("The checkpoint has a draft gate, which is not used unless it is asked for: %s", option)

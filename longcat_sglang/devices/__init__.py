@@ -41,6 +41,5 @@ def found() -> Finding:
     selected = os.environ.get("SGLANG_PLATFORM")
     if current_platform.is_cpu() or current_platform.is_cuda() or not selected:
         return Finding("platform", name)
-    return Finding(
-        "platform", name, f"SGLANG_PLATFORM={selected!r} keeps longcat-serving from preparing a CPU; unset it"
-    )
+    problem = f"with SGLANG_PLATFORM={selected!r} SGLang loads no plugin of longcat-serving; unset it"
+    return Finding("platform", name, problem)
