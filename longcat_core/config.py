@@ -73,7 +73,6 @@ class LongcatConfig:
     mla_scale_kv_lora: bool = True
     tie_word_embeddings: bool = False
     quantization: Quantization | None = None
-    disable_quant_module: tuple[str, ...] = ()
 
     # -- shapes and factors of the forward pass --------------------------------------------------
 

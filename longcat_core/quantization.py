@@ -24,6 +24,8 @@ class Quantization:
     fmt: str = "e4m3"
     activation_scheme: str = "dynamic"
     block: tuple[int, int] = PUBLISHED_BLOCK
+    has_blocks: bool = True
+    """Whether `weight_block_size` is there; engines take a release without it to have one scale for a whole weight."""
     ignored: tuple[str, ...] = ()
     """Modules in bf16, by published names: linear layers, or what they are part of."""
     disabled: tuple[str, ...] = ()
@@ -38,6 +40,8 @@ class Quantization:
             found.append(f"fmt: {self.fmt!r}, wanted 'e4m3'")
         if self.activation_scheme != "dynamic":
             found.append(f"activation_scheme: {self.activation_scheme!r}, wanted 'dynamic'")
+        if not self.has_blocks:
+            found.append(f"weight_block_size: none, wanted two numbers such as {list(PUBLISHED_BLOCK)}")
         return found
 
     def is_fp8(self, name: str) -> bool:
@@ -59,7 +63,8 @@ def read_quantization(raw: Mapping[str, Any], problems: list[str]) -> Quantizati
     if not isinstance(found, Mapping):
         problems.append(f"quantization_config: {found!r}, wanted an object")
         return None
-    block = found.get("weight_block_size", list(PUBLISHED_BLOCK))
+    given = found.get("weight_block_size")
+    block = list(PUBLISHED_BLOCK) if given is None else given
     if not (isinstance(block, Sequence) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
         problems.append(f"weight_block_size: {block!r}, wanted two positive integers")
         block = PUBLISHED_BLOCK
@@ -69,9 +74,24 @@ def read_quantization(raw: Mapping[str, Any], problems: list[str]) -> Quantizati
         fmt=str(found.get("fmt", "e4m3")).removeprefix("float8_"),
         activation_scheme=str(found.get("activation_scheme", "dynamic")),
         block=(int(block[0]), int(block[1])),
+        has_blocks=given is not None,
         ignored=tuple(sorted({name.removesuffix(".weight") for name in ignored})),
         disabled=disabled,
     )
+
+
+def published_quantization(quantization: Quantization) -> dict[str, Any]:
+    """The fields of a `config.json`; `read_quantization` reads them back unchanged."""
+    found: dict[str, Any] = {
+        "quant_method": quantization.method,
+        "fmt": quantization.fmt,
+        "activation_scheme": quantization.activation_scheme,
+        "ignored_layers": list(quantization.ignored),
+    }
+    if quantization.has_blocks:
+        found["weight_block_size"] = list(quantization.block)
+    disabled = {"disable_quant_module": list(quantization.disabled)} if quantization.disabled else {}
+    return {"quantization_config": found, **disabled}
 
 
 def _is_in(module: str, ignored: str) -> bool:

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from longcat_core.config import ConfigError, LongcatConfig, RopeConfig
-from longcat_core.quantization import read_quantization
+from longcat_core.quantization import published_quantization, read_quantization
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,6 @@ def read(hf_config: Mapping[str, Any] | Any) -> LongcatConfig:
         mla_scale_kv_lora=scales_kv,
         tie_word_embeddings=ties,
         quantization=quantization,
-        disable_quant_module=tuple(raw.get("disable_quant_module") or ()),
     )
 
 
@@ -143,7 +142,7 @@ def published(config: LongcatConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_word_embeddings,
         "zero_expert_num": config.zero_expert_num,
         "zero_expert_type": "identity",
-        **({"disable_quant_module": list(config.disable_quant_module)} if config.disable_quant_module else {}),
+        **(published_quantization(config.quantization) if config.quantization is not None else {}),
     }
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from transformers import LongcatFlashConfig
 
 from longcat_core import spellings
-from longcat_core.plugin.engine import leave_to_own_class, refuse, unsupported_quantization
+from longcat_core.plugin.engine import leave_to_own_class, refuse, unread_quantization
 from longcat_core.plugin.gate import uses_gate
 from longcat_core.plugin.hooks import Stage
 from longcat_vllm import adapters, devices, hooks, loading
@@ -116,8 +116,10 @@ def _unsupported(vllm_config: VllmConfig) -> list[str]:
     problems = []
     if not model.use_mla:
         problems.append("it needs MLA, which VLLM_MLA_DISABLE turns off; unset that")
-    if model.quantization is not None:
-        problems.append(unsupported_quantization(model.quantization))
+    problems += [
+        f"{problem}; give such a checkpoint, or one in bf16, and leave --quantization out"
+        for problem in unread_quantization(model.quantization, model.hf_config)
+    ]
     if speculation is not None:
         problems += _unsupported_speculation(speculation, model)
     parallel = vllm_config.parallel_config
@@ -144,7 +146,8 @@ def _unsupported_speculation(speculation: SpeculativeConfig, model: ModelConfig)
             "leave the model out of --speculative-config"
         )
     for option in ("quantization", "kv_cache_dtype", "use_local_argmax_reduction"):
-        if value := getattr(speculation, option):
+        value = getattr(speculation, option)
+        if value and (option, value) != ("quantization", model.quantization):  # which vLLM has set itself
             problems.append(
                 f"speculative_config.{option}: {value!r}, wanted none, as the MTP layer is served as the model is; "
                 f"leave {option} out of --speculative-config"

@@ -43,6 +43,15 @@ def check(vllm_config: VllmConfig, config: LongcatConfig) -> None:
         checkpoint.verify(directory, config, requires_mtp=drafts_with_mtp(vllm_config))
 
 
+def mtp_weights_in_fp8(vllm_config: VllmConfig) -> frozenset[str]:
+    """The published weights of the MTP layer that are served in FP8: those that files which can be read now have in it.
+
+    Of other sources the layer's tensors are not known before they come, and served in bf16, whatever they are.
+    """
+    directory, _ = _readable(vllm_config)
+    return frozenset() if directory is None else checkpoint.mtp_weights_in_fp8(directory)
+
+
 def unsupported(vllm_config: VllmConfig) -> list[str]:
     """Drafts from a saved state, which holds the model alone; their loader would look for them in its files."""
     load, speculation = vllm_config.load_config, mtp_speculation(vllm_config)

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from itertools import islice
 from typing import Any, ClassVar
 
@@ -42,11 +44,15 @@ from longcat_core.plugin.hooks import Stage
 from longcat_core.weights import audit, names
 from longcat_core.weights.audit import CheckpointError
 from longcat_core.weights.plan import Layout, Target, load_plan
-from longcat_vllm import devices, hooks
+from longcat_core.weights.precision import dequantized
+from longcat_vllm import devices, hooks, quantization
 from longcat_vllm.adapters import AdapterNames
 from longcat_vllm.moe import LongcatMoE, ZeroExpertAwareExperts
 
+logger = logging.getLogger(f"vllm.{__name__}")
 LAYOUT = Layout(fused_qkv_a="fused_qkv_a_proj", experts="experts.routed_experts")
+PACKED = {"gate_up_proj": ["gate_proj", "up_proj"], LAYOUT.fused_qkv_a: ["q_a_proj", "kv_a_proj_with_mqa"]}
+"""The published projections that one of vLLM's linear layers holds, the first one's rows first."""
 
 
 class LongcatAttention(nn.Module):
@@ -99,7 +105,6 @@ class LongcatAttention(nn.Module):
             kv_lora_rank=config.kv_lora_rank,
             kv_b_proj=self.kv_b_proj,
             cache_config=vllm_config.cache_config,
-            quant_config=quant_config,
             prefix=f"{prefix}.attn",
             attn_backend=devices.current().attention_backend(),
         )
@@ -150,17 +155,16 @@ class LongcatFFN(nn.Module):
 class LongcatDecoderLayer(nn.Module):
     """Two attentions, two dense FFNs, and one MoE that reads after the first attention and is added at the end."""
 
-    def __init__(self, config: LongcatConfig, vllm_config: VllmConfig, prefix: str) -> None:
+    def __init__(
+        self, config: LongcatConfig, vllm_config: VllmConfig, quant_config: QuantizationConfig | None, prefix: str
+    ) -> None:
         super().__init__()
-        quant_config = vllm_config.quant_config
-        attention_quant = None if "self_attn" in config.disable_quant_module else quant_config
-        ffn_quant = None if "mlps" in config.disable_quant_module else quant_config
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = nn.ModuleList(
-            LongcatAttention(config, vllm_config, attention_quant, f"{prefix}.self_attn.{i}") for i in range(2)
+            LongcatAttention(config, vllm_config, quant_config, f"{prefix}.self_attn.{i}") for i in range(2)
         )
         self.mlps = nn.ModuleList(
-            LongcatFFN(hidden, config.ffn_hidden_size, ffn_quant, f"{prefix}.mlps.{i}") for i in range(2)
+            LongcatFFN(hidden, config.ffn_hidden_size, quant_config, f"{prefix}.mlps.{i}") for i in range(2)
         )
         self.input_layernorm = nn.ModuleList(RMSNorm(hidden, eps=eps) for _ in range(2))
         self.post_attention_layernorm = nn.ModuleList(RMSNorm(hidden, eps=eps) for _ in range(2))
@@ -188,7 +192,7 @@ class LongcatModel(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         self.config = config = spellings.read(vllm_config.model_config.hf_config)
-        stage = get_pp_group()
+        stage, quant_config = get_pp_group(), quantization.of_model(vllm_config, config, PACKED)
         self.embed_tokens = (
             VocabParallelEmbedding(config.vocab_size, config.hidden_size, prefix=maybe_prefix(prefix, "embed_tokens"))
             if stage.is_first_rank or (config.tie_word_embeddings and stage.is_last_rank)
@@ -196,7 +200,7 @@ class LongcatModel(nn.Module):
         )
         self.start_layer, self.end_layer, self.layers = make_layers(
             config.num_layers,
-            lambda prefix: LongcatDecoderLayer(config, vllm_config, prefix),
+            lambda prefix: LongcatDecoderLayer(config, vllm_config, quant_config, prefix),
             prefix=maybe_prefix(prefix, "layers"),
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if stage.is_last_rank else PPMissingLayer()
@@ -239,10 +243,7 @@ class LongcatModel(nn.Module):
 class LongcatCausalLM(nn.Module):
     """What the target and its drafter share: logits, and loading of published tensors."""
 
-    packed_modules_mapping: ClassVar[dict[str, list[str]]] = {
-        "gate_up_proj": ["gate_proj", "up_proj"],
-        LAYOUT.fused_qkv_a: ["q_a_proj", "kv_a_proj_with_mqa"],
-    }
+    packed_modules_mapping: ClassVar[dict[str, list[str]]] = PACKED
     _audited = staticmethod(audit.audited)
 
     def __init__(self, vllm_config: VllmConfig, config: LongcatConfig, plan: Mapping[str, Target]) -> None:
@@ -273,7 +274,9 @@ class LongcatCausalLM(nn.Module):
         experts = (module for module in self.modules() if isinstance(module, ZeroExpertAwareExperts))
         self._experts_are_packed = any(devices.current().has_packed(module) for module in experts)
         try:
-            for name, tensor in self._audited(weights, self.longcat, is_partial=self._loads_are_partial):
+            audited = self._audited(weights, self.longcat, is_partial=self._loads_are_partial)
+            is_kept = partial(self._is_kept, parameters)
+            for name, tensor in dequantized(audited, self.longcat, is_kept, logger):
                 loaded |= self._load(parameters, name, tensor)
         except CheckpointError:
             if any(parameter.is_meta for parameter in parameters.values()):
@@ -282,6 +285,11 @@ class LongcatCausalLM(nn.Module):
             raise
         self._loads_are_partial = True
         return loaded
+
+    def _is_kept(self, parameters: Mapping[str, Any], weight: str) -> bool:
+        """Whether a published weight stays in FP8 here, or belongs to another stage or model and is not read."""
+        target, scales = self._plan.get(weight), self._plan.get(weight + names.SCALE_SUFFIX)
+        return target is None or scales is None or target.parameter not in parameters or scales.parameter in parameters
 
     def _load(self, parameters: dict[str, Any], name: str, tensor: Tensor) -> set[str]:
         """Load one tensor, or leave it to another stage, another rank or the other of the two models."""
@@ -321,7 +329,6 @@ class LongcatFlashForCausalLM(LongcatCausalLM, SupportsLoRA, SupportsPP):
             head = ParallelLMHead(
                 config.vocab_size,
                 config.hidden_size,
-                quant_config=vllm_config.quant_config,
                 prefix=maybe_prefix(prefix, "lm_head"),
             )
             if config.tie_word_embeddings:

@@ -19,6 +19,7 @@ from longcat_core.config import LongcatConfig
 from longcat_core.layers.experts import add_identity
 from longcat_core.layers.routing import route
 from longcat_vllm import devices
+from longcat_vllm.quantization import LongcatFp8Config
 
 
 class LongcatMoE(nn.Module):
@@ -115,9 +116,9 @@ class ZeroExpertAwareExperts(RoutedExperts):
     def _get_quant_method(
         self, prefix: str, quant_config: QuantizationConfig | None, moe_config: FusedMoEConfig
     ) -> FusedMoEMethodBase:
-        assert quant_config is None, "deployment.check refuses it"
-        choose = partial(super()._get_quant_method, prefix, quant_config, moe_config)
-        return devices.current().experts_method(choose, moe_config)
+        is_fp8 = isinstance(quant_config, LongcatFp8Config) and quant_config.keeps_experts(prefix, moe_config)
+        choose = partial(super()._get_quant_method, prefix, quant_config if is_fp8 else None, moe_config)
+        return devices.current().experts_method(choose, moe_config, is_fp8)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """

@@ -21,8 +21,9 @@ from longcat_core.drafting import gate as drafting
 from longcat_core.layers import rotary
 from longcat_core.weights import audit
 from longcat_core.weights.plan import mtp_load_plan
+from longcat_vllm import loading, quantization
 from longcat_vllm.engine import is_longcat
-from longcat_vllm.model import LAYOUT, LongcatAttention, LongcatCausalLM, LongcatFFN
+from longcat_vllm.model import LAYOUT, PACKED, LongcatAttention, LongcatCausalLM, LongcatFFN
 from longcat_vllm.speculation import GATE_SCHEDULER, GatedDrafts
 
 
@@ -31,7 +32,9 @@ class LongcatMTPLayer(nn.Module):
 
     def __init__(self, config: LongcatConfig, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
-        quant_config = None if "mtp" in config.disable_quant_module else vllm_config.quant_config
+        quant_config = quantization.of_model(
+            vllm_config, config, PACKED, drafter=(prefix, loading.mtp_weights_in_fp8(vllm_config))
+        )
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.enorm = nn.ModuleDict({"m": RMSNorm(hidden, eps=eps)})
         self.hnorm = nn.ModuleDict({"m": RMSNorm(hidden, eps=eps)})

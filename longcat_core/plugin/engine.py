@@ -8,10 +8,12 @@ import logging
 import multiprocessing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
+from longcat_core import spellings
 from longcat_core.plugin.hooks import Hook, Stage, of_stage
 
 logger = logging.getLogger(__name__)
@@ -114,12 +116,18 @@ def refuse(problems: Sequence[str]) -> None:
         raise ValueError("LongCat-Flash cannot be served like this:\n  " + "\n  ".join(problems))
 
 
-def unsupported_quantization(method: str) -> str:
-    """The problem of a checkpoint or an option that asks for quantisation, to be told with `refuse`."""
-    return (
-        f"quantization: {method!r}, wanted none so far; give a bfloat16 or float32 checkpoint, "
-        "and leave --quantization out"
-    )
+def unread_quantization(method: str | None, hf_config: Any) -> list[str]:
+    """Why this package cannot read a deployment's quantisation, each with the value met and the value wanted; empty if
+    there is none, or the checkpoint's own FP8 in blocks.
+
+    method: what the engine has made of the checkpoint and of --quantization.
+    """
+    if method is None:
+        return []
+    quantization = spellings.read(hf_config).quantization
+    if quantization is None or quantization.method != "fp8" or method != "fp8":
+        return [f"quantization: {method!r}, wanted none, or a checkpoint in FP8 with quant_method 'fp8'"]
+    return [f"quantization_config.{problem}" for problem in quantization.problems()]
 
 
 def leave_to_own_class(

@@ -17,7 +17,7 @@ from longcat_core.config import ConfigError, LongcatConfig
 from longcat_core.quantization import PUBLISHED_BLOCK
 from longcat_core.weights.audit import Audit, CheckpointError, unstacked
 from longcat_core.weights.blocks import dequantize_blocks
-from longcat_core.weights.names import SCALE_SUFFIX, all_tensors, expert_parts, stacked_experts
+from longcat_core.weights.names import SCALE_SUFFIX, all_tensors, expert_parts, is_mtp, stacked_experts
 
 INDEX_NAME = "model.safetensors.index.json"
 _DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
@@ -83,6 +83,24 @@ def load(directory: Path, config: LongcatConfig) -> dict[str, Tensor]:
                     tensors[name] = opened.get_tensor(name)
     block = config.quantization.block if config.quantization is not None else PUBLISHED_BLOCK
     return tensors | {name: dequantize_blocks(tensors[name], each, block=block) for name, each in scales.items()}
+
+
+def mtp_weights_in_fp8(directory: Path) -> frozenset[str]:
+    """The weights of the MTP layer that have scales, by the index or, without one, by the headers of all shards.
+
+    Raises:
+        CheckpointError: as `shards`, and for a file that is not safetensors.
+    """
+    index = directory / INDEX_NAME
+    names: set[str] = set()
+    if index.exists():
+        shards(directory)  # which checks the index
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    else:
+        for shard in shards(directory):
+            with OpenShard(shard) as tensors:
+                names.update(tensors.keys())
+    return frozenset(name.removesuffix(SCALE_SUFFIX) for name in names if is_mtp(name) and name.endswith(SCALE_SUFFIX))
 
 
 def save(tensors: Mapping[str, Tensor], directory: Path, max_shard_size: int = 2**30) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from longcat_core.config import LongcatConfig
 from longcat_core.plugin.diagnosis import Finding
+from longcat_core.weights.precision import Fp8Kernels
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
     from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
     from vllm.v1.attention.backend import AttentionBackend
 
 MOE_BACKENDS = ("auto", "triton", "flashinfer_cutlass", "humming")
@@ -31,8 +33,16 @@ class Device(ABC):
         """Our MLA backend, or None where vLLM chooses one of its own."""
 
     @abstractmethod
+    def fp8_kernels(self, dtype: torch.dtype) -> Fp8Kernels:
+        """What is in FP8 here, with activations of this dtype; every other FP8 weight is dequantised when loaded."""
+
+    @abstractmethod
+    def fp8_linear_method(self, choose: Callable[[], QuantizeMethodBase | None]) -> QuantizeMethodBase | None:
+        """The kernel of a linear layer that is in FP8. `choose` makes vLLM's own choice."""
+
+    @abstractmethod
     def experts_method(
-        self, choose: Callable[[], FusedMoEMethodBase], moe_config: FusedMoEConfig
+        self, choose: Callable[[], FusedMoEMethodBase], moe_config: FusedMoEConfig, is_fp8: bool
     ) -> FusedMoEMethodBase:
         """The kernel of FFN experts, which computes nothing for an id of -1. `choose` makes vLLM's own choice.
 

@@ -16,6 +16,7 @@ from transformers import LongcatFlashConfig
 from longcat_core import spellings
 from longcat_core.config import ConfigError, LongcatConfig, RopeConfig
 from longcat_core.layers import rotary
+from longcat_core.quantization import Quantization
 from longcat_core.weights import checkpoint, names
 from tests.cases import CASES, CHAT, DEFAULT, every_spelling
 
@@ -63,6 +64,15 @@ rope_configs = st.builds(RopeConfig, theta=st.floats(1e2, 1e8)) | st.builds(
     attention_factor=st.none() | st.floats(0.5, 2),
     truncate=st.booleans(),
 )
+quantizations = st.builds(
+    Quantization,
+    method=st.just("fp8"),
+    fmt=st.sampled_from(["e4m3", "e5m2"]),
+    activation_scheme=st.sampled_from(["dynamic", "static"]),
+    block=st.tuples(st.integers(1, 256), st.integers(1, 256)),
+    ignored=st.sampled_from([(), ("model.layers.0.mlps.0.down_proj", "model.layers.1.self_attn")]),
+    disabled=st.sampled_from([(), ("self_attn",), ("self_attn", "mlps", "mtp")]),
+)
 sizes = st.integers(1, 4096)
 configs = st.builds(
     LongcatConfig,
@@ -79,7 +89,7 @@ configs = st.builds(
     mla_scale_q_lora=st.booleans(),
     mla_scale_kv_lora=st.booleans(),
     tie_word_embeddings=st.booleans(),
-    disable_quant_module=st.sampled_from([(), ("self_attn",), ("self_attn", "mlps", "mtp")]),
+    quantization=st.none() | quantizations,
 )
 
 

@@ -408,7 +408,7 @@ def test_shards_and_spellings_of_a_model_share_a_fingerprint(tmp_path: Path) -> 
 
 def test_quantizing_a_model_or_changing_its_context_keeps_its_fingerprint(tmp_path: Path) -> None:
     wanted = identity(tmp_path, published(DEFAULT))
-    copy = replace(DEFAULT, quantization=Quantization("fp8"), disable_quant_module=("mtp",), max_position_embeddings=64)
+    copy = replace(DEFAULT, quantization=Quantization("fp8", disabled=("mtp",)), max_position_embeddings=64)
     assert drafting.fingerprint(tmp_path, copy) == wanted
 
 

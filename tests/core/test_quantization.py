@@ -38,7 +38,7 @@ def test_published_fields_are_read() -> None:
         disable_quant_module=["mtp"],
     )
     assert found == Quantization(
-        "fp8", "e4m3", "dynamic", (128, 128), ("model.layers.0.mlps.0.down_proj",), disabled=("mtp",)
+        "fp8", "e4m3", "dynamic", (128, 128), ignored=("model.layers.0.mlps.0.down_proj",), disabled=("mtp",)
     )
     assert found.problems() == []
 
@@ -49,6 +49,7 @@ def test_published_fields_are_read() -> None:
         ({"quant_method": "gptq"}, "quant_method: 'gptq', wanted 'fp8'"),
         ({"fmt": "e5m2"}, "fmt: 'e5m2', wanted 'e4m3'"),
         ({"activation_scheme": "static"}, "activation_scheme: 'static', wanted 'dynamic'"),
+        ({"weight_block_size": None}, "weight_block_size: none, wanted two numbers such as [128, 128]"),
     ],
 )
 def test_what_cannot_be_read_is_named(changes: dict[str, Any], problem: str) -> None:

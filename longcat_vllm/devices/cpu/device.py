@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from longcat_core.config import LongcatConfig
 from longcat_core.plugin.diagnosis import Finding
 from longcat_core.plugin.engine import unsupported_cpu_cache
+from longcat_core.weights.precision import Fp8Kernels
 from longcat_vllm.devices.base import MOE_BACKENDS, Device
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
     from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
     from vllm.v1.attention.backend import AttentionBackend
 
 
@@ -26,12 +28,23 @@ class Cpu(Device):
 
         return LatentAttentionBackend
 
+    def fp8_kernels(self, dtype: torch.dtype) -> Fp8Kernels:
+        from longcat_vllm.devices.cpu.fp8 import CpuFp8Kernels
+
+        return CpuFp8Kernels(dtype)
+
+    def fp8_linear_method(self, choose: Callable[[], QuantizeMethodBase | None]) -> QuantizeMethodBase:
+        from longcat_vllm.devices.cpu.fp8 import CpuFp8LinearMethod
+
+        return CpuFp8LinearMethod()
+
     def experts_method(
-        self, choose: Callable[[], FusedMoEMethodBase], moe_config: FusedMoEConfig
+        self, choose: Callable[[], FusedMoEMethodBase], moe_config: FusedMoEConfig, is_fp8: bool
     ) -> FusedMoEMethodBase:
         from longcat_vllm.devices.cpu.experts import CompactedRowsMethod
+        from longcat_vllm.devices.cpu.fp8 import CompactedFp8RowsMethod
 
-        return CompactedRowsMethod(moe_config)
+        return CompactedFp8RowsMethod(moe_config) if is_fp8 else CompactedRowsMethod(moe_config)
 
     def expert_map(self, num_experts: int, device: torch.device | str) -> None:
         return None

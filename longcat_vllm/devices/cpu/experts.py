@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from vllm.model_executor.utils import replace_parameter
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from longcat_core.layers.experts import ExpertFFN, grouped_ffn, routed_experts
+from longcat_core.quantization import PUBLISHED_BLOCK
 
 logger = init_logger(__name__)
 
@@ -32,13 +34,16 @@ class CompactedRowsMethod(FusedMoEMethodBase):
     create_weights = UnquantizedFusedMoEMethod.create_weights
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        _, hidden, intermediate = layer.w2_weight.shape
-        layer.cpu_kernel = select_cpu_kernel(hidden, intermediate, layer.w2_weight.dtype)
+        layer.cpu_kernel = self.select_kernel(layer)
         logger.info_once("LongCat experts on CPU: %s over rows of FFN experts only.", layer.cpu_kernel)
         pack = CPU_KERNELS[layer.cpu_kernel].pack
         replace_parameter(layer, "w13_weight", pack(layer.w13_weight.data))
         replace_parameter(layer, "w2_weight", pack(layer.w2_weight.data))
         layer.no_expert_map = torch.empty(0, dtype=torch.int32)
+
+    def select_kernel(self, layer: Any) -> str:
+        _, hidden, intermediate = layer.w2_weight.shape
+        return select_cpu_kernel(hidden, intermediate, layer.w2_weight.dtype)
 
     def get_fused_moe_quant_config(self, layer: nn.Module) -> FusedMoEQuantConfig:
         return FusedMoEQuantConfig.make()
@@ -58,6 +63,8 @@ class CompactedRowsMethod(FusedMoEMethodBase):
             topk_weights,
             layer.w13_weight,
             layer.w2_weight,
+            getattr(layer, "w13_weight_scale_inv", None),
+            getattr(layer, "w2_weight_scale_inv", None),
             layer.no_expert_map if layer.expert_map is None else layer.expert_map,
             layer.cpu_kernel,
         )
@@ -71,27 +78,19 @@ def select_cpu_kernel(hidden_size: int, intermediate_size: int, dtype: torch.dty
     return "bf16_dot" if dtype == torch.bfloat16 and has_bf16_dot else "vector"
 
 
-def _bf16_dot(w13: Tensor, w2: Tensor) -> ExpertFFN:
+def _dot(method: ops.CPUQuantMethod, w13: Tensor, w2: Tensor, s13: Tensor | None, s2: Tensor | None) -> ExpertFFN:
     """vLLM's kernel from SGLang: AVX512-BF16 and AMX dot products."""
+    block = None if s13 is None else [*PUBLISHED_BLOCK]
 
     def ffn(rows: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         outputs = torch.empty_like(rows)
-        ops.fused_experts_cpu(
-            outputs,
-            rows,
-            w13,
-            w2,
-            weights,
-            experts,
-            ops.CPUQuantMethod.UNQUANT,
-            *(None,) * 5,
-        )
+        ops.fused_experts_cpu(outputs, rows, w13, w2, weights, experts, method, s13, s2, None, None, block)
         return outputs
 
     return ffn
 
 
-def _vector(w13: Tensor, w2: Tensor) -> ExpertFFN:
+def _vector(w13: Tensor, w2: Tensor, _s13: None, _s2: None) -> ExpertFFN:
     """vLLM's portable grouped GEMM."""
 
     def ffn(rows: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
@@ -102,31 +101,48 @@ def _vector(w13: Tensor, w2: Tensor) -> ExpertFFN:
     return ffn
 
 
+def _torch(w13: Tensor, w2: Tensor, _s13: None, _s2: None) -> ExpertFFN:
+    return grouped_ffn(w13, w2)
+
+
 class CpuKernel(NamedTuple):
     pack: Callable[[Tensor], Tensor]
     """Stacked weights into the layout of the kernel, once after loading."""
-    ffn: Callable[[Tensor, Tensor], ExpertFFN]
-    """From packed w13 and w2."""
+    ffn: Callable[..., ExpertFFN]
+    """From packed w13 and w2, and in FP8 the scales of both, fp32 [experts, blocks of rows, blocks of columns]."""
+
+
+def _pack_for_dot(weight: Tensor) -> Tensor:
+    packed: Tensor = torch.ops._C.convert_weight_packed(weight)
+    return packed
 
 
 CPU_KERNELS = {
-    "bf16_dot": CpuKernel(lambda weight: torch.ops._C.convert_weight_packed(weight), _bf16_dot),
+    "bf16_dot": CpuKernel(_pack_for_dot, partial(_dot, ops.CPUQuantMethod.UNQUANT)),
+    "fp8": CpuKernel(_pack_for_dot, partial(_dot, ops.CPUQuantMethod.FP8_W8A16)),
     "vector": CpuKernel(lambda weight: ops.cpu_prepack_moe_weight(weight, "vec"), _vector),
-    "torch": CpuKernel(lambda weight: weight, grouped_ffn),
+    "torch": CpuKernel(lambda weight: weight, _torch),
 }
 
 
 def _cpu_experts(
-    hidden_states: Tensor, ids: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, expert_map: Tensor, kernel: str
+    hidden_states: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    w13_scales: Tensor | None,
+    w2_scales: Tensor | None,
+    expert_map: Tensor,
+    kernel: str,
 ) -> Tensor:
     """The number of rows depends on the routing, so torch.compile must not look inside."""
     local = expert_map if expert_map.numel() else None
-    return routed_experts(hidden_states, ids, weights, CPU_KERNELS[kernel].ffn(w13, w2), local)
+    ffn = CPU_KERNELS[kernel].ffn(w13, w2, w13_scales, w2_scales)
+    return routed_experts(hidden_states, ids, weights, ffn, local)
 
 
-def _cpu_experts_fake(
-    hidden_states: Tensor, ids: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, expert_map: Tensor, kernel: str
-) -> Tensor:
+def _cpu_experts_fake(hidden_states: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(hidden_states)
 
 

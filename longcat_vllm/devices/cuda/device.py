@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from longcat_core.config import LongcatConfig
 from longcat_core.plugin.diagnosis import Finding
+from longcat_core.plugin.engine import unread_quantization
+from longcat_core.quantization import PUBLISHED_BLOCK
+from longcat_core.weights.precision import Fp8Kernels
 from longcat_vllm.devices.base import MOE_BACKENDS, Device
 from longcat_vllm.engine import shares_experts_over_a_transport
 
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
     from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 TRANSPORTS_WITH_A_KERNEL = ("nixl_ep", "moonep")
 """Values of --all2all-backend that bind experts to a kernel."""
@@ -27,8 +31,14 @@ class Cuda(Device):
     def attention_backend(self) -> None:
         return None
 
+    def fp8_kernels(self, dtype: torch.dtype) -> Fp8Kernels:
+        return VllmFp8Kernels()
+
+    def fp8_linear_method(self, choose: Callable[[], QuantizeMethodBase | None]) -> QuantizeMethodBase | None:
+        return choose()
+
     def experts_method(
-        self, choose: Callable[[], FusedMoEMethodBase], moe_config: FusedMoEConfig
+        self, choose: Callable[[], FusedMoEMethodBase], moe_config: FusedMoEConfig, is_fp8: bool
     ) -> FusedMoEMethodBase:
         from longcat_vllm.devices.cuda.experts import skipping_zero_experts
 
@@ -54,8 +64,7 @@ class Cuda(Device):
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
         backend, transport = vllm_config.kernel_config.moe_backend, parallel.all2all_backend
         reasons = []
-        if model.quantization is not None:
-            reasons.append(f"quantization {model.quantization!r} is not supported by longcat-serving yet")
+        reasons += unread_quantization(model.quantization, model.hf_config)
         if model.convert_type == "classify":
             reasons.append("longcat-serving has no head of a classifier")
         if backend not in MOE_BACKENDS:
@@ -78,6 +87,17 @@ class Cuda(Device):
             Finding("attention", f"{attention} in bfloat16, unless --attention-backend says otherwise"),
             Finding("MoE", f"{kernel} in bfloat16, unless --moe-backend says otherwise; zero experts as id -1"),
         ]
+
+
+class VllmFp8Kernels(Fp8Kernels):
+    """vLLM's own, which refuse by themselves what they do not compute."""
+
+    def take_linear(self, projections: Sequence[str], rows: Sequence[int], columns: int) -> bool:
+        """`get_and_maybe_dequant_weights`, by which MLA absorbs `kv_b_proj`, needs whole blocks (vLLM 0.32)."""
+        return projections[0] != "kv_b_proj" or not (rows[0] % PUBLISHED_BLOCK[0] or columns % PUBLISHED_BLOCK[1])
+
+    def take_experts(self, inner: int, hidden: int) -> bool:
+        return True
 
 
 def engine_choice(config: LongcatConfig | None, dtype: torch.dtype) -> tuple[str, str]:

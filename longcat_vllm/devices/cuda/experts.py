@@ -11,8 +11,9 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 
 logger = init_logger(f"vllm.{__name__}")
 
-SKIP_ZERO_EXPERTS = ("TritonExperts", "FlashInferExperts")
-"""vLLM's experts that skip ids of -1, by the expert map and by the range of a rank's experts (read in vLLM 0.32)."""
+SKIP_ZERO_EXPERTS = ("TritonExperts", "FlashInferExperts", "TritonOrDeepGemmExperts")
+"""vLLM's experts that skip ids of -1: by the expert map, by the range of a rank's experts, and by the map again, which
+DeepGEMM's counting and scattering of rows read as Triton's do (read in vLLM 0.32)."""
 
 
 def kernel_of(method: FusedMoEMethodBase) -> str:
