@@ -5,16 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from longcat_core.config import LongcatConfig
-from longcat_core.quantization import Quantization
+from longcat_core.quantization import PUBLISHED_BLOCK, Quantization
 from longcat_core.weights.blocks import FP8, dequantize_blocks, quantize_blocks
 from longcat_core.weights.names import SCALE_SUFFIX
-from tests.cases import DEFAULT, drafting_tensors, in_dtype, write_checkpoint
+from tests.cases import DEFAULT, in_dtype
 
 # Blocks of 128 x 128 fit every layer on two ranks, but `kv_a_proj_with_mqa`, whose last block has 96 rows.
 CONFIG = replace(
@@ -44,18 +43,13 @@ def released(config: LongcatConfig, tensors: Mapping[str, Tensor]) -> dict[str, 
     return found
 
 
-def dequantised(release: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def dequantised(
+    release: Mapping[str, Tensor], dtype: torch.dtype = torch.float32, block: tuple[int, int] = PUBLISHED_BLOCK
+) -> dict[str, Tensor]:
     """The model that a release stands for: FP8 times scales, rounded to `dtype`; the rest in it, but the router."""
     numbers = {
-        name: dequantize_blocks(tensor, release[name + SCALE_SUFFIX]) if tensor.dtype == FP8 else tensor
+        name: dequantize_blocks(tensor, release[name + SCALE_SUFFIX], block=block) if tensor.dtype == FP8 else tensor
         for name, tensor in release.items()
         if not name.endswith(SCALE_SUFFIX)
     }
     return in_dtype(numbers, dtype)
-
-
-def write_release(directory: Path, config: LongcatConfig, seed: int = 0) -> dict[str, Tensor]:
-    """Write a release whose drafts are partly accepted; its tensors."""
-    release = released(config, drafting_tensors(config, seed))
-    write_checkpoint(directory, config, release)
-    return release

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 MOE_BACKENDS = ("auto", "triton", "flashinfer_cutlass", "humming")
 """Values of --moe-backend with which unquantised experts get a kernel of `cuda.experts.SKIP_ZERO_EXPERTS`."""
 
+FP8_MOE_BACKENDS = ("auto", "triton", "flashinfer_cutlass", "deep_gemm")
+"""The same for experts in FP8."""
+
 
 class Device(ABC):
     """Without state, so that each can be made and called on any machine."""

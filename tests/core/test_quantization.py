@@ -133,6 +133,16 @@ def test_each_block_has_the_scale_of_its_greatest_number(drawn: tuple[Tensor, tu
         assert (read[part] - weight[part]).abs().max() <= greatest * 2**-4, "half a unit in the last place"
 
 
+@pytest.mark.parametrize("has_nan", [False, True])
+def test_every_number_of_fp8_is_read(has_nan: bool) -> None:
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes = codes if has_nan else codes[(codes & 127) != 127]
+    fp8 = codes.view(torch.float8_e4m3fn).view(2, -1)
+    read = dequantize_blocks(fp8, torch.full((1, 1), 2.0))
+    assert torch.equal(read.nan_to_num(1e9), (fp8.float() * 2).nan_to_num(1e9))
+    assert read.isnan().sum() == 2 * has_nan
+
+
 def test_a_block_of_zeros_has_a_scale_of_1() -> None:
     quantised, scales = quantize_blocks(torch.zeros(3, 5), (2, 2))
     assert torch.equal(scales, torch.ones(2, 3))

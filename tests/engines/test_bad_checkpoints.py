@@ -164,12 +164,29 @@ def test_fp8_weights_without_scales_are_all_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("raw", "engine_args"), [(RAW | {"quantization_config": FP8}, {}), (RAW, {"quantization": "fp8"})]
+    ("changes", "problem"),
+    [
+        ({"fmt": "e5m2"}, "quantization_config.fmt: 'e5m2', wanted 'e4m3'"),
+        ({"weight_block_size": None}, "quantization_config.weight_block_size: none, wanted two numbers"),
+        ({"weight_block_size": None, "activation_scheme": "static"}, "activation_scheme: 'static', wanted 'dynamic'"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False}, "quantization: "),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}, "quantization: "),
+        ({"quant_method": "compressed-tensors", "config_groups": {}, "format": "float-quantized"}, "quantization: "),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, "quantization: "),
+    ],
+    ids=lambda value: value.get("quant_method", next(iter(value))) if isinstance(value, dict) else "",
 )
-def test_quantisation_is_refused_so_far(raw: dict[str, Any], engine_args: dict[str, Any], tmp_path: Path) -> None:
-    tensors = in_fp8(TENSORS, scales=True) if "quantization_config" in raw else TENSORS
-    message = refusal(write_checkpoint(tmp_path, CASE.config, tensors, raw), **engine_args)
-    assert "quantization: 'fp8', wanted none so far; give a bfloat16 or float32 checkpoint" in message
+def test_a_quantisation_that_cannot_be_served_on_a_cpu_is_named(
+    changes: dict[str, Any], problem: str, tmp_path: Path
+) -> None:
+    raw = {**RAW, "quantization_config": {**FP8, **changes}}
+    message = refusal(write_checkpoint(tmp_path, CASE.config, TENSORS, raw), dtype="bfloat16")
+    assert problem in message
+    assert "give such a checkpoint, or one in bf16, and leave --quantization out" in message
+
+
+def test_a_checkpoint_in_bf16_is_not_quantised_here(good: Path) -> None:
+    assert "quantization: 'fp8', wanted none, or the 'fp8' of" in refusal(good, quantization="fp8", dtype="bfloat16")
 
 
 @pytest.mark.parametrize("version", engine.UNSUPPORTED)

@@ -18,7 +18,7 @@ from tests.cases import CASES, Case, drafting_tensors, write_checkpoint
 from tests.harness import ENGINE, engine
 from tests.speculation import CASE, MOST_DRAFTS, NEW_TOKENS, prompts_of, reference_of, steps_of, the_gate, truth
 
-DRAFTS = range(1, MOST_DRAFTS + 1)
+DRAFTS = (1, MOST_DRAFTS)
 broken = import_module(f"tests.{ENGINE}.broken")
 
 

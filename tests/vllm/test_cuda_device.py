@@ -83,42 +83,6 @@ def test_no_kernel_routes_by_itself() -> None:
     assert PrecomputedRouting(4, 8).routing_method_type is RoutingMethodType.Unspecified
 
 
-@pytest.mark.parametrize("module", ["self_attn", "mlps", "mtp", None])
-def test_modules_that_a_release_leaves_in_bf16_get_no_quantisation(
-    module: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from longcat_vllm import model, mtp
-
-    given: dict[str, set[Any]] = {}
-
-    def standing_for(name: str) -> Callable[..., torch.nn.Module]:
-        def make(*args: Any, **kwargs: Any) -> torch.nn.Module:
-            given.setdefault(name, set()).update({"fp8"} & {each for each in args if isinstance(each, str)})
-            return torch.nn.Identity()
-
-        return make
-
-    for room in (model, mtp):
-        for name in ("LongcatAttention", "LongcatFFN"):
-            monkeypatch.setattr(room, name, standing_for(name))
-        monkeypatch.setattr(room, "RMSNorm", standing_for("RMSNorm"))
-    monkeypatch.setattr(model, "LongcatMoE", standing_for("LongcatMoE"))
-    monkeypatch.setattr(
-        mtp, "ReplicatedLinear", lambda *_, quant_config, **__: given.setdefault("eh_proj", {quant_config})
-    )
-    config = replace(DEFAULT, disable_quant_module=(module,) if module else ())
-    vllm_config: Any = SimpleNamespace(quant_config="fp8")
-    model.LongcatDecoderLayer(config, vllm_config, "layers.0")
-    quantised = {name for name, configs in given.items() if configs == {"fp8"}}
-    expected = {"LongcatAttention", "LongcatFFN", "LongcatMoE"}
-    assert quantised == expected - {{"self_attn": "LongcatAttention", "mlps": "LongcatFFN"}.get(str(module), "")}
-    given.clear()
-    monkeypatch.setattr(torch.nn, "ModuleDict", dict)
-    mtp.LongcatMTPLayer(config, vllm_config, "layers.2")
-    quantised = {name for name, configs in given.items() if configs == {"fp8"}}
-    assert quantised == (set() if module == "mtp" else {"LongcatAttention", "LongcatFFN", "eh_proj"})
-
-
 def test_a_gate_is_where_the_drafter_is(gated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[torch.device] = []
     move = DraftGate.to

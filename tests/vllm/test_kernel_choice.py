@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from longcat_core import spellings
+from longcat_core.quantization import Quantization
 from longcat_vllm.devices.base import MOE_BACKENDS
 from longcat_vllm.devices.cpu.device import Cpu
 from longcat_vllm.devices.cuda.device import TRANSPORTS_WITH_A_KERNEL, Cuda
@@ -23,6 +26,14 @@ KERNELS = [
     *("BatchedTritonExperts", "MoonEPExperts", "XPUExperts", "TrtLlmBf16LoRAExperts"),
 ]
 """Those that vLLM 0.32 has for unquantised experts, without a CPU's."""
+FP8_KERNELS = [
+    *("TritonExperts", "FlashInferExperts", "TritonOrDeepGemmExperts", "AiterExperts", "BatchedDeepGemmExperts"),
+    *("BatchedHummingGroupedExperts", "HummingGroupedExperts", "HummingIndexedExperts", "MarlinExperts"),
+    *("BatchedTritonExperts", "TritonOrCutlassExperts", "CutlassBatchedExpertsFp8", "HPCExperts"),
+    *("TrtLlmFp8ExpertsMonolithic", "TrtLlmFp8ExpertsModular"),
+    *("XPUExpertsFp8", "XPUExpertsMxFp8", "XPUExpertsBlockFp8"),
+]
+"""Those for experts in FP8."""
 
 
 @pytest.fixture
@@ -60,14 +71,14 @@ def said(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], str]]:
     logger.removeHandler(caplog.handler)
 
 
-@pytest.mark.parametrize("kernel", [*KERNELS, None])
+@pytest.mark.parametrize("kernel", [*dict.fromkeys([*KERNELS, *FP8_KERNELS]), None])
 def test_a_kernel_that_is_not_known_to_skip_zero_experts_is_not_taken(
     kernel: str | None, chosen_by_vllm: Callable[[str | None, str | None], Callable[[], Any]], said: Callable[[], str]
 ) -> None:
     from longcat_vllm.devices.cuda.experts import SKIP_ZERO_EXPERTS, kernel_of
 
     taken = kernel_of(chosen_by_vllm(kernel, "TritonExperts")())
-    assert set(SKIP_ZERO_EXPERTS) == {"TritonExperts", "FlashInferExperts"}, "those that were read"
+    assert set(SKIP_ZERO_EXPERTS) == {"TritonExperts", "FlashInferExperts", "TritonOrDeepGemmExperts"}, "those read"
     if kernel in SKIP_ZERO_EXPERTS:
         assert taken == kernel
         assert said() == ""
@@ -99,6 +110,7 @@ def asked(**changes: Any) -> Any:
     """What a GPU's device looks at of vLLM's configuration."""
     plain = {
         "quantization": None,
+        "hf_config": None,
         "convert_type": "none",
         "moe_backend": "auto",
         "all2all_backend": "allgather_reducescatter",
@@ -109,6 +121,45 @@ def asked(**changes: Any) -> Any:
     }
     together = SimpleNamespace(**plain | changes)
     return SimpleNamespace(model_config=together, parallel_config=together, kernel_config=together)
+
+
+def test_these_are_all_the_kernels_that_vllm_has_for_experts_in_fp8() -> None:
+    """If this fails, read what the new one does with an id of -1."""
+    from vllm.model_executor.layers.fused_moe.oracle import fp8
+
+    found = set()
+    for backend in fp8.Fp8MoeBackend:
+        if not backend.name.startswith(("CPU", "NONE", "EMULATION", "TRITON_MXFP8", "AITER_MXFP8")):
+            found |= {kernel.__name__ for kernel in fp8.backend_to_kernel_cls(backend)}
+    assert found == set(FP8_KERNELS)
+
+
+@pytest.mark.parametrize("backend", ["deep_gemm", "humming"])
+def test_kernels_that_were_asked_for_experts_in_fp8(backend: str) -> None:
+    """DeepGEMM's skip zero experts; Humming's of FP8 were not read."""
+    fp8 = replace(CASE.config, quantization=Quantization("fp8"))
+    in_fp8 = asked(moe_backend=backend, quantization="fp8", hf_config=spellings.published(fp8))
+    reasons = Cuda().reasons_for_own_class(in_fp8)
+    assert [reason.partition(" is not")[0] for reason in reasons] == ["moe_backend 'humming'"] * (backend == "humming")
+
+
+@pytest.mark.parametrize(
+    ("quantization", "method", "wanted"),
+    [
+        (Quantization("fp8"), "fp8", ""),
+        (Quantization("fp8", block=(64, 64)), "fp8", "quantization_config.weight_block_size: [64, 64], wanted [128"),
+        (Quantization("fp8", fmt="e5m2"), "fp8", "quantization_config.fmt: 'e5m2'"),
+        (Quantization("fp8"), "humming", "quantization: 'humming', wanted none"),
+        (None, "fp8_per_tensor", "quantization: 'fp8_per_tensor', wanted none"),
+    ],
+)
+def test_a_quantisation_that_this_package_does_not_serve_is_left_to_vllms_own_class(
+    quantization: Quantization | None, method: str, wanted: str
+) -> None:
+    hf_config = spellings.published(replace(CASE.config, quantization=quantization))
+    reasons = Cuda().reasons_for_own_class(asked(quantization=method, hf_config=hf_config))
+    assert len(reasons) == bool(wanted)
+    assert all(reason.startswith(wanted) for reason in reasons)
 
 
 @pytest.mark.parametrize("backend", ["batched_triton", "flashinfer_trtllm", "aiter", *MOE_BACKENDS])

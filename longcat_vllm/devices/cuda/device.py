@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from longcat_core.config import LongcatConfig
 from longcat_core.plugin.diagnosis import Finding
-from longcat_core.plugin.engine import unread_quantization
+from longcat_core.plugin.engine import unserved_quantization
 from longcat_core.quantization import PUBLISHED_BLOCK
 from longcat_core.weights.precision import Fp8Kernels
-from longcat_vllm.devices.base import MOE_BACKENDS, Device
+from longcat_vllm.devices.base import FP8_MOE_BACKENDS, MOE_BACKENDS, Device
 from longcat_vllm.engine import shares_experts_over_a_transport
 
 if TYPE_CHECKING:
@@ -64,11 +64,12 @@ class Cuda(Device):
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
         backend, transport = vllm_config.kernel_config.moe_backend, parallel.all2all_backend
         reasons = []
-        reasons += unread_quantization(model.quantization, model.hf_config)
+        reasons += unserved_quantization(model.quantization, model.hf_config, any_block=False)
         if model.convert_type == "classify":
             reasons.append("longcat-serving has no head of a classifier")
-        if backend not in MOE_BACKENDS:
-            reasons.append(f"moe_backend {backend!r} is not known to skip zero experts, {', '.join(MOE_BACKENDS)} are")
+        backends = MOE_BACKENDS if model.quantization is None else FP8_MOE_BACKENDS
+        if backend not in backends:
+            reasons.append(f"moe_backend {backend!r} is not known to skip zero experts, {', '.join(backends)} are")
         if shares_experts_over_a_transport(parallel) and transport in TRANSPORTS_WITH_A_KERNEL:
             reasons.append(f"all2all_backend {transport!r} has a kernel that is not known to skip zero experts")
         return reasons

@@ -1,0 +1,201 @@
+"""A release in FP8 is served as the model whose weights are its FP8 numbers times their scales."""
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from longcat_core.quantization import Quantization
+from longcat_core.weights.audit import CheckpointError
+from longcat_core.weights.names import MTP_PREFIX, SCALE_SUFFIX
+from tests.cases import drafting_tensors, published, write_checkpoint
+from tests.fp8 import CONFIG, dequantised, released
+from tests.harness import engine
+from tests.oracle import greedy, oracle, oracle_logits, typical_error
+
+PLAIN = replace(CONFIG, quantization=None)
+PROMPT = torch.randint(CONFIG.vocab_size, (90,), generator=torch.Generator().manual_seed(0)).tolist()
+CLEAR = 0.05
+"""Tokens are the exact model's wherever its two best logits are so far apart."""
+
+FP8 = Quantization("fp8")
+QUANTIZATIONS: dict[str, Quantization] = {
+    "all": FP8,
+    "no_attention": Quantization("fp8", disabled=("self_attn",)),
+    "no_dense_ffn": Quantization("fp8", disabled=("mlps",)),
+    "mixed": Quantization(
+        "fp8",
+        ignored=(
+            "model.layers.0.self_attn.1",  # one attention of two
+            "model.layers.1.self_attn.0.kv_a_proj_with_mqa",  # half of a fused layer
+            "model.layers.0.mlps.1.down_proj",
+            "model.layers.1.mlps.0.gate_proj",
+            *(f"model.layers.1.mlp.experts.{n}.{part}_proj" for n in range(8) for part in ("gate", "up", "down")),
+        ),
+    ),
+    "blocks_of_64_x_32": Quantization("fp8", block=(64, 32)),
+}
+
+
+def release(quantization: Quantization, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return released(replace(CONFIG, quantization=quantization), tensors)
+
+
+def write(quantization: Quantization, tensors: dict[str, Tensor], directory: Path) -> Path:
+    return write_checkpoint(directory, replace(CONFIG, quantization=quantization), tensors)
+
+
+class Truth:
+    """The exact model of a release, and how far from it an engine is with the same weights in a bf16 checkpoint."""
+
+    def __init__(self, tensors: dict[str, Tensor], block: tuple[int, int], directory: Path) -> None:
+        model = oracle(PLAIN, dequantised(tensors, block=block))
+        self._log_softmax = oracle_logits(model, torch.tensor([PROMPT]))[0, :-1].log_softmax(dim=-1)
+        self._tokens = greedy(model, PROMPT[:40], 12)
+        write_checkpoint(directory, PLAIN, dequantised(tensors, torch.bfloat16, block))
+        with engine.serving(directory, dtype="bfloat16") as served:
+            self._error_of_bf16 = self._error(served)
+
+    def _error(self, served: engine.Engine) -> float:
+        return typical_error(served.log_softmax(PROMPT, CONFIG.vocab_size), self._log_softmax)
+
+    def check(self, served: engine.Engine) -> None:
+        assert self._error(served) <= 1.5 * self._error_of_bf16, "typical_error"
+        (tokens,) = served.greedy([PROMPT[:40]], 12)
+        for token, wanted in zip(tokens, self._tokens, strict=True):
+            if wanted.margin <= CLEAR:
+                break
+            assert token == wanted.token
+
+
+@pytest.fixture(scope="module")
+def truth_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Truth]]:
+    """The directory of a release, and its truth."""
+
+    @cache
+    def made(name: str) -> tuple[Path, Truth]:
+        quantization = QUANTIZATIONS[name]
+        tensors = release(quantization, published(CONFIG))
+        directory = tmp_path_factory.mktemp(name)
+        truth = Truth(tensors, quantization.block, directory / "bf16")
+        return write(quantization, tensors, directory / "fp8"), truth
+
+    return made
+
+
+@pytest.mark.parametrize("name", QUANTIZATIONS)
+def test_a_release_in_fp8_is_the_model_that_it_stands_for(
+    name: str, truth_of: Callable[[str], tuple[Path, Truth]]
+) -> None:
+    directory, truth = truth_of(name)
+    with engine.serving(directory, dtype="bfloat16", chunk=32) as served:
+        truth.check(served)
+        before = served.cached_tokens
+        (again,) = served.greedy([PROMPT[:40]], 12)
+        assert again == served.greedy([PROMPT[:40]], 12)[0]
+        assert served.cached_tokens > before
+
+
+@pytest.mark.parametrize("expert_parallel", [False, True])
+def test_fp8_on_two_ranks(expert_parallel: bool, truth_of: Callable[[str], tuple[Path, Truth]]) -> None:
+    directory, truth = truth_of("all")
+    with engine.serving(
+        directory, dtype="bfloat16", tensor_parallel=2, expert_parallel=expert_parallel, enforce_eager=None
+    ) as served:
+        truth.check(served)
+
+
+# -- what is read wrong shows ------------------------------------------------------------------------
+
+
+def _given(change: Callable[[str, Tensor], Tensor]) -> Callable[[pytest.MonkeyPatch], None]:
+    """Break an engine's reading: every tensor of a right checkpoint is changed before it is loaded."""
+
+    def break_it(monkeypatch: pytest.MonkeyPatch) -> None:
+        model = import_module(f"{engine.PACKAGE}.model")
+        original = model.dequantized
+
+        def changed(weights: Iterable[tuple[str, Tensor]], *rest: Any) -> Iterator[tuple[str, Tensor]]:
+            return original(((name, change(name, tensor)) for name, tensor in weights), *rest)
+
+        monkeypatch.setattr(model, "dequantized", changed)
+
+    return break_it
+
+
+def _scales_left_out(of: str) -> Callable[[pytest.MonkeyPatch], None]:
+    scales = f"{of}.weight{SCALE_SUFFIX}"
+    return _given(lambda name, tensor: torch.ones_like(tensor) if name.endswith(scales) else tensor)
+
+
+def _blocks_mixed_up(name: str, tensor: Tensor) -> Tensor:
+    return tensor.flip(0) if name.endswith(SCALE_SUFFIX) else tensor
+
+
+@pytest.mark.parametrize(
+    "break_it",
+    [
+        _scales_left_out("self_attn.0.kv_b_proj"),
+        _scales_left_out("self_attn.1.kv_a_proj_with_mqa"),
+        _scales_left_out("mlps.1.up_proj"),
+        _given(_blocks_mixed_up),
+    ],
+    ids=["absorbed weights", "half of a fused layer", "the other half", "blocks"],
+)
+def test_scales_that_are_lost_or_mixed_up_show(
+    break_it: Callable[[pytest.MonkeyPatch], None], truth_of: Callable[[str], tuple[Path, Truth]]
+) -> None:
+    directory, truth = truth_of("all")
+    with engine.serving(directory, dtype="bfloat16", broken=break_it) as served, pytest.raises(AssertionError):
+        truth.check(served)
+
+
+def test_a_layer_in_bf16_is_not_read_as_fp8(tmp_path: Path) -> None:
+    """The config calls the tensor FP8, and the file has it in bf16."""
+    ignored = Quantization("fp8", ignored=("model.layers.0.mlps.1.down_proj",))
+    write(FP8, release(ignored, published(CONFIG)), tmp_path)
+    with pytest.raises((CheckpointError, ValueError), match=r"0\.mlps\.1\.down_proj\.weight is not in FP8"):
+        engine.configure(tmp_path, dtype="bfloat16")
+
+
+# -- drafts ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("draft_tokens", "chunk", "says", "has"),
+    [
+        (3, None, FP8, FP8),
+        (1, 16, FP8, Quantization("fp8", disabled=("mtp",))),
+        (1, 16, Quantization("fp8", disabled=("mtp",)), FP8),
+    ],
+    ids=["FP8", "bf16, and the config says FP8", "FP8, and the config says bf16"],
+)
+def test_drafts_come_from_the_mtp_layer_that_is_there(
+    draft_tokens: int, chunk: int | None, says: Quantization, has: Quantization, tmp_path: Path
+) -> None:
+    tensors = release(has, drafting_tensors(CONFIG))
+    fp8 = write(says, tensors, tmp_path / "fp8")
+    bf16 = write_checkpoint(tmp_path / "bf16", PLAIN, dequantised(tensors, torch.bfloat16))
+    prompts = [PROMPT[:17], PROMPT[:40], PROMPT[40:43]]
+    accepted = {}
+    for directory in (fp8, bf16):
+        with engine.serving(directory, dtype="bfloat16", draft_tokens=draft_tokens, chunk=chunk) as served:
+            answers = served.speculated(prompts, 24)
+            assert [each.tokens for each in served.speculated(prompts, 24)] == [each.tokens for each in answers]
+        accepted[directory] = sum(sum(each.accepted) for each in answers) / sum(len(each.accepted) for each in answers)
+    assert 0.1 < accepted[bf16] < 0.95 * draft_tokens
+    assert accepted[fp8] == pytest.approx(accepted[bf16], rel=0.25)
+
+
+def test_the_mtp_layers_tensors_are_in_fp8_in_these_tests() -> None:
+    in_fp8 = [name for name in release(FP8, drafting_tensors(CONFIG)) if name.startswith(MTP_PREFIX)]
+    assert f"{MTP_PREFIX}layers.0.eh_proj.weight{SCALE_SUFFIX}" in in_fp8

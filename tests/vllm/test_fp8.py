@@ -1,0 +1,164 @@
+"""FP8 in vLLM: what stays in FP8 on a CPU and on a GPU, and what vLLM's own class would make of the same files."""
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from longcat_core import spellings
+from longcat_core.quantization import Quantization
+from longcat_core.weights.precision import Precision
+from longcat_vllm import devices
+from longcat_vllm.devices.cpu.fp8 import CpuFp8Kernels
+from longcat_vllm.devices.cuda.device import Cuda
+from longcat_vllm.model import PACKED
+from longcat_vllm.quantization import LongcatFp8Config
+from tests.cases import CHAT, drafting_tensors, published, write_checkpoint
+from tests.engines.test_fp8 import PROMPT, Truth
+from tests.fp8 import CONFIG, released
+from tests.vllm import fp8_kernels
+from tests.vllm.engine import serving
+
+NAMES = ("q_a_proj", "kv_a_proj_with_mqa")
+LAYER = "model.layers.0"
+FP8 = torch.float8_e4m3fn
+
+
+# -- a CPU with kernels ------------------------------------------------------------------------------
+
+
+def test_with_kernels_weights_stay_in_fp8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = fp8_kernels.install(monkeypatch)
+    tensors = released(CONFIG, published(CONFIG))
+    truth = Truth(tensors, (128, 128), tmp_path / "bf16")
+    write_checkpoint(tmp_path / "fp8", CONFIG, tensors)
+    with serving(tmp_path / "fp8", dtype="bfloat16") as served:
+        truth.check(served)
+        dtypes = {name: parameter.dtype for name, parameter in served.model.named_parameters()}
+    layer = {name.removeprefix(f"{LAYER}."): dtype for name, dtype in dtypes.items() if name.startswith(LAYER)}
+    linear = {name for name in layer if "proj.weight" in name and not name.endswith("_scale_inv")}
+    in_fp8 = {name for name in linear if layer[name] == FP8}
+    assert linear - in_fp8 == {"self_attn.0.kv_b_proj.weight", "self_attn.1.kv_b_proj.weight"}, "absorbed in bf16"
+    assert layer["mlp.experts.routed_experts.w13_weight"] == layer["mlp.experts.routed_experts.w2_weight"] == FP8
+    assert layer["mlp.router.classifier.weight"] == torch.float32
+    stand_ins = {"fp8_scaled_mm_cpu", "fused_experts_cpu"}
+    assert set(called) in (set(), stand_ins), "the real kernels, or both of the tests'"
+
+
+def test_with_kernels_the_drafts_layer_is_in_fp8_as_its_tensors_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fp8_kernels.install(monkeypatch)
+    for kept, disabled in ((True, ()), (False, ("mtp",))):
+        config = replace(CONFIG, quantization=Quantization("fp8", disabled=disabled))
+        directory = write_checkpoint(tmp_path / str(kept), config, released(config, drafting_tensors(config)))
+        with serving(directory, dtype="bfloat16", draft_tokens=2) as served:
+            answers = served.speculated([PROMPT[:40]], 24)
+            runner = served.llm.llm_engine.model_executor.driver_worker.worker.model_runner
+            eh_proj = runner.drafter.model.model.layers[0].eh_proj
+            assert (eh_proj.weight.dtype == FP8) is kept
+        assert sum(answers[0].accepted) > 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "projections", "rows", "is_taken"),
+    [
+        (torch.bfloat16, NAMES, (128, 96), True),
+        (torch.bfloat16, NAMES, (128, 80), False),  # 208 rows: the kernel would end the process
+        (torch.bfloat16, ("kv_b_proj",), (384,), False),
+        (torch.float32, NAMES, (128, 96), False),
+        (torch.float16, NAMES, (128, 96), False),
+    ],
+)
+def test_a_cpus_kernels_take_what_they_compute(
+    dtype: torch.dtype, projections: Any, rows: Any, is_taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fp8_kernels.install(monkeypatch)
+    assert CpuFp8Kernels(dtype).take_linear(projections, rows, 128) is is_taken
+    assert CpuFp8Kernels(dtype).take_experts(256, 128) is (dtype == torch.bfloat16)
+    assert not CpuFp8Kernels(dtype).take_experts(192, 128), "the up projection's scales begin in the middle of a block"
+
+
+def test_without_kernels_nothing_stays_in_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops, "_C", SimpleNamespace())
+    assert not CpuFp8Kernels(torch.bfloat16).take_linear(NAMES, (128, 96), 128)
+    assert not CpuFp8Kernels(torch.bfloat16).take_experts(256, 128)
+
+
+# -- a GPU -------------------------------------------------------------------------------------------
+
+
+def of_gpu(quantization: Quantization, monkeypatch: pytest.MonkeyPatch, ranks: int = 8, **drafter: Any) -> Any:
+    """vLLM's methods for layers of LongCat-Flash-Chat on a rank of a GPU."""
+    monkeypatch.setattr(devices, "current", Cuda)
+    monkeypatch.setattr("longcat_vllm.quantization.get_tensor_model_parallel_world_size", lambda: ranks)
+    chat = replace(spellings.read(CHAT), quantization=quantization)
+    config = LongcatFp8Config(Precision(chat, PACKED, Cuda().fp8_kernels(torch.bfloat16), **drafter))
+    return lambda module: type(method_of(config, module)).__name__
+
+
+def method_of(config: Any, module: str) -> Any:
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.linear import LinearBase
+
+    vllm_config = VllmConfig()
+    vllm_config.model_config = SimpleNamespace(dtype=torch.bfloat16)  # type: ignore[assignment]
+    with set_current_vllm_config(vllm_config):
+        return config.get_quant_method(LinearBase.__new__(LinearBase), module)
+
+
+LINEAR = [
+    *(f"self_attn.1.{name}" for name in ("fused_qkv_a_proj", "q_b_proj", "kv_b_proj", "o_proj")),
+    *("mlps.0.gate_up_proj", "mlps.0.down_proj"),
+]
+
+
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_a_gpu_has_vllms_own_fp8_for_all_of_chat(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = of_gpu(Quantization("fp8"), monkeypatch, ranks)
+    assert {module: method(f"{LAYER}.{module}") for module in LINEAR} == dict.fromkeys(LINEAR, "Fp8LinearMethod")
+
+
+def test_an_ignored_half_of_a_fused_layer_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    ignored = tuple(f"{LAYER}.self_attn.1.{name}" for name in NAMES)
+    method = of_gpu(Quantization("fp8", ignored=ignored), monkeypatch)
+    assert method(f"{LAYER}.self_attn.1.fused_qkv_a_proj") == "UnquantizedLinearMethod"
+    assert method(f"{LAYER}.self_attn.0.fused_qkv_a_proj") == "Fp8LinearMethod"
+
+
+def test_vllms_own_class_reads_an_ignored_half_as_fp8() -> None:
+    """Which casts its bf16 numbers to FP8, without scales. If this fails, vLLM is mended: docs/upstream.md."""
+    from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+    from vllm.model_executor.models.longcat_flash import LongcatFlashForCausalLM
+
+    ignored = [f"{LAYER}.self_attn.1.{name}" for name in NAMES]
+    config = Fp8Config(True, "dynamic", ignored, [128, 128])
+    config.packed_modules_mapping = LongcatFlashForCausalLM.packed_modules_mapping
+    assert type(method_of(config, f"{LAYER}.self_attn.1.fused_qkv_a_proj")).__name__ == "Fp8LinearMethod"
+
+
+def test_the_mtp_layer_has_what_its_tensors_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = "model.layers.56"
+    in_fp8 = {"model.mtp.layers.0.self_attn.o_proj.weight", "model.mtp.layers.0.eh_proj.weight"}
+    method = of_gpu(Quantization("fp8", disabled=("mtp",)), monkeypatch, drafter=(layer, in_fp8))
+    assert method(f"{layer}.self_attn.o_proj") == method(f"{layer}.eh_proj") == "Fp8LinearMethod"
+    assert method(f"{layer}.self_attn.q_b_proj") == "UnquantizedLinearMethod"
+
+
+def test_vllms_own_class_reads_an_ignored_mtp_layer_as_fp8() -> None:
+    """By its own name of the layer. If this fails, vLLM is mended: docs/upstream.md."""
+    from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+
+    config = Fp8Config(True, "dynamic", ["model.mtp.layers.0.self_attn.o_proj"], [128, 128])
+    assert type(method_of(config, "model.layers.56.mtp_block.self_attn.o_proj")).__name__ == "Fp8LinearMethod"
+
+
+@pytest.mark.parametrize(("heads", "is_taken"), [(64, True), (3, False)])
+def test_absorbed_weights_are_in_fp8_where_vllm_can_read_them(heads: int, is_taken: bool) -> None:
+    assert Cuda().fp8_kernels(torch.bfloat16).take_linear(("kv_b_proj",), (heads * 64,), 512) is is_taken
