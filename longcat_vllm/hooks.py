@@ -20,8 +20,8 @@ HOOKS: tuple[Hook, ...] = (
         target="ModelRegistry['VllmLongcatFlashForCausalLM']",
         put="longcat_vllm.registration:register_own_model",
         found="longcat_vllm.registration:registered_own_model",
-        why="Quantisations on a GPU that our class cannot serve are left to vLLM's own class, which needs another name, "
-        "as ours has taken its name.",
+        why="Quantisations on a GPU that our class cannot serve are left to vLLM's own class, which needs another "
+        "name, as ours has taken its name.",
         remove_when="Our class serves all that vLLM's does.",
     ),
     Entry(

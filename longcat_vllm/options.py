@@ -37,8 +37,8 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "--quantization",
         Outcome.REFUSED,
-        "A checkpoint in FP8 with blocks of 128 x 128 is served as it is published. Every other quantisation is refused "
-        "on a CPU, and on a GPU left to vLLM's own class.",
+        "A checkpoint in FP8 with blocks of 128 x 128 is served as it is published. Every other quantisation is "
+        "refused on a CPU, and on a GPU left to vLLM's own class.",
         TESTED,
     ),
     Option(
@@ -67,9 +67,9 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "--moe-backend",
         Outcome.REFUSED,
-        "On a CPU other values than auto, triton, flashinfer_cutlass, humming; on a GPU other values than these, and for "
-        "experts in FP8 than auto, triton, flashinfer_cutlass, deep_gemm, are left to vLLM's own class, as their kernels "
-        "are not known to skip zero experts. Where vLLM's own choice is such a kernel, "
+        "On a CPU other values than auto, triton, flashinfer_cutlass, humming; on a GPU other values than these, and "
+        "for experts in FP8 than auto, triton, flashinfer_cutlass, deep_gemm, are left to vLLM's own class, as their "
+        "kernels are not known to skip zero experts. Where vLLM's own choice is such a kernel, "
         "Triton's is taken, which is said in the log.",
         "the refusal and the choice in the tests; the kernels read",
     ),

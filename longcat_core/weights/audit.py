@@ -144,12 +144,17 @@ class Audit:
         found = [
             f"missing: {name}{SCALE_SUFFIX}, the scales of an FP8 weight; convert the checkpoint with its scales"
             for name in in_fp8
-            if name + SCALE_SUFFIX not in self._seen
+            if self._seen[name] == FP8 and name + SCALE_SUFFIX not in self._seen
         ]
         found += [
             f"extra: {name}, scales of a weight that is not in FP8; convert the checkpoint again"
             for name in scales
             if self._seen.get(name.removesuffix(SCALE_SUFFIX)) not in _FP8
+        ]
+        found += [
+            f"wrong: {name} is in e5m2, wanted e4m3; convert the checkpoint again"
+            for name in in_fp8
+            if self._seen[name] == torch.float8_e5m2
         ]
         if found:
             return found

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from longcat_core.config import RopeConfig
+from longcat_core.quantization import Quantization
 from tests.cases import DEFAULT, Case, drafting_tensors, in_dtype, write_checkpoint
+from tests.fp8 import dequantised, released
 from tests.harness import engine
 from tests.oracle import oracle, oracle_logits, typical_error
 from tests.speculation import steps_of
@@ -38,17 +40,30 @@ CASES = {
     "yarn_attention_factor": Case(replace(PUBLISHED, rope=replace(YARN, attention_factor=1.3))),
 }
 CASE = CASES["published_attention"]
+# Every layer is of whole blocks, but `kv_a_proj_with_mqa`, as published.
+FP8 = replace(
+    PUBLISHED,
+    hidden_size=256,
+    q_lora_rank=128,
+    ffn_hidden_size=256,
+    expert_ffn_hidden_size=256,
+    quantization=Quantization("fp8"),
+)
 DECODED = 32
 
 
 @cache
 def rounded(case: Case) -> dict[str, Tensor]:
+    """As the checkpoint has them."""
+    if case.config.quantization is not None:
+        return released(case.config, case.published())
     return in_dtype(case.published(), torch.bfloat16)
 
 
 def log_softmax(case: Case, tokens: list[int], dtype: torch.dtype) -> Tensor:
     """transformers' at every position that has a successor."""
-    logits = oracle_logits(oracle(case.config, rounded(case), dtype), torch.tensor([tokens]))
+    tensors = rounded(case) if case.config.quantization is None else dequantised(rounded(case))
+    logits = oracle_logits(oracle(replace(case.config, quantization=None), tensors, dtype), torch.tensor([tokens]))
     return logits[0, :-1].log_softmax(dim=-1)
 
 
@@ -84,6 +99,13 @@ def test_on_two_gpus_as_well(expert_parallel: bool, tmp_path: Path) -> None:
 def test_a_cache_in_fp8_costs_what_its_rounding_costs(tmp_path: Path) -> None:
     """e4m3 has 3 bits of mantissa where bf16 has 7."""
     assert_prefill_and_decode(CASE, tmp_path, allowance=16.0, kv_cache_dtype=engine.FP8_CACHE)
+
+
+@pytest.mark.parametrize("ignored", [(), ("model.layers.0.self_attn.1", "model.layers.1.mlps.0.down_proj")])
+def test_weights_in_fp8_cost_what_rounding_activations_to_fp8_costs(ignored: tuple[str, ...], tmp_path: Path) -> None:
+    """A GPU multiplies FP8 by FP8: activations are rounded to e4m3, 128 of them to one scale."""
+    config = replace(FP8, quantization=Quantization("fp8", ignored=ignored))
+    assert_prefill_and_decode(Case(config), tmp_path, allowance=16.0)
 
 
 @pytest.mark.parametrize("draft_tokens", [1, 3])

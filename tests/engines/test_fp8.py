@@ -109,7 +109,11 @@ def test_a_release_in_fp8_is_the_model_that_it_stands_for(
 def test_fp8_on_two_ranks(expert_parallel: bool, truth_of: Callable[[str], tuple[Path, Truth]]) -> None:
     directory, truth = truth_of("all")
     with engine.serving(
-        directory, dtype="bfloat16", tensor_parallel=2, expert_parallel=expert_parallel, enforce_eager=None
+        directory,
+        dtype="bfloat16",
+        tensor_parallel=2,
+        expert_parallel=expert_parallel,
+        **(engine.AS_THE_STOCK_COMMAND if expert_parallel else {}),
     ) as served:
         truth.check(served)
 

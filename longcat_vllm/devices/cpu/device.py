@@ -87,6 +87,7 @@ class Cpu(Device):
         from longcat_vllm.devices.cpu.experts import select_cpu_kernel
 
         backend = self.attention_backend()
+        has_kernels = self.fp8_kernels(torch.bfloat16).take_experts(2048, 6144)
         hidden, inner = (config.hidden_size, config.expert_ffn_hidden_size) if config is not None else (6144, 2048)
         kernels = [
             f"{select_cpu_kernel(hidden, inner, dtype)} in {str(dtype).removeprefix('torch.')}"
@@ -96,4 +97,5 @@ class Cpu(Device):
         return [
             Finding("attention", f"{name}: any sizes, chunked prefill, prefix caching"),
             Finding("MoE", f"rows of FFN experts only; {', '.join(kernels)}"),
+            Finding("FP8", "in FP8 with activations in bfloat16" if has_kernels else "dequantised when it is loaded"),
         ]

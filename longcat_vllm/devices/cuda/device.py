@@ -87,6 +87,7 @@ class Cuda(Device):
         return [
             Finding("attention", f"{attention} in bfloat16, unless --attention-backend says otherwise"),
             Finding("MoE", f"{kernel} in bfloat16, unless --moe-backend says otherwise; zero experts as id -1"),
+            Finding("FP8", "vLLM's own kernels, with activations in FP8"),
         ]
 
 
