@@ -32,12 +32,12 @@ def test_the_current_device_is_this_machines() -> None:
 
 
 @pytest.mark.parametrize("name", DEVICES)
-def test_doctor_has_something_to_say_of_attention_and_experts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_has_something_to_say_of_attention_experts_and_fp8(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "Cuda" and engine.NAME == "vLLM":  # which asks vLLM what it would choose on the machine that it is on
         monkeypatch.setattr("longcat_vllm.devices.cuda.device.engine_choice", lambda *_: ("MLA", "TrtLlmExperts"))
     arguments = (None,) if engine.NAME == "vLLM" else ()
     findings = DEVICES[name].implementations(*arguments)
-    assert [finding.subject for finding in findings] == ["attention", "MoE"]
+    assert [finding.subject for finding in findings] == ["attention", "MoE", "FP8"]
 
 
 def test_packed_modules_are_named_in_the_order_in_which_tensors_are_packed() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from longcat_core.layers.experts import grouped_ffn
 from longcat_core.quantization import PUBLISHED_BLOCK
 from longcat_core.weights.blocks import dequantize_blocks
 
@@ -26,6 +27,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         assert (rows.dtype, dtype, block, bias, is_packed) == (torch.bfloat16, torch.bfloat16, [128, 128], None, True)
         assert rows.dim() == 2
         assert rows.stride(1) == 1
+        assert rows.stride(0) % 2 == 0, "the kernel reads other numbers"
+        assert len(rows), "the kernel ends the process"
         assert len(weight) % 32 == 0, "the kernel ends the process"
         called.append("fp8_scaled_mm_cpu")
         return rows @ dequantize_blocks(weight, scales).bfloat16().T
@@ -45,13 +48,13 @@ def install(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         assert method == FP8_W8A16
         assert rest[3] == [*PUBLISHED_BLOCK]
         assert experts.dtype == torch.int32
-        assert experts.shape == weights.shape == (len(rows), 1)
+        assert experts.shape == weights.shape
+        assert all(each.is_contiguous() for each in (rows, experts, weights))
         assert (experts >= 0).all()
         called.append("fused_experts_cpu")
-        for row, expert in enumerate(experts.flatten().tolist()):
-            gate, up = (dequantize_blocks(w13[expert], w13_scales[expert]) @ rows[row].float()).chunk(2)
-            inner = torch.nn.functional.silu(gate) * up
-            outputs[row] = weights[row] * (dequantize_blocks(w2[expert], w2_scales[expert]) @ inner)
+        w13 = torch.stack([dequantize_blocks(*each) for each in zip(w13, w13_scales, strict=True)])
+        w2 = torch.stack([dequantize_blocks(*each) for each in zip(w2, w2_scales, strict=True)])
+        outputs.copy_(grouped_ffn(w13, w2)(rows.float(), experts, weights))
 
     for kernel in (fp8_scaled_mm_cpu, fused_experts_cpu):
         if not hasattr(torch.ops._C, kernel.__name__):

@@ -13,9 +13,10 @@ import torch
 
 from longcat_core import spellings
 from longcat_core.quantization import Quantization
+from longcat_core.weights.blocks import dequantize_blocks, quantize_blocks
 from longcat_core.weights.precision import Precision
 from longcat_vllm import devices
-from longcat_vllm.devices.cpu.fp8 import CpuFp8Kernels
+from longcat_vllm.devices.cpu.fp8 import CpuFp8Kernels, error_of_kernels
 from longcat_vllm.devices.cuda.device import Cuda
 from longcat_vllm.model import PACKED
 from longcat_vllm.quantization import LongcatFp8Config
@@ -71,6 +72,7 @@ def test_with_kernels_the_drafts_layer_is_in_fp8_as_its_tensors_are(
     [
         (torch.bfloat16, NAMES, (128, 96), True),
         (torch.bfloat16, NAMES, (128, 80), False),  # 208 rows: the kernel would end the process
+        (torch.bfloat16, ("o_proj",), (128,), True),
         (torch.bfloat16, ("kv_b_proj",), (384,), False),
         (torch.float32, NAMES, (128, 96), False),
         (torch.float16, NAMES, (128, 96), False),
@@ -162,3 +164,45 @@ def test_vllms_own_class_reads_an_ignored_mtp_layer_as_fp8() -> None:
 @pytest.mark.parametrize(("heads", "is_taken"), [(64, True), (3, False)])
 def test_absorbed_weights_are_in_fp8_where_vllm_can_read_them(heads: int, is_taken: bool) -> None:
     assert Cuda().fp8_kernels(torch.bfloat16).take_linear(("kv_b_proj",), (heads * 64,), 512) is is_taken
+
+
+# -- numbers that a CPU's kernels read wrongly -------------------------------------------------------
+
+
+def far_apart(shape: tuple[int, int] = (256, 128)) -> torch.Tensor:
+    """A number of 20,000 times the others' size, which leaves them none but the smallest numbers of FP8."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    weight[3, 5] = 2e4
+    return weight
+
+
+def test_the_error_of_a_cpus_kernels_is_known_before_they_are_used() -> None:
+    """The kernels read 0 as 2^-7, and so on (docs/upstream.md); here is what that makes of each row."""
+    for weight in (far_apart(), far_apart((250, 200)), torch.randn(256, 128)):
+        numbers, scales = quantize_blocks(weight)
+        exact = dequantize_blocks(numbers, scales)
+        codes = numbers.float()
+        read = torch.where(codes.abs() < 2**-6, codes.sign() * (2**-7 + codes.abs() / 2), codes)
+        read = torch.where(codes == 0, 2.0**-7, read)
+        wrong = dequantize_blocks(numbers, scales) * torch.where(codes == 0, 0.0, read / codes) + torch.where(
+            codes == 0, 2.0**-7 * dequantize_blocks(torch.ones_like(codes).to(FP8), scales), 0.0
+        )
+        error = float(((wrong - exact).norm(dim=1) / exact.norm(dim=1)).max())
+        assert error <= error_of_kernels(numbers, scales) <= 4 * error + 1e-5
+
+
+@pytest.mark.parametrize("name", ["mlps.0.down_proj", "mlp.experts.3.up_proj"])
+def test_a_weight_that_a_cpus_kernels_read_wrongly_is_dequantised(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fp8_kernels.install(monkeypatch)
+    weights = published(CONFIG)
+    weights[f"{LAYER}.{name}.weight"][:, 1] *= 2e4
+    tensors = released(CONFIG, weights)
+    truth = Truth(tensors, (128, 128), tmp_path / "bf16")
+    write_checkpoint(tmp_path / "fp8", CONFIG, tensors)
+    with serving(tmp_path / "fp8", dtype="bfloat16") as served:
+        truth.check(served)
+        layer = served.model.model.layers[0]
+        dtypes = (layer.mlps[0].down_proj.weight.dtype, layer.mlp.experts.routed_experts.w13_weight.dtype)
+    assert dtypes == ((torch.bfloat16, FP8) if "mlps" in name else (FP8, torch.bfloat16))

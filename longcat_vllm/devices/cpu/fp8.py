@@ -7,11 +7,12 @@ dequantised when it is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 from vllm.model_executor.layers.quantization.fp8 import Fp8MoEMethod
@@ -23,10 +24,31 @@ from vllm.model_executor.parameter import BlockQuantScaleParameter
 from vllm.model_executor.utils import replace_parameter
 
 from longcat_core.quantization import PUBLISHED_BLOCK
+from longcat_core.weights.blocks import FP8, dequantize_blocks
 from longcat_core.weights.precision import Fp8Kernels
 from longcat_vllm.devices.cpu.experts import CompactedRowsMethod
 
+logger = init_logger(f"vllm.{__name__}")
 _BLOCK = [*PUBLISHED_BLOCK]
+_SMALLEST_NORMAL = 2.0**-6
+_ALLOWED = 2.0**-8
+"""Of a row's norm: what rounding it to bf16 costs at most."""
+
+
+def error_of_kernels(weight: Tensor, scales: Tensor) -> float:
+    """The greatest error of a row of FP8 [rows, columns] in vLLM's kernels, over the row's norm; a bound.
+
+    They give a number whose exponent is 0 the exponent of 2^-7 (`CVT_FP8_TO_BF16_EXT` in csrc/cpu/sgl-kernels/vec.h of
+    0.32), so that 0 is read as 2^-7 times its scale. That is nothing where the numbers of a block are alike, and 5 % of
+    rows that share a block with a number 10,000 times theirs.
+    """
+    codes = dequantize_blocks(weight, torch.ones_like(scales))
+    columns = -(-codes.shape[1] // _BLOCK[1]) * _BLOCK[1] - codes.shape[1]
+    by_block = torch.nn.functional.pad(codes, (0, columns), value=1.0).unflatten(1, (-1, _BLOCK[1]))
+    squares = scales.repeat_interleave(_BLOCK[0], dim=0)[: len(codes)].square()  # [rows, blocks]
+    wrong = (by_block.abs() < _SMALLEST_NORMAL).sum(dim=2) * (_SMALLEST_NORMAL / 2) ** 2 * squares
+    exact = torch.nn.functional.pad(codes, (0, columns)).unflatten(1, (-1, _BLOCK[1])).square_().sum(dim=2) * squares
+    return float((wrong.sum(dim=1) / exact.sum(dim=1)).nan_to_num(0.0).max().sqrt())
 
 
 class CpuFp8Kernels(Fp8Kernels):
@@ -35,7 +57,8 @@ class CpuFp8Kernels(Fp8Kernels):
 
     def take_linear(self, projections: Sequence[str], rows: Sequence[int], columns: int) -> bool:
         """Other numbers of rows end the process inside the kernel; of `kv_b_proj` attention needs the numbers."""
-        return self._are_there and sum(rows) % 32 == 0 and projections[0] != "kv_b_proj"
+        is_of_whole_tiles = sum(rows) % 32 == 0 and columns % 32 == 0
+        return self._are_there and is_of_whole_tiles and projections[0] != "kv_b_proj"
 
     def take_experts(self, inner: int, hidden: int) -> bool:
         """Rows of gate and up projection have their own scales, so the latter's begin with a block."""
@@ -69,11 +92,17 @@ class CpuFp8LinearMethod(LinearMethodBase):
         layer.register_parameter("weight_scale_inv", scale)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        replace_parameter(layer, "weight", torch.ops._C.convert_weight_packed(layer.weight.data))
-        replace_parameter(layer, "weight_scale_inv", layer.weight_scale_inv.data)
+        weight, scales = layer.weight.data, layer.weight_scale_inv.data
+        if _are_read_wrongly(layer.prefix, [(weight, scales)]):
+            replace_parameter(layer, "weight", dequantize_blocks(weight, scales, torch.bfloat16))
+        else:
+            replace_parameter(layer, "weight", torch.ops._C.convert_weight_packed(weight))
+        replace_parameter(layer, "weight_scale_inv", scales)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x: bf16 [..., columns]. Returns bf16 [..., rows]."""
+        """x: bf16 [..., columns], of at least one row. Returns bf16 [..., rows]."""
+        if layer.weight.dtype != FP8:
+            return torch.nn.functional.linear(x, layer.weight, bias)
         flat = x.reshape(-1, x.shape[-1])
         product = torch.ops._C.fp8_scaled_mm_cpu(
             flat, layer.weight, layer.weight_scale_inv, _BLOCK, bias, x.dtype, True
@@ -97,8 +126,33 @@ class CompactedFp8RowsMethod(CompactedRowsMethod):
 
     create_weights = Fp8MoEMethod.create_weights
 
-    def select_kernel(self, layer: nn.Module) -> str:
-        return "fp8"
+    def select_kernel(self, layer: Any) -> str:
+        """Dequantises the layer's experts first if the kernel cannot read one of them."""
+        for name in ("w13", "w2"):
+            weight, scales = getattr(layer, f"{name}_weight").data, getattr(layer, f"{name}_weight_scale_inv").data
+            if _are_read_wrongly(layer.layer_name, zip(weight, scales, strict=True)):
+                break
+        else:
+            return "fp8"
+        for name in ("w13", "w2"):
+            weight, scales = getattr(layer, f"{name}_weight").data, getattr(layer, f"{name}_weight_scale_inv").data
+            pairs = zip(weight, scales, strict=True)
+            replace_parameter(
+                layer, f"{name}_weight", torch.stack([dequantize_blocks(*p, torch.bfloat16) for p in pairs])
+            )
+        return super().select_kernel(layer)
+
+
+def _are_read_wrongly(name: str, weights: Iterable[tuple[Tensor, Tensor]]) -> bool:
+    error = max(error_of_kernels(weight, scales) for weight, scales in weights)
+    if error > _ALLOWED:
+        logger.info(
+            "LongCat: %s is dequantised, as its blocks have numbers that are too far apart for this CPU's FP8 kernel, "
+            "which would be wrong by %.1g of a row.",
+            name,
+            error,
+        )
+    return error > _ALLOWED
 
 
 class _Dynamic:
