@@ -105,8 +105,9 @@ class Report:
         if unreached:
             more = f" and {len(unreached) - _SHOWN} more" if len(unreached) > _SHOWN else ""
             yield (
-                f"no token of the text took {len(unreached)} of {len(experts)} experts, which are judged by the error "
-                f"of their weights alone; a longer or more varied text takes more: {', '.join(unreached[:_SHOWN])}{more}"
+                f"no token of the text took {len(unreached)} of {len(experts)} experts, which are judged by the "
+                f"error of their weights alone; a longer or more varied text takes more: "
+                f"{', '.join(unreached[:_SHOWN])}{more}"
             )
 
     def plot(self, path: Path) -> Path:

@@ -45,6 +45,12 @@ class Measured:
     """Root mean square of the error of y's elements, in the units of y: the absolute error."""
 
 
+def fp8_inputs(x: Tensor) -> Tensor:
+    """Inputs [..., columns] of a linear layer in FP8, rounded as engines round them on a GPU, in fp32."""
+    rows = x.flatten(0, -2)
+    return dequantize_blocks(*quantize_blocks(rows, _ACTIVATION_BLOCK), block=_ACTIVATION_BLOCK).view_as(x)
+
+
 class _Observer:
     """Measures one layer, whose rows may come in several calls."""
 
@@ -61,9 +67,8 @@ class _Observer:
             raise CalibrationError(
                 "inputs that are not finite; the weights, or the text's tokens, are not this model's"
             )
-        rounded = dequantize_blocks(*quantize_blocks(inputs, _ACTIVATION_BLOCK), block=_ACTIVATION_BLOCK)
         self._largest = max(self._largest, largest)
-        self._error += _squares(F.linear(rounded, self._rounded) - outputs)
+        self._error += _squares(F.linear(fp8_inputs(inputs), self._rounded) - outputs)
         self._total += _squares(outputs)
         self._rows += inputs.shape[0]
         self._outputs += outputs.numel()
