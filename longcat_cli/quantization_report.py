@@ -19,41 +19,40 @@ _SHOWN = 8
 """Names of experts."""
 
 
-def sizes(source: Source, conversion: Conversion) -> Table:
-    """Bytes before and after with no layer kept, and what it would cost to keep the layers of a kind."""
-    table = _table("kind of layer", "linear layers", "before", "in FP8", "more if kept")
-    more: dict[str, int] = {}
-    for layer in source.layers:
-        extra = source.dtype_outside_fp8(layer.weight).itemsize * layer.elements - layer.fp8_bytes
-        more[layer.kind] = more.get(layer.kind, 0) + extra
-    by_kind = conversion.bytes_by_kind()
-    for kind, size in by_kind.items():
-        count = sum(layer.kind == kind for layer in source.layers)
-        kept = decimal(more[kind]) if kind else ""
-        table.add_row(kind or _NEVER, str(count) if kind else "", decimal(size.before), decimal(size.after), kept)
-    table.add_section()
-    total = sum(by_kind.values(), Bytes())
-    table.add_row(
-        "all", str(len(source.layers)), decimal(total.before), decimal(total.after), decimal(sum(more.values()))
-    )
-    return table
-
-
 class Report:
-    """measured, scores: None where nothing was measured, as nothing is to be kept."""
+    """measured, scores: empty where nothing is measured."""
 
     def __init__(
         self,
         source: Source,
         conversion: Conversion,
-        measured: Mapping[str, Measured] | None,
-        scores: Mapping[str, Score] | None,
+        measured: Mapping[str, Measured],
+        scores: Mapping[str, Score],
     ) -> None:
-        self._layers, self._conversion = source.layers, conversion
-        self._measured, self._scores = measured or {}, scores or {}
+        self._source, self._conversion, self._measured, self._scores = source, conversion, measured, scores
+        self._layers = source.layers
         self._kept = {layer.name for layer in conversion.ignored}
 
-    def table(self) -> Table:
+    def sizes(self) -> Table:
+        """By kind of layer: bytes before and after, and what it would take more to keep them."""
+        table = _table("kind of layer", "linear layers", "before", "after", "more if kept")
+        more: dict[str, int] = {}
+        for layer in self._layers:
+            extra = 0 if layer.name in self._kept else self._source.extra_bytes(layer)
+            more[layer.kind] = more.get(layer.kind, 0) + extra
+        by_kind = self._conversion.bytes_by_kind()
+        for kind, size in by_kind.items():
+            count = sum(layer.kind == kind for layer in self._layers)
+            cells = (str(count), decimal(more[kind])) if kind else ("", "")
+            table.add_row(kind or _NEVER, cells[0], decimal(size.before), decimal(size.after), cells[1])
+        table.add_section()
+        total = sum(by_kind.values(), Bytes())
+        sizes = (total.before, total.after, sum(more.values()))
+        table.add_row("all", str(len(self._layers)), *map(decimal, sizes))
+        return table
+
+    def measurements(self) -> Table:
+        """By kind of layer: the greatest values, how many layers are in each list, and what that comes to."""
         table = _table(
             "kind of layer",
             "linear\nlayers",
@@ -82,7 +81,7 @@ class Report:
         names = [layer.name for layer in layers]
         kept = str(sum(name in self._kept for name in names))
         measured = [self._measured[name] for name in names if name in self._measured]
-        if not measured:
+        if not measured:  # a draft layer, of a text of one token
             return [str(len(names)), "", "", "", "", "", kept]
         scores = [self._scores[name] for name in names if name in self._scores]
         return [
@@ -109,6 +108,7 @@ class Report:
                 f"error of their weights alone; a longer or more varied text takes more: "
                 f"{', '.join(unreached[:_SHOWN])}{more}"
             )
+        yield from self._conversion.cautions()
 
     def plot(self, path: Path) -> Path:
         """Every linear layer by its largest input and its error; experts that no token reached are left out."""

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progres
 from longcat_cli import loading
 from longcat_cli.loading import LoadingError
 from longcat_core.config import ConfigError
-from longcat_core.recipe.rule import Keep, Thresholds
+from longcat_core.recipe.rule import Keep, Score, Thresholds
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -143,7 +143,8 @@ def _quantize(
     mtp_in_fp8 = options.mtp is Precision.fp8
     if dry_run:
         _unfinished(out)
-        table_console.print(quantization_report.sizes(source, Conversion(source, (), mtp_in_fp8)))
+        report = quantization_report.Report(source, Conversion(source, (), mtp_in_fp8), {}, {})
+        table_console.print(report.sizes())
         return
     ids = _tokens(directory, text, tokens, source) if options.is_measured else None
     settings = _settings(source, ids, options)
@@ -163,16 +164,16 @@ def _quantize(
     write_json(out / PROGRESS, {"settings": settings, "measured": found})
 
     kept: set[str] = set()
-    scores = None
+    scores: dict[str, Score] = {}
     if measured is not None:
         scores = choice.scores(source.layers, measured, options.thresholds)
         if options.budget is not None:
-            kept = choice.within_budget(source.layers, measured, source.extra_bytes(), options.budget)
+            kept = choice.within_budget(source.layers, measured, source.extra_bytes, options.budget)
         else:
             kept = choice.kept(source.layers, scores, options.keep)
     conversion = Conversion(source, kept, mtp_in_fp8)
-    report = quantization_report.Report(source, conversion, measured, scores)
-    table_console.print(report.table())
+    report = quantization_report.Report(source, conversion, measured or {}, scores)
+    table_console.print(report.measurements() if measured else report.sizes())
     for line in report.remarks():
         table_console.print(line, markup=False, soft_wrap=True)
     if plot is not None:

@@ -48,7 +48,7 @@ def command(
     source = Path(CHECKPOINT)
     held_out: float = json.loads((Path(__file__).parent / "record" / "record.json").read_text())["settings"]["held_out"]
     corpus = standard_library(held_out, library)
-    rows = [_measured("bf16", source, corpus)]
+    rows = [_measured("bf16", source, corpus, [])]
     with tempfile.TemporaryDirectory() as directory:
         text = Path(directory) / "text.txt"
         text.write_text(calibration_text(corpus), encoding="utf-8")
@@ -56,7 +56,7 @@ def command(
         def convert(name: str, **options: Any) -> dict[str, Any]:
             made = Path(directory) / name.replace(" ", "-")
             quantize.command(source, made, text=text, tokens=_TOKENS, **options)
-            rows.append(_measured(name, made, corpus))
+            rows.append(_measured(name, made, corpus, rows))
             return rows[-1]
 
         loose = {
@@ -86,53 +86,61 @@ def calibration_text(corpus: Corpus) -> str:
     return "".join(text[:_CHARACTERS] for text in texts[:: max(1, len(texts) // _FILES)])
 
 
-def _measured(name: str, directory: Path, corpus: Corpus) -> dict[str, Any]:
+def _measured(name: str, directory: Path, corpus: Corpus, before: list[dict[str, Any]]) -> dict[str, Any]:
     """Bits a byte of held-out text: with the weights as they are stored, as a CPU computes, and with the inputs of the
-    layers in FP8 rounded as well, as a GPU does."""
+    layers in FP8 rounded as well, as a GPU does. What was measured `before` of the same checkpoint is taken."""
     config = checkpoint.read_config(directory)
-    texts = list(corpus.held_out.values())
-    stream, num_bytes = encode(read_tokenizer(directory), texts), sum(len(text.encode()) for text in texts)
-    model = LongcatForCausalLM.from_checkpoint(directory)
-    weights = measure.held_out(model, stream, num_bytes, _SEQUENCE).bits_per_byte
-    both, ignored = weights, list[str]()
-    if config.quantization is not None:
-        round_inputs(model, config.quantization)
-        both = measure.held_out(model, stream, num_bytes, _SEQUENCE).bits_per_byte
-        raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        ignored = raw["quantization_config"]["ignored_layers"]
     index = json.loads((directory / checkpoint.INDEX_NAME).read_text(encoding="utf-8"))
-    row = {
-        "name": name,
+    raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    is_fp8 = config.quantization is not None
+    what = {
         "bytes": index["metadata"]["total_size"],
-        "bits_per_byte_weights": weights,
-        "bits_per_byte_weights_and_inputs": both,
-        "kept": ignored,
+        "is_fp8": is_fp8,
+        "kept": raw["quantization_config"]["ignored_layers"] if is_fp8 else [],
     }
-    typer.echo(f"{name}: {row['bytes']:,} bytes, {weights:.5f} and {both:.5f} bits a byte")
+    found = next((row for row in before if row.items() >= what.items()), None)
+    if found is None:
+        texts = list(corpus.held_out.values())
+        stream, num_bytes = encode(read_tokenizer(directory), texts), sum(len(text.encode()) for text in texts)
+        model = LongcatForCausalLM.from_checkpoint(directory)
+        weights = both = measure.held_out(model, stream, num_bytes, _SEQUENCE).bits_per_byte
+        if config.quantization is not None:
+            round_inputs(model, config.quantization)
+            both = measure.held_out(model, stream, num_bytes, _SEQUENCE).bits_per_byte
+        found = what | {"bits_per_byte_weights": weights, "bits_per_byte_weights_and_inputs": both}
+    row = {"name": name} | {key: value for key, value in found.items() if key != "name"}
+    bits = f"{row['bits_per_byte_weights']:.5f} and {row['bits_per_byte_weights_and_inputs']:.5f}"
+    typer.echo(f"{name}: {row['bytes']:,} bytes, {bits} bits a byte")
     return row
 
 
 def round_inputs(model: LongcatForCausalLM, quantization: Quantization) -> None:
     """From now on the linear layers in FP8 are given their inputs rounded to FP8, in blocks of 128 of a token."""
-    for name, module in model.named_modules():
+    for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and quantization.is_fp8(f"{name}.weight"):
             module.register_forward_pre_hook(lambda linear, given: fp8_inputs(given[0]))
         elif isinstance(module, ZeroExpertMoE) and quantization.is_fp8(f"{name}.experts.0.down_proj.weight"):
-            module.register_forward_hook(_rounded_moe)
+            layer, _, own = name.rpartition(".")
+            model.get_submodule(layer).register_module(own, _RoundedMoE(module))
 
 
-def _rounded_moe(moe: nn.Module, given: tuple[Tensor], output: Tensor) -> Tensor:
-    """What takes the place of the output of a MoE, whose stacked experts are no linear layers with hooks."""
-    assert isinstance(moe, ZeroExpertMoE)
-    tokens, experts = given[0].flatten(0, -2), moe.experts
-    routing = moe.router.forward(tokens)  # past its hooks, which count each token once
-    ffn = ffn_by_expert(
-        len(experts.w13),
-        gate_up=lambda expert, rows: F.linear(fp8_inputs(rows), experts.w13[expert]),
-        down=lambda expert, rows: F.linear(fp8_inputs(rows), experts.w2[expert]),
-    )
-    routed = routed_experts(tokens, routing.ids, routing.weights, ffn)
-    return add_identity(routed, tokens, routing.identity).view_as(output)
+class _RoundedMoE(nn.Module):
+    """In the place of a MoE, whose stacked experts are no linear layers."""
+
+    def __init__(self, moe: ZeroExpertMoE) -> None:
+        super().__init__()
+        self.router, self.experts = moe.router, moe.experts
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens, experts = x.flatten(0, -2), self.experts
+        routing = self.router(tokens)
+        ffn = ffn_by_expert(
+            len(experts.w13),
+            gate_up=lambda expert, rows: F.linear(fp8_inputs(rows), experts.w13[expert]),
+            down=lambda expert, rows: F.linear(fp8_inputs(rows), experts.w2[expert]),
+        )
+        routed = routed_experts(tokens, routing.ids, routing.weights, ffn)
+        return add_identity(routed, tokens, routing.identity).view_as(x)
 
 
 if __name__ == "__main__":

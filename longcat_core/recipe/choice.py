@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from longcat_core.recipe.calibration import Measured
 from longcat_core.recipe.layers import DRAFT_LAYER, Layer
@@ -46,24 +46,26 @@ def kept(layers: Iterable[Layer], scores: Mapping[str, Score], keep: Keep) -> se
 
 
 def within_budget(
-    layers: Sequence[Layer], measured: Mapping[str, Measured], extra_bytes: Mapping[str, int], budget: int
+    layers: Sequence[Layer], measured: Mapping[str, Measured], extra_bytes: Callable[[Layer], int], budget: int
 ) -> set[str]:
     """The groups to keep for at most `budget` bytes more than all in FP8 takes.
 
     Those with the greatest relative output error for each byte come first (of an expert that no token reached, the
-    error of its weights); a group that no longer fits is passed over. extra_bytes: by group, what it costs to keep it.
+    error of its weights); a group that no longer fits is passed over. extra_bytes: what a layer takes more in bf16.
     """
     errors: dict[str, float] = {}
+    extra: dict[str, int] = {}
     for layer in layers:
         if layer.kind != DRAFT_LAYER:
             each = measured[layer.name]
             error = each.output_error if each.rows else each.weight_error
             errors[layer.group] = max(errors.get(layer.group, 0.0), error)
+            extra[layer.group] = extra.get(layer.group, 0) + extra_bytes(layer)
     found, left = set(), budget
-    for group in sorted(errors, key=lambda group: (-errors[group] / extra_bytes[group], group)):
-        if extra_bytes[group] <= left:
+    for group in sorted(errors, key=lambda group: (-errors[group] / extra[group], group)):
+        if extra[group] <= left:
             found.add(group)
-            left -= extra_bytes[group]
+            left -= extra[group]
     return found
 
 

@@ -25,6 +25,7 @@ from longcat_core.weights.streaming import Entry, PublishedTensors, divided, wri
 PROGRESS = "quantize.unfinished.json"
 """Of a run that has not ended: its settings, and what was measured. `config.json` is written last, so that nothing
 takes the directory for a checkpoint before."""
+_ROWS = PUBLISHED_BLOCK[0]
 _SHARD_SIZE = 4 * 2**30
 """Bytes of a shard at most."""
 _SHARDS = 3
@@ -75,13 +76,9 @@ class Source:
         found: dict[str, Any] = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
         return found
 
-    def extra_bytes(self) -> dict[str, int]:
-        """By group of linear layers, what it takes more out of FP8 than in it."""
-        found: dict[str, int] = {}
-        for layer in self.layers:
-            more = self.dtype_outside_fp8(layer.weight).itemsize * layer.elements - layer.fp8_bytes
-            found[layer.group] = found.get(layer.group, 0) + more
-        return found
+    def extra_bytes(self, layer: Layer) -> int:
+        """What a linear layer takes more out of FP8 than in it."""
+        return self.dtype_outside_fp8(layer.weight).itemsize * layer.elements - layer.fp8_bytes
 
     def other_files(self) -> list[Path]:
         """Tokenizer, chat template, draft gate and so on, by their paths within the directory: all that is neither
@@ -162,6 +159,28 @@ class Conversion:
             raw |= {field: "bfloat16" for field in ("torch_dtype", "dtype") if field in raw}
         return raw
 
+    def cautions(self) -> list[str]:
+        """What in this checkpoint is known to be read wrongly by engines' own classes, a sentence each."""
+        found = []
+        if pairs := sum(layer.name.endswith("q_a_proj") and layer.kind != DRAFT_LAYER for layer in self.ignored):
+            found.append(
+                f"{pairs} pairs of q_a_proj and kv_a_proj_with_mqa are in bf16: vLLM's own class takes them for FP8 "
+                "(fault 9 of docs/upstream.md); the class of this package does not"
+            )
+        if any(layer.kind == DRAFT_LAYER for layer in self.ignored):
+            found.append(
+                "the draft layer is in bf16: vLLM's own class takes most of it for FP8 (read in its source), so that "
+                "its drafts are bad; --mtp fp8 suits both"
+            )
+        joined = [layer for layer in self._source.layers if layer.weight in self._in_fp8 and _is_first_of_pair(layer)]
+        if uneven := {(layer.name.rsplit(".", 1)[1], layer.shape[0]) for layer in joined if layer.shape[0] % _ROWS}:
+            sizes = ", ".join(f"{name} of {rows} rows" for name, rows in sorted(uneven))
+            found.append(
+                f"{sizes}, no whole blocks of {_ROWS}: an engine that joins it with the projection beside it takes "
+                "wrong scales for the rows after (seen in vLLM 0.32); the reference reads it right"
+            )
+        return found
+
     def unwritten_bytes(self, out: Path) -> int:
         """Of the shards that `out` does not have yet."""
         return sum(sum(entry.nbytes for entry in entries) for path, entries in self._files(out) if not path.exists())
@@ -216,6 +235,10 @@ class Conversion:
             del tensor
             yield made
             report(sum(each.nbytes for each in made.values()))
+
+
+def _is_first_of_pair(layer: Layer) -> bool:
+    return layer.name.endswith((".q_a_proj", ".gate_proj"))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -147,9 +148,9 @@ def test_sizes_are_those_of_the_files(source: Path, tmp_path: Path) -> None:
         assert sum(path.stat().st_size for path in files) == size + headers
     index = json.loads((out / checkpoint.INDEX_NAME).read_text())
     assert index["metadata"] == {"total_size": total.after}
-    extra = Source(source).extra_bytes()
+    extra = sum(Source(source).extra_bytes(layer) for layer in Source(source).layers if layer.group in KEPT)
     all_fp8 = sum(Conversion(Source(source), (), mtp_in_fp8=True).bytes_by_kind().values(), Bytes())
-    assert total.after - all_fp8.after == sum(extra[group] for group in KEPT)
+    assert total.after - all_fp8.after == extra
 
 
 class StopError(Exception):
@@ -183,6 +184,21 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(source: Path, tmp_path: Pa
     assert sum(reported) == total
     assert contents(out) == whole, "and nothing else is left there"
     assert {path.stat().st_mtime_ns for path in done} == {1}, "what was written is not written again"
+
+
+def test_what_engines_own_classes_read_wrongly_is_said(source: Path, tmp_path: Path) -> None:
+    def cautions(directory: Path, *kept: str, mtp_in_fp8: bool = True) -> list[str]:
+        return Conversion(Source(directory), kept, mtp_in_fp8).cautions()
+
+    (uneven,) = cautions(source)
+    assert uneven.startswith("gate_proj of 32 rows, gate_proj of 96 rows, q_a_proj of 48 rows, no whole blocks of 128")
+    even = replace(DEFAULT, num_layers=1, q_lora_rank=128, ffn_hidden_size=256, expert_ffn_hidden_size=128)
+    write_checkpoint(tmp_path / "even", even, in_dtype(published(even), torch.bfloat16))
+    assert cautions(tmp_path / "even") == []
+    (pair,) = cautions(tmp_path / "even", QKV_A)
+    assert pair.startswith("1 pairs of q_a_proj and kv_a_proj_with_mqa are in bf16")
+    (draft,) = cautions(tmp_path / "even", mtp_in_fp8=False)
+    assert draft.startswith("the draft layer is in bf16")
 
 
 # -- refusals --------------------------------------------------------------------------------------------

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from longcat_core import spellings
 from longcat_core.inspection import routings
 from longcat_core.recipe import choice
-from longcat_core.recipe.calibration import CalibrationError, Measured, calibrate
+from longcat_core.recipe.calibration import CalibrationError, Measured, _Calibration, calibrate
 from longcat_core.recipe.layers import DRAFT_LAYER, Layer, linear_layers
 from longcat_core.recipe.rule import Keep, Score, Thresholds
-from longcat_core.reference import LongcatForCausalLM
+from longcat_core.reference import DecoderLayer, LongcatForCausalLM
 from longcat_core.weights.blocks import dequantize_blocks, quantize_blocks
 from longcat_core.weights.names import all_tensors
 from longcat_core.weights.streaming import PublishedTensors
@@ -225,10 +225,32 @@ def test_a_budget_goes_to_the_greatest_error_a_byte_and_is_not_exceeded() -> Non
     found["d"] = Measured(0, 0.0, 0.05, 0.0, 0.0)
     extra = {"a": 100, "b": 10, "c": 10, "d": 10}
     expected = {0: "", 9: "", 10: "d", 25: "bd", 30: "bcd", 129: "bcd", 130: "abcd"}
-    assert {n: "".join(sorted(choice.within_budget(layers, found, extra, n))) for n in expected} == expected
+    layers.append(Layer("draft", DRAFT_LAYER, "draft", (8, 8)))
+
+    def kept(budget: int) -> str:
+        return "".join(sorted(choice.within_budget(layers, found, lambda layer: extra[layer.name], budget)))
+
+    assert {budget: kept(budget) for budget in expected} == expected
 
 
 # -- memory ---------------------------------------------------------------------------------------------
+
+
+def test_weights_leave_memory_as_soon_as_a_module_has_run(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, CONFIG, published(CONFIG))
+    tensors, held = PublishedTensors(tmp_path, CONFIG), []
+
+    def look(name: str) -> None:
+        held.append({key for key, each in layer.named_parameters() if not each.is_meta})
+
+    calibration = _Calibration(tensors, CONFIG, look)
+    layer = calibration._streamed(DecoderLayer, "model.layers.0")
+    cos = sin = torch.ones(1, 4, CONFIG.qk_rope_head_dim // 2)
+    with torch.no_grad():
+        layer(torch.ones(2, 4, CONFIG.hidden_size), cos, sin, None)
+    assert len(held) == 2 * 8 + 3 * CONFIG.n_routed_experts
+    assert held == [set()] * len(held)
+
 
 _LARGE = replace(
     DEFAULT, vocab_size=300, hidden_size=512, num_layers=3, n_routed_experts=64, expert_ffn_hidden_size=512
