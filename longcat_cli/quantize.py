@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import os
 import shutil
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -106,18 +107,19 @@ def command(
     options = Options(keep, budget, mtp, Thresholds(extreme_activation, large_relative_error, large_absolute_error))
     try:
         options.check()
-        _check_plot(plot, options)
+        _check_plot(plot, options, dry_run)
         _quantize(source, out, text, tokens, options, plot, dry_run, errors)
     except (ConfigError, CheckpointError, LoadingError, CalibrationError, QuantizingError, OSError) as error:
         errors.print(f"longcat quantize: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
 
 
-def _check_plot(plot: Path | None, options: Options) -> None:
+def _check_plot(plot: Path | None, options: Options, dry_run: bool) -> None:
     if plot is None:
         return
-    if not options.is_measured:
-        raise QuantizingError("--plot draws what is measured, and with --keep none nothing is; leave it out")
+    if dry_run or not options.is_measured:
+        option = "--dry-run" if dry_run else "--keep none"
+        raise QuantizingError(f"--plot draws what is measured, and with {option} nothing is; leave it out")
     if plot.suffix != ".png" or not plot.absolute().parent.is_dir():
         raise QuantizingError(f"--plot: {plot}, wanted a .png file in a directory that exists")
     if importlib.util.find_spec("matplotlib") is None:
@@ -138,6 +140,8 @@ def _quantize(
     from longcat_core.recipe import choice
     from longcat_core.recipe.conversion import PROGRESS, Conversion, Source, write_json
 
+    if out.resolve().is_relative_to(directory.resolve()):
+        raise QuantizingError(f"{out} is in the source, {directory}; name a directory outside it")
     source = Source(directory)
     table_console = Console(width=None if Console().is_terminal else 160, highlight=False)
     mtp_in_fp8 = options.mtp is Precision.fp8
@@ -154,7 +158,8 @@ def _quantize(
             f"{out}: of an unfinished run with other settings, text or source; start it as before, name another "
             "directory, or remove it"
         )
-    _require_space(out, Conversion(source, (), mtp_in_fp8))
+    if before is None:
+        _require_space(out, Conversion(source, (), mtp_in_fp8))
 
     measured = None
     if ids is not None:
@@ -231,6 +236,8 @@ def _unfinished(out: Path) -> dict[str, Any] | None:
 
 def _require_space(out: Path, conversion: Conversion) -> None:
     there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise QuantizingError(f"{out}: {there} is no directory that can be written to; name another one")
     wanted, free = conversion.unwritten_bytes(out), shutil.disk_usage(there).free
     if wanted > free:
         raise QuantizingError(f"{there}: {free:,} bytes free, wanted {wanted:,}; make room, or name another directory")

@@ -184,7 +184,8 @@ def assert_refused(result: Result, complaint: str) -> None:
         (["--large-absolute-error", "inf"], "--large-absolute-error: inf, wanted a number above 1"),
         (["--budget", "-1"], "--budget: -1, wanted bytes, 0 or more"),
         (["--budget", "1", "--keep", "union"], "--budget chooses the layers itself; leave out --keep union"),
-        (["--plot", "p.png", "--keep", "none"], "--plot draws what is measured"),
+        (["--plot", "p.png", "--keep", "none"], "--plot draws what is measured, and with --keep none nothing is"),
+        (["--plot", "p.png", "--dry-run"], "--plot draws what is measured, and with --dry-run nothing is"),
         (["--plot", "p.pdf"], "--plot: p.pdf, wanted a .png file"),
         (["--plot", "absent/p.png"], "--plot: absent/p.png, wanted a .png file in a directory that exists"),
         (["--text", "absent.txt"], "No such file.*absent.txt"),
@@ -221,8 +222,11 @@ def test_a_directory_that_is_no_unfinished_run_is_refused_and_left_alone(
         (out / PROGRESS).write_text(content)
         assert_refused(run(source, out, "--text", text, *options), "(not JSON|not of an unfinished run).*; remove ")
     assert (out / "thesis.txt").read_text() == "precious"
-    assert_refused(run(source, source, "--text", text, *options), "exists and is no unfinished run")
     assert_refused(run(source, text, "--text", text, *options), "text.txt exists and is no unfinished run")
+    for inside in (source, source / "fp8"):
+        assert_refused(
+            run(source, inside, "--text", text, *options), "is in the source, .*; name a directory outside it"
+        )
 
 
 def test_a_source_in_fp8_is_refused(source: Path, text: Path, tmp_path: Path) -> None:
@@ -238,6 +242,11 @@ def test_a_disk_that_is_too_small_is_refused(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     assert_refused(run(source, tmp_path / "out", "--text", text), r"1,000 bytes free, wanted \d+,\d+")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_place_where_no_directory_can_be_is_refused_before_any_work(source: Path, text: Path) -> None:
+    result = run(source, text / "out", "--text", text)
+    assert_refused(result, "text.txt is no directory that can be written to")
 
 
 def test_inputs_that_are_not_finite_leave_nothing_behind(source: Path, text: Path, tmp_path: Path) -> None:
