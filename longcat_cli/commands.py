@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import typer
 
-from longcat_cli import doctor, inspect, make_checkpoint, nano, train_gate
+from longcat_cli import doctor, inspect, make_checkpoint, nano, quantize, train_gate
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 app.command("doctor")(doctor.command)
 app.command("inspect")(inspect.command)
 app.command("make-checkpoint")(make_checkpoint.command)
 app.command("nano")(nano.command)
+app.command("quantize")(quantize.command)
 app.command("train-gate")(train_gate.command)
 
 
