@@ -99,3 +99,20 @@ def test_the_committed_results_are_of_the_shipped_checkpoint() -> None:
     assert (
         rows["all in FP8"]["bytes"] <= rows["intersection"]["bytes"] <= rows["union"]["bytes"] < rows["bf16"]["bytes"]
     )
+
+
+def test_every_recipe_is_converted_and_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = Corpus({f"{n}.py": "def f(x):\n    return x\n" * 9 for n in range(3)}, {"held_out.py": "import os\n" * 9})
+    monkeypatch.setattr(quantized, "standard_library", lambda held_out, root: corpus)
+    monkeypatch.setattr(quantized, "_TOKENS", 64)
+    quantized.command(tmp_path, threads=1)
+    found = json.loads((tmp_path / "quantized.json").read_text())
+    committed = json.loads(RESULTS.read_text())
+    assert found.keys() == committed.keys()
+    assert [row["name"] for row in found["rows"]] == [row["name"] for row in committed["rows"]]
+    assert [row.keys() for row in found["rows"]] == [row.keys() for row in committed["rows"]]
+    exact, all_fp8 = found["rows"][:2]
+    assert exact["bits_per_byte_weights"] == exact["bits_per_byte_weights_and_inputs"]
+    rounded = [all_fp8["bits_per_byte_weights"], all_fp8["bits_per_byte_weights_and_inputs"]]
+    assert len({exact["bits_per_byte_weights"], *rounded}) == 3
+    assert (tmp_path / "quantized.png").read_bytes().startswith(b"\x89PNG")
