@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from transformers import LongcatFlashConfig
 
 from longcat_core import spellings
-from longcat_core.plugin.engine import leave_to_own_class, refuse, unread_quantization
+from longcat_core.plugin.engine import leave_to_own_class, refuse, unserved_quantization
 from longcat_core.plugin.gate import uses_gate
 from longcat_core.plugin.hooks import Stage
 from longcat_vllm import adapters, devices, hooks, loading
@@ -118,7 +118,7 @@ def _unsupported(vllm_config: VllmConfig) -> list[str]:
         problems.append("it needs MLA, which VLLM_MLA_DISABLE turns off; unset that")
     problems += [
         f"{problem}; give such a checkpoint, or one in bf16, and leave --quantization out"
-        for problem in unread_quantization(model.quantization, model.hf_config)
+        for problem in unserved_quantization(model.quantization, model.hf_config, any_block=True)
     ]
     if speculation is not None:
         problems += _unsupported_speculation(speculation, model)

@@ -15,6 +15,7 @@ from packaging.version import InvalidVersion, Version
 
 from longcat_core import spellings
 from longcat_core.plugin.hooks import Hook, Stage, of_stage
+from longcat_core.quantization import PUBLISHED_BLOCK
 
 logger = logging.getLogger(__name__)
 
@@ -116,18 +117,22 @@ def refuse(problems: Sequence[str]) -> None:
         raise ValueError("LongCat-Flash cannot be served like this:\n  " + "\n  ".join(problems))
 
 
-def unread_quantization(method: str | None, hf_config: Any) -> list[str]:
-    """Why this package cannot read a deployment's quantisation, each with the value met and the value wanted; empty if
-    there is none, or the checkpoint's own FP8 in blocks.
+def unserved_quantization(method: str | None, hf_config: Any, any_block: bool) -> list[str]:
+    """Why this package cannot serve a deployment's quantisation, each with the value met and the value wanted; empty
+    if there is none, or the checkpoint's own FP8 in blocks.
 
-    method: what the engine has made of the checkpoint and of --quantization.
+    method: what the engine has made of the checkpoint and of --quantization; any_block: whether blocks of any size are
+    served, because all weights can be dequantised.
     """
     if method is None:
         return []
     quantization = spellings.read(hf_config).quantization
     if quantization is None or quantization.method != "fp8" or method != "fp8":
-        return [f"quantization: {method!r}, wanted none, or a checkpoint in FP8 with quant_method 'fp8'"]
-    return [f"quantization_config.{problem}" for problem in quantization.problems()]
+        return [f"quantization: {method!r}, wanted none, or the 'fp8' of a checkpoint that is published in it"]
+    problems = quantization.problems()
+    if not any_block and quantization.block != PUBLISHED_BLOCK:
+        problems.append(f"weight_block_size: {list(quantization.block)}, wanted {list(PUBLISHED_BLOCK)}")
+    return [f"quantization_config.{problem}" for problem in problems]
 
 
 def leave_to_own_class(

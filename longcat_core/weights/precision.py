@@ -99,6 +99,21 @@ class Precision:
         return module.replace(f"{self._layer}.", f"{MTP_PREFIX}layers.0.", 1)
 
 
+def require_precision(name: str, tensor: Tensor, parameter: Tensor | None) -> None:
+    """For updates of a model that runs, which may leave out what the first load has to have.
+
+    parameter: what a published tensor is to be loaded into; None if the model has no such parameter.
+
+    Raises:
+        CheckpointError: if one of the two is in FP8 and the other is not, or if scales come without such a weight.
+    """
+    if parameter is None or (tensor.dtype == FP8) != (parameter.dtype == FP8):
+        wanted = "none, as its weight is not in FP8" if parameter is None else f"{parameter.dtype}, as in the model"
+        raise CheckpointError(
+            f"wrong: {name} is {tensor.dtype}, wanted {wanted} that runs; convert it, or restart with its checkpoint"
+        )
+
+
 def dequantized(
     weights: Iterable[tuple[str, Tensor]], config: LongcatConfig, is_kept: Callable[[str], bool], log: logging.Logger
 ) -> Iterator[tuple[str, Tensor]]:

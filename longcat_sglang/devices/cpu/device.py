@@ -45,6 +45,9 @@ class Cpu(Device):
 
         return attend(attention, hidden_states, forward_batch, cos, sin)
 
+    def fp8_kernels(self) -> None:
+        """Without `sgl_kernel` a weight in FP8 would be dequantised for each product, which takes longer."""
+
     def expert_arguments(self) -> dict[str, Any]:
         from longcat_sglang.devices.cpu.experts import CompactedRowsMethod
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from longcat_core.config import LongcatConfig
 from longcat_core.plugin.diagnosis import Finding
-from longcat_core.plugin.engine import unread_quantization
+from longcat_core.plugin.engine import unserved_quantization
 from longcat_core.quantization import PUBLISHED_BLOCK
 from longcat_core.weights.precision import Fp8Kernels
 from longcat_vllm.devices.base import MOE_BACKENDS, Device
@@ -64,7 +64,7 @@ class Cuda(Device):
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
         backend, transport = vllm_config.kernel_config.moe_backend, parallel.all2all_backend
         reasons = []
-        reasons += unread_quantization(model.quantization, model.hf_config)
+        reasons += unserved_quantization(model.quantization, model.hf_config, any_block=False)
         if model.convert_type == "classify":
             reasons.append("longcat-serving has no head of a classifier")
         if backend not in MOE_BACKENDS:
