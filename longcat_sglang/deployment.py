@@ -96,8 +96,9 @@ def _unsupported(server_args: Any, settings: Any, model_config: Any) -> list[str
     unserved = _unserved_quantization(settings, model_config, any_block=True)
     problems += [f"{each}; give such a checkpoint, or one in bf16, and leave --quantization out" for each in unserved]
     if quantization is not None and not unserved and model_config.dtype not in (torch.bfloat16, torch.float16):
+        dtype = str(model_config.dtype).removeprefix("torch.")
         problems.append(
-            f"dtype: {model_config.dtype}, wanted bfloat16 or float16, as SGLang takes no other with FP8 weights; "
+            f"dtype: {dtype}, wanted bfloat16 or float16, as SGLang takes no other with FP8 weights; "
             "give --dtype one of them"
         )
     device = devices.of(settings.device)

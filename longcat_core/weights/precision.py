@@ -107,10 +107,12 @@ def require_precision(name: str, tensor: Tensor, parameter: Tensor | None) -> No
     Raises:
         CheckpointError: if one of the two is in FP8 and the other is not, or if scales come without such a weight.
     """
-    if parameter is None or (tensor.dtype == FP8) != (parameter.dtype == FP8):
-        wanted = "none, as its weight is not in FP8" if parameter is None else f"{parameter.dtype}, as in the model"
+    if parameter is None:
+        raise CheckpointError(f"extra: {name}, scales of a weight that the running model has not in FP8; remove it")
+    if (tensor.dtype == FP8) != (parameter.dtype == FP8):
         raise CheckpointError(
-            f"wrong: {name} is {tensor.dtype}, wanted {wanted} that runs; convert it, or restart with its checkpoint"
+            f"wrong: {name} is {tensor.dtype}, wanted {parameter.dtype} as in the running model; convert it, or start "
+            "the model from such a checkpoint"
         )
 
 

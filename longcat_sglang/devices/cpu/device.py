@@ -109,4 +109,5 @@ class Cpu(Device):
         return [
             Finding("attention", f"{backend}: any sizes, chunked prefill, radix cache"),
             Finding("MoE", f"rows of FFN experts only; {', '.join(kernels)}"),
+            Finding("FP8", "dequantised when it is loaded"),
         ]

@@ -72,6 +72,7 @@ class Cuda(Device):
         return [
             Finding("attention", "SGLang's MLA backend of its choice (--attention-backend)"),
             Finding("MoE", f"zero experts as id -1, skipped by one of {', '.join(SKIP_ZERO_EXPERTS)}"),
+            Finding("FP8", "SGLang's own kernels, with activations in FP8"),
         ]
 
 
