@@ -105,11 +105,12 @@ def require_precision(name: str, tensor: Tensor, parameter: Tensor | None) -> No
     parameter: what a published tensor is to be loaded into; None if the model has no such parameter.
 
     Raises:
-        CheckpointError: if one of the two is in FP8 and the other is not, or if scales come without such a weight.
+        CheckpointError: if one of the two is in FP8 and the other is not, or in another one, or if scales come without
+            such a weight.
     """
     if parameter is None:
         raise CheckpointError(f"extra: {name}, scales of a weight that the running model has not in FP8; remove it")
-    if (tensor.dtype == FP8) != (parameter.dtype == FP8):
+    if tensor.dtype != parameter.dtype and 1 in (tensor.dtype.itemsize, parameter.dtype.itemsize):
         raise CheckpointError(
             f"wrong: {name} is {tensor.dtype}, wanted {parameter.dtype} as in the running model; convert it, or start "
             "the model from such a checkpoint"

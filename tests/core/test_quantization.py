@@ -151,6 +151,7 @@ def test_an_update_is_in_the_precision_of_the_model() -> None:
     for name, tensor, parameter, wanted in (
         ("w", in_bf16, in_fp8, "w is torch.bfloat16, wanted torch.float8_e4m3fn"),
         ("w", in_fp8, in_bf16, "w is torch.float8_e4m3fn, wanted torch.bfloat16"),
+        ("w", torch.zeros(2, dtype=torch.float8_e5m2), in_fp8, "w is torch.float8_e5m2, wanted torch.float8_e4m3fn"),
         ("w_scale_inv", scales, None, "extra: w_scale_inv, scales of a weight that"),
     ):
         with pytest.raises(CheckpointError, match=wanted):
