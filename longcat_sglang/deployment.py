@@ -91,16 +91,8 @@ def _unserved_quantization(settings: Any, model_config: Any, any_block: bool) ->
 
 def _unsupported(server_args: Any, settings: Any, model_config: Any) -> list[str]:
     """Options that SGLang would accept for LongCat-Flash and then get wrong, each with what to do."""
-    longcat, problems = model_config.hf_config.longcat, []
-    quantization = _quantization(settings, model_config)
-    unserved = _unserved_quantization(settings, model_config, any_block=True)
-    problems += [f"{each}; give such a checkpoint, or one in bf16, and leave --quantization out" for each in unserved]
-    if quantization is not None and not unserved and model_config.dtype not in (torch.bfloat16, torch.float16):
-        dtype = str(model_config.dtype).removeprefix("torch.")
-        problems.append(
-            f"dtype: {dtype}, wanted bfloat16 or float16, as SGLang takes no other with FP8 weights; "
-            "give --dtype one of them"
-        )
+    longcat, problems = model_config.hf_config.longcat, list[str]()
+    problems += _unsupported_quantization(settings, model_config)
     device = devices.of(settings.device)
     problems += device.unsupported(server_args, settings)
     if settings.pp_size > 1:
@@ -118,8 +110,27 @@ def _unsupported(server_args: Any, settings: Any, model_config: Any) -> list[str
             f"ep_size: {settings.ep_size}, wanted a divisor of the {longcat.n_routed_experts} FFN experts; "
             "give --ep-size one"
         )
-    problems += _unsupported_speculation(server_args, settings, quantization)
+    problems += _unsupported_speculation(server_args, settings, _quantization(settings, model_config))
     return problems + options.refusals(settings, longcat, device.runs_own_class)
+
+
+def _unsupported_quantization(settings: Any, model_config: Any) -> list[str]:
+    instead = "give such a checkpoint, or one in bf16, and leave --quantization out"
+    unserved = _unserved_quantization(settings, model_config, any_block=True)
+    if unserved or _quantization(settings, model_config) is None:
+        return [f"{problem}; {instead}" for problem in unserved]
+    block, dtype, problems = model_config.hf_config.longcat.quantization.block, model_config.dtype, []
+    if block[0] != block[1]:  # asserted in configs/update_config.py, for a CPU
+        problems.append(
+            f"quantization_config.weight_block_size: {list(block)}, wanted two equal numbers, as SGLang takes no "
+            f"others; {instead}"
+        )
+    if dtype not in (torch.bfloat16, torch.float16):
+        problems.append(
+            f"dtype: {str(dtype).removeprefix('torch.')}, wanted bfloat16 or float16, as SGLang takes no other with "
+            "FP8 weights; give --dtype one of them"
+        )
+    return problems
 
 
 def _unsupported_speculation(server_args: Any, settings: Any, quantization: str | None) -> list[str]:

@@ -264,8 +264,8 @@ SERVED: tuple[Option, ...] = (
         "--quantization fp8",
         Outcome.SERVED,
         "With a checkpoint in FP8, where it can be left out; --dtype is then bfloat16 or float16. On a CPU all weights "
-        "are dequantised when they are loaded, of blocks of any size too, and take twice the memory of FP8; on a GPU "
-        "those that no kernel takes.",
+        "are dequantised when they are loaded, of any square blocks, and take twice the memory of FP8; on a GPU those "
+        "that no kernel takes.",
         f"a CPU: {RUN}; a GPU: {READ}",
     ),
     Option("--load-format sharded_state", Outcome.SERVED, "What `save_sharded_model` wrote; not checked before.", RUN),

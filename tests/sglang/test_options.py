@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from sglang.srt.arg_groups.arg_utils import record_fields
+from sglang.srt.configs.update_config import get_moe_padding_size
 from sglang.srt.server_args import ServerArgs
 
 from longcat_core.plugin.options import Outcome
@@ -178,6 +179,15 @@ def test_blocks_of_another_size_are_served_where_all_weights_are_dequantised() -
     (reason,) = deployment.reasons_for_sglangs_own_class(settings("cuda"), release)
     assert reason == "quantization_config.weight_block_size: [64, 64], wanted [128, 128]"
     assert deployment._unsupported(settings("cpu"), settings("cpu"), release) == []
+    oblong = in_fp8(Quantization("fp8", block=(64, 32)))
+    (problem,) = deployment._unsupported(settings("cpu"), settings("cpu"), oblong)
+    assert problem.startswith("quantization_config.weight_block_size: [64, 32], wanted two equal numbers")
+
+
+def test_sglang_takes_no_oblong_blocks_on_a_cpu() -> None:
+    """If this fails, `deployment._unsupported` may let them through."""
+    with pytest.raises(AssertionError):
+        get_moe_padding_size([64, 32])
 
 
 def test_fp8_weights_in_another_dtype_than_sglang_takes_are_refused() -> None:
