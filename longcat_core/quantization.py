@@ -80,6 +80,11 @@ def read_quantization(raw: Mapping[str, Any], problems: list[str]) -> Quantizati
     )
 
 
+def quantization_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a `config.json` that say its quantisation, as they are: engines read more of them than core."""
+    return {name: raw[name] for name in ("quantization_config", "disable_quant_module") if name in raw}
+
+
 def published_quantization(quantization: Quantization) -> dict[str, Any]:
     """The fields of a `config.json`; `read_quantization` reads them back unchanged."""
     found: dict[str, Any] = {

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from longcat_core.config import ConfigError, LongcatConfig, RopeConfig
-from longcat_core.quantization import published_quantization, read_quantization
+from longcat_core.quantization import published_quantization, quantization_fields, read_quantization
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ def for_sglang(raw: Mapping[str, Any]) -> dict[str, Any]:
     dropped = {"num_hidden_layers", "intermediate_size", "moe_intermediate_size", "rope_parameters", "head_dim"}
     kept = {key: value for key, value in raw.items() if key not in dropped}
     renamed = {"rope_scaling": None, "model_type": "longcat_flash", "num_experts_per_tok": config.moe_topk}
-    return {**kept, **published(config), **renamed}
+    return {**kept, **published(config), **renamed, **quantization_fields(raw)}
 
 
 def field_of(spelling: str) -> str:

@@ -11,6 +11,7 @@ from sglang.srt import configs
 from longcat_core import spellings
 from longcat_core.config import LongcatConfig
 from longcat_core.family import Member, member_of
+from longcat_core.quantization import quantization_fields
 from longcat_sglang.engine import is_longcat
 from longcat_sglang.hooks import require_supported
 
@@ -46,9 +47,11 @@ class LongcatFlashConfig(configs.LongcatFlashConfig):
         Raises:
             ConfigError: if the result is not a LongCat-Flash that can be served.
         """
+        fields = self.to_dict()
         canonical = {
-            **self.to_dict(),
+            **fields,
             **spellings.published(self.longcat),
+            **quantization_fields(fields),
             "rope_parameters": spellings.rope_parameters(self.longcat.rope),
         }
         canonical.pop("rope_scaling", None)  # said by `rope_parameters`

@@ -7,7 +7,10 @@ import json
 import logging
 from typing import TYPE_CHECKING, Any
 
-from longcat_core.plugin.engine import leave_to_own_class, refuse, unsupported_quantization
+import torch
+
+from longcat_core import spellings
+from longcat_core.plugin.engine import leave_to_own_class, refuse, unserved_quantization
 from longcat_core.plugin.gate import uses_gate
 from longcat_core.plugin.hooks import Stage
 from longcat_sglang import devices, hooks, loading, options
@@ -65,10 +68,7 @@ def reasons_for_sglangs_own_class(settings: Any, model_config: Any) -> list[str]
         return []
     reasons = devices.of(settings.device).reasons_for_own_class()
     reasons += options.reasons_for_own_class(settings, model_config.hf_config.longcat)
-    quantization = _quantization(settings, model_config)
-    if quantization is not None:
-        reasons.append(f"quantization {quantization!r} is not supported by longcat-serving yet")
-    return reasons
+    return reasons + _unserved_quantization(settings, model_config, any_block=False)
 
 
 _LOST = (
@@ -79,16 +79,20 @@ _LOST = (
 
 
 def _quantization(settings: Any, model_config: Any) -> str | None:
-    """As SGLang has read it, from `config.json` or files beside it."""
+    """As SGLang has read it, from --quantization, `config.json` or files beside it."""
     return settings.quantization or model_config.quantization
+
+
+def _unserved_quantization(settings: Any, model_config: Any, any_block: bool) -> list[str]:
+    # Not of `hf_config` itself, whose sizes SGLang pads for its kernels.
+    published = spellings.published(model_config.hf_config.longcat)
+    return unserved_quantization(_quantization(settings, model_config), published, any_block)
 
 
 def _unsupported(server_args: Any, settings: Any, model_config: Any) -> list[str]:
     """Options that SGLang would accept for LongCat-Flash and then get wrong, each with what to do."""
-    longcat, problems = model_config.hf_config.longcat, []
-    quantization = _quantization(settings, model_config)
-    if quantization is not None:
-        problems.append(unsupported_quantization(quantization))
+    longcat, problems = model_config.hf_config.longcat, list[str]()
+    problems += _unsupported_quantization(settings, model_config)
     device = devices.of(settings.device)
     problems += device.unsupported(server_args, settings)
     if settings.pp_size > 1:
@@ -106,11 +110,30 @@ def _unsupported(server_args: Any, settings: Any, model_config: Any) -> list[str
             f"ep_size: {settings.ep_size}, wanted a divisor of the {longcat.n_routed_experts} FFN experts; "
             "give --ep-size one"
         )
-    problems += _unsupported_speculation(server_args, settings)
+    problems += _unsupported_speculation(server_args, settings, _quantization(settings, model_config))
     return problems + options.refusals(settings, longcat, device.runs_own_class)
 
 
-def _unsupported_speculation(server_args: Any, settings: Any) -> list[str]:
+def _unsupported_quantization(settings: Any, model_config: Any) -> list[str]:
+    instead = "give such a checkpoint, or one in bf16, and leave --quantization out"
+    unserved = _unserved_quantization(settings, model_config, any_block=True)
+    if unserved or _quantization(settings, model_config) is None:
+        return [f"{problem}; {instead}" for problem in unserved]
+    block, dtype, problems = model_config.hf_config.longcat.quantization.block, model_config.dtype, []
+    if block[0] != block[1]:  # asserted in configs/update_config.py, for a CPU
+        problems.append(
+            f"quantization_config.weight_block_size: {list(block)}, wanted two equal numbers, as SGLang takes no "
+            f"others; {instead}"
+        )
+    if dtype not in (torch.bfloat16, torch.float16):
+        problems.append(
+            f"dtype: {str(dtype).removeprefix('torch.')}, wanted bfloat16 or float16, as SGLang takes no other with "
+            "FP8 weights; give --dtype one of them"
+        )
+    return problems
+
+
+def _unsupported_speculation(server_args: Any, settings: Any, quantization: str | None) -> list[str]:
     problems: list[str] = []
     if not drafts_with_mtp(settings):
         return problems
@@ -131,7 +154,8 @@ def _unsupported_speculation(server_args: Any, settings: Any) -> list[str]:
         )
     problems += _impossible_tree(steps, branches, nodes)
     for option in ("speculative_token_map", "speculative_draft_model_quantization", "enable_multi_layer_eagle"):
-        if getattr(settings, option):
+        value = getattr(settings, option)
+        if value and (option, value) != ("speculative_draft_model_quantization", quantization):  # which SGLang sets
             flag = option.replace("_", "-")
             problems.append(f"{option} is not supported for LongCat's MTP layer; leave --{flag} out")
     return problems

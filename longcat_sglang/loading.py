@@ -43,17 +43,31 @@ def check(directory: Path | None, settings: Any, longcat: LongcatConfig) -> None
     Raises:
         CheckpointError: as `checkpoint.verify`.
     """
-    unchecked = ""
-    if settings.load_format not in READS_PUBLISHED_TENSORS:
-        unchecked = f"--load-format {settings.load_format} does not read published safetensors"
-    elif directory is None:
-        unchecked = f"{settings.model_path} is not on this machine yet"
-    elif not any(directory.glob("*.safetensors")) and (found := [*directory.glob("*.bin"), *directory.glob("*.pt")]):
-        unchecked = f"{found[0].name} is not safetensors"
-    if unchecked or directory is None:
-        logger.info("The checkpoint is not checked before it is loaded: %s.", unchecked)
+    readable, reason = _readable(directory, settings)
+    if readable is None:
+        logger.info("The checkpoint is not checked before it is loaded: %s.", reason)
         return
-    checkpoint.verify(directory, longcat, requires_mtp=drafts_with_mtp(settings))
+    checkpoint.verify(readable, longcat, requires_mtp=drafts_with_mtp(settings))
+
+
+def mtp_weights_in_fp8(settings: Any) -> frozenset[str]:
+    """The published weights of the MTP layer that are served in FP8: those that files which can be read now have in it.
+
+    Of other sources the layer's tensors are not known before they come, and served in bf16, whatever they are.
+    """
+    directory, _ = _readable(local_directory(settings), settings)
+    return frozenset() if directory is None else checkpoint.mtp_weights_in_fp8(directory)
+
+
+def _readable(directory: Path | None, settings: Any) -> tuple[Path | None, str]:
+    """The checkpoint if its published safetensors are in `directory`; otherwise why it cannot be read."""
+    if settings.load_format not in READS_PUBLISHED_TENSORS:
+        return None, f"--load-format {settings.load_format} does not read published safetensors"
+    if directory is None:
+        return None, f"{settings.model_path} is not on this machine yet"
+    if not any(directory.glob("*.safetensors")) and (found := [*directory.glob("*.bin"), *directory.glob("*.pt")]):
+        return None, f"{found[0].name} is not safetensors"
+    return directory, ""
 
 
 def say_that_an_update_is_refused(

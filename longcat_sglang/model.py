@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from sglang.srt.eplb.expert_distribution import get_global_expert_distribution_recorder
@@ -31,14 +33,21 @@ from torch import Tensor, nn
 from longcat_core.config import LongcatConfig
 from longcat_core.layers import rotary
 from longcat_core.plugin.hooks import Stage
-from longcat_core.weights import audit
+from longcat_core.quantization import PUBLISHED_BLOCK
+from longcat_core.weights import audit, names
+from longcat_core.weights.blocks import FP8, dequantize_blocks
 from longcat_core.weights.plan import Layout, Target, load_plan
-from longcat_sglang import devices, hooks
+from longcat_core.weights.precision import dequantized, require_precision
+from longcat_sglang import devices, hooks, quantization
 from longcat_sglang.config import LongcatFlashConfig
 from longcat_sglang.devices.cuda.rotary import LongcatRotaryEmbedding
 from longcat_sglang.moe import LongcatMoE
+from longcat_sglang.quantization import LongcatFp8Config
 
+logger = logging.getLogger(__name__)
 LAYOUT = Layout(fused_qkv_a="fused_qkv_a_proj_with_mqa", experts="experts")
+PACKED = {"gate_up_proj": ["gate_proj", "up_proj"], LAYOUT.fused_qkv_a: ["q_a_proj", "kv_a_proj_with_mqa"]}
+"""The published projections that one of SGLang's linear layers holds, the first one's rows first."""
 ZEROS_OF_AN_ATTENTION = 2
 """What SGLang's MLA takes of the model's allocator of zeros: one for each product with an absorbed weight in FP8."""
 WORTH_A_THREAD = 2**18
@@ -101,8 +110,14 @@ class LongcatAttention(DeepseekV2AttentionMLA):
         return device.attend(self, positions, hidden_states, forward_batch, zero_allocator, cos, sin)
 
     def process_weights_after_loading(self) -> None:
-        """Take `kv_b_proj` apart into w_kc [heads, nope, latent] and w_vc [heads, latent, v], in SGLang's strides."""
+        """Take `kv_b_proj` apart into w_kc [heads, nope, latent] and w_vc [heads, latent, v], in SGLang's strides.
+
+        They are never in FP8: SGLang's products with them there have one scale for a whole tensor.
+        """
         weight: Any = self.kv_b_proj.weight
+        if weight.dtype == FP8:  # as published still, as SGLang lays it out for its kernels only afterwards
+            scales: Any = self.kv_b_proj.weight_scale_inv
+            weight = dequantize_blocks(weight, scales, self.kv_a_layernorm.weight.dtype)
         parts = weight.unflatten(0, (self.num_local_heads, -1))
         w_kc, w_vc = parts.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
         self.w_kc = bind_or_assign(self.w_kc, w_kc.transpose(1, 2).contiguous().transpose(1, 2))
@@ -142,21 +157,19 @@ class LongcatDecoderLayer(nn.Module):
         self,
         hf_config: LongcatFlashConfig,
         layer_id: int,
-        quant_config: QuantizationConfig | None,
+        quant_config: LongcatFp8Config | None,
         prefix: str,
         alt_stream: torch.cuda.Stream | None,
         rotary_embedding: LongcatRotaryEmbedding | None,
     ) -> None:
         super().__init__()
         config = hf_config.longcat
-        attention_quant = None if "self_attn" in config.disable_quant_module else quant_config
-        ffn_quant = None if "mlps" in config.disable_quant_module else quant_config
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = nn.ModuleList(
             LongcatAttention(
                 hf_config,
                 2 * layer_id + i,
-                attention_quant,
+                quant_config,
                 add_prefix(f"self_attn.{i}", prefix),
                 alt_stream,
                 rotary_embedding,
@@ -164,7 +177,7 @@ class LongcatDecoderLayer(nn.Module):
             for i in range(2)
         )
         self.mlps = nn.ModuleList(
-            LongcatFFN(hidden, config.ffn_hidden_size, ffn_quant, add_prefix(f"mlps.{i}", prefix)) for i in range(2)
+            LongcatFFN(hidden, config.ffn_hidden_size, quant_config, add_prefix(f"mlps.{i}", prefix)) for i in range(2)
         )
         self.input_layernorm = nn.ModuleList(RMSNorm(hidden, eps=eps) for _ in range(2))
         self.post_attention_layernorm = nn.ModuleList(RMSNorm(hidden, eps=eps) for _ in range(2))
@@ -215,9 +228,10 @@ class LongcatModel(nn.Module):
             config.vocab_size, config.hidden_size, use_attn_tp_group=is_dp_attention_enabled()
         )
         alt_stream, rotary_embedding = get_stream("alt"), devices.current().rotary_embedding(config)
+        fp8_config = quantization.of_model(quant_config, config, PACKED)
         self.layers = nn.ModuleList(
             LongcatDecoderLayer(
-                hf_config, n, quant_config, add_prefix(f"layers.{n}", prefix), alt_stream, rotary_embedding
+                hf_config, n, fp8_config, add_prefix(f"layers.{n}", prefix), alt_stream, rotary_embedding
             )
             for n in range(config.num_layers)
         )
@@ -250,10 +264,7 @@ class LongcatModel(nn.Module):
 class LongcatCausalLM(nn.Module):
     """What the target and its drafter share: logits, and loading of published tensors."""
 
-    packed_modules_mapping = {  # noqa: RUF012
-        "gate_up_proj": ["gate_proj", "up_proj"],
-        LAYOUT.fused_qkv_a: ["q_a_proj", "kv_a_proj_with_mqa"],
-    }
+    packed_modules_mapping: ClassVar[dict[str, list[str]]] = PACKED
     _audited = staticmethod(audit.audited)
 
     def __init__(
@@ -272,11 +283,13 @@ class LongcatCausalLM(nn.Module):
             CheckpointError: listing every tensor that is extra or misshapen, and in the first load every missing one;
                 later loads update a running model and may be partial.
         """
-        tensors = self._audited(weights, self.config.longcat, is_partial=self._is_loaded())
+        longcat = self.config.longcat
         for module in self.modules():
             if isinstance(module, LongcatMoE):
                 devices.current().restore_experts(module.experts)
         parameters, copies = dict(self.named_parameters()), list[Future[None]]()
+        audited = self._audited(weights, longcat, is_partial=self._is_loaded())
+        tensors = dequantized(audited, longcat, partial(self._is_kept, parameters), logger)
         with ThreadPoolExecutor() as executor:  # as SGLang's own models do
             for name, tensor in tensors:
                 maybe_executor_submit(
@@ -300,12 +313,29 @@ class LongcatCausalLM(nn.Module):
         """Judged by tensors derived from the weights, as some of SGLang's loaders call no method of this class."""
         return any(isinstance(module, LongcatAttention) and module.w_kc is not None for module in self.modules())
 
+    @property
+    def _derived_weight_cache_error(self) -> str | None:
+        """Why an update is refused: SGLang asks each module for it by this name, before the first tensor."""
+        changed = quantization.laid_out_anew(self)
+        if not changed:
+            return None
+        return (
+            f"{len(changed)} FP8 weights, {changed[0]} the first, are laid out for SGLang's kernels, wanted all as "
+            "published; restart the server with the new weights"
+        )
+
+    def _is_kept(self, parameters: Mapping[str, Any], weight: str) -> bool:
+        """Whether a published weight stays in FP8 here, or belongs to the other of the two models and is not read."""
+        target, scales = self._plan.get(weight), self._plan.get(weight + names.SCALE_SUFFIX)
+        return target is None or scales is None or scales.parameter in parameters
+
     def _load(self, parameters: dict[str, Any], name: str, tensor: Tensor) -> None:
         """Load one tensor, or leave it to another rank or the other of the two models; called by several threads."""
         target = self._plan.get(name)
         if target is None:
             return
-        parameter = parameters[target.parameter]
+        parameter: Any = parameters.get(target.parameter)
+        require_precision(name, tensor, parameter)
         loader: Callable[..., Any] = getattr(parameter, "weight_loader", default_weight_loader)
         if target.expert is not None:
             loader(parameter, tensor, target.parameter, shard_id=target.shard, expert_id=target.expert)
@@ -313,6 +343,8 @@ class LongcatCausalLM(nn.Module):
             loader(parameter, target.folded(tensor))
         elif LAYOUT.fused_qkv_a in target.parameter:  # replicated, so its loader knows no parts
             rows = self.config.longcat.q_lora_rank
+            if name.endswith(names.SCALE_SUFFIX):
+                rows //= PUBLISHED_BLOCK[0]
             parameter.data[slice(rows, None) if target.part else slice(rows)].copy_(tensor)
         else:
             loader(parameter, tensor, target.part)
@@ -333,7 +365,6 @@ class LongcatFlashForCausalLM(LongcatCausalLM):
             else ParallelLMHead(
                 longcat.vocab_size,
                 longcat.hidden_size,
-                quant_config=quant_config,
                 prefix=add_prefix("lm_head", prefix),
                 use_attn_tp_group=get_parallel().enable_dp_lm_head,
             )

@@ -12,7 +12,6 @@ from sglang.srt.layers.linear import ReplicatedLinear
 from sglang.srt.layers.moe.ep_moe.layer import get_moe_impl_class
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 from sglang.srt.layers.moe.utils import get_moe_a2a_backend
-from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
 from sglang.srt.utils import add_prefix, get_device
@@ -22,17 +21,20 @@ from longcat_core.config import LongcatConfig
 from longcat_core.layers.experts import add_identity
 from longcat_core.layers.routing import route
 from longcat_sglang import devices
+from longcat_sglang.quantization import LongcatFp8Config
 
 
 class LongcatMoE(nn.Module):
     """Router, FFN experts and zero experts of one layer."""
 
     def __init__(
-        self, config: LongcatConfig, layer_id: int, quant_config: QuantizationConfig | None, prefix: str
+        self, config: LongcatConfig, layer_id: int, quant_config: LongcatFp8Config | None, prefix: str
     ) -> None:
         super().__init__()
         self.config, self.layer_id = config, layer_id
         self.router = LongcatRouter(config, prefix=add_prefix("router", prefix))
+        name = add_prefix("experts", prefix)
+        quant_config = quant_config if quant_config is not None and quant_config.keeps_experts(name) else None
         self.experts = get_moe_impl_class(quant_config)(
             num_experts=config.n_routed_experts,
             top_k=config.moe_topk,
@@ -41,7 +43,7 @@ class LongcatMoE(nn.Module):
             intermediate_size=config.expert_ffn_hidden_size,
             quant_config=quant_config,
             inplace=False,  # the dense branch reads the same input
-            prefix=add_prefix("experts", prefix),
+            prefix=name,
             **devices.current().expert_arguments(),
         )
         _skip_zero_experts(self.experts, config)

@@ -16,16 +16,16 @@ from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-from sglang.srt.runtime_context import get_stream
+from sglang.srt.runtime_context import get_server_args, get_stream
 from sglang.srt.utils import BumpAllocator, add_prefix
 from torch import Tensor, nn
 
 from longcat_core.layers import rotary
 from longcat_core.weights import audit
 from longcat_core.weights.plan import mtp_load_plan
-from longcat_sglang import devices
+from longcat_sglang import devices, loading, quantization
 from longcat_sglang.config import LongcatFlashConfig
-from longcat_sglang.model import LAYOUT, ZEROS_OF_AN_ATTENTION, LongcatAttention, LongcatCausalLM, LongcatFFN
+from longcat_sglang.model import LAYOUT, PACKED, ZEROS_OF_AN_ATTENTION, LongcatAttention, LongcatCausalLM, LongcatFFN
 
 
 class LongcatMTPLayer(nn.Module):
@@ -38,23 +38,26 @@ class LongcatMTPLayer(nn.Module):
     def __init__(self, hf_config: LongcatFlashConfig, quant_config: QuantizationConfig | None, prefix: str) -> None:
         super().__init__()
         config = hf_config.longcat
+        fp8_config = quantization.of_model(
+            quant_config, config, PACKED, drafter=(prefix, loading.mtp_weights_in_fp8(get_server_args()))
+        )
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.enorm = nn.ModuleDict({"m": RMSNorm(hidden, eps=eps)})
         self.hnorm = nn.ModuleDict({"m": RMSNorm(hidden, eps=eps)})
         self.eh_proj = ReplicatedLinear(
-            2 * hidden, hidden, bias=False, quant_config=quant_config, prefix=add_prefix("eh_proj", prefix)
+            2 * hidden, hidden, bias=False, quant_config=fp8_config, prefix=add_prefix("eh_proj", prefix)
         )
         self.input_layernorm = RMSNorm(hidden, eps=eps)
         self.self_attn = LongcatAttention(
             hf_config,
             0,
-            quant_config,
+            fp8_config,
             add_prefix("self_attn", prefix),
             get_stream("alt"),
             devices.current().rotary_embedding(config),
         )
         self.post_attention_layernorm = RMSNorm(hidden, eps=eps)
-        ffn = LongcatFFN(hidden, config.ffn_hidden_size, quant_config, add_prefix("transformer_layer.mlp", prefix))
+        ffn = LongcatFFN(hidden, config.ffn_hidden_size, fp8_config, add_prefix("transformer_layer.mlp", prefix))
         self.transformer_layer = nn.ModuleDict({"mlp": ffn})
         self._attention, self._ffn = make_stages(
             (declare_attn(), self.input_layernorm, {"qkv_latent_func": self.self_attn.prepare_qkv_latent}),
@@ -118,8 +121,6 @@ class LongcatFlashMTP(LongcatCausalLM):
     def __init__(
         self, config: LongcatFlashConfig, quant_config: QuantizationConfig | None = None, prefix: str = ""
     ) -> None:
-        if "mtp" in config.longcat.disable_quant_module:
-            quant_config = None
         super().__init__(config, quant_config, mtp_load_plan(config.longcat, LAYOUT))
         self.model = LongcatMTPModel(config, quant_config, add_prefix("model", prefix))
         self.lm_head: nn.Module | None = None

@@ -28,7 +28,9 @@ class Rule(NamedTuple):
 
 READ, RUN = "read in SGLang 0.5.21", "run on a CPU"
 SKIP_ZERO_EXPERTS = ("auto", "triton", "deep_gemm")
-"""SGLang's MoE runners that skip ids of -1 (read in SGLang 0.5.21)."""
+"""SGLang's MoE runners that skip ids of -1, for experts in bf16 and in FP8: Triton's kernels by `filter_expert`, and
+DeepGEMM as its rows are counted, scattered and gathered without them (`fused_moe_dispatch_index`, `ep_scatter`,
+`deepep_post_reorder_triton_kernel`); auto is one of the two. Read in SGLang 0.5.21."""
 DEEPEP_COLUMNS, RECORDED_COLUMNS = 11, 8
 """Experts a token can have in DeepEP's low-latency kernels (`kNumMaxTopK`), and in the recorder of single passes
 (`_DetailSinglePassGatherer._TOP_K_NUM`)."""
@@ -240,15 +242,32 @@ CHECKED_BY_VALUE: tuple[Option, ...] = (
     _refused("--speculative-num-steps", "it has to be a number of drafts", RUN),
     _refused("--speculative-num-draft-tokens", "it has to fit the tree", RUN),
     _refused("--speculative-token-map", "the MTP layer has the whole vocabulary", RUN),
-    _refused("--speculative-draft-model-quantization", "not supported yet", RUN),
+    _refused(
+        "--speculative-draft-model-quantization",
+        "the MTP layer is served as its tensors are; it may name what the model is in",
+        RUN,
+    ),
     _refused("--enable-multi-layer-eagle", "LongCat has one MTP layer", RUN),
     _refused("--speculative-draft-attention-backend", "a CPU has one backend, longcat-serving's", RUN),
-    Option("--quantization", Outcome.OWN_CLASS, "not supported by longcat-serving yet; refused on a CPU", READ),
+    Option(
+        "--quantization",
+        Outcome.OWN_CLASS,
+        "longcat-serving serves what is published in FP8 with blocks of 128 x 128; others are refused on a CPU",
+        READ,
+    ),
 )
 """Checked in `deployment.py`, as these depend on the value or on other options."""
 
 SERVED: tuple[Option, ...] = (
     Option("--load-format auto", Outcome.SERVED, "Checked before any worker starts, where there are safetensors.", RUN),
+    Option(
+        "--quantization fp8",
+        Outcome.SERVED,
+        "With a checkpoint in FP8, where it can be left out; --dtype is then bfloat16 or float16. On a CPU all weights "
+        "are dequantised when they are loaded, of any square blocks, and take twice the memory of FP8; on a GPU those "
+        "that no kernel takes.",
+        f"a CPU: {RUN}; a GPU: {READ}",
+    ),
     Option("--load-format sharded_state", Outcome.SERVED, "What `save_sharded_model` wrote; not checked before.", RUN),
     Option("--enable-single-batch-overlap", Outcome.SERVED, "No layer of LongCat asks for it: it does nothing.", READ),
     Option("--enable-return-routed-experts", Outcome.SERVED, "-1 stands for a zero expert.", READ),

@@ -99,6 +99,24 @@ class Precision:
         return module.replace(f"{self._layer}.", f"{MTP_PREFIX}layers.0.", 1)
 
 
+def require_precision(name: str, tensor: Tensor, parameter: Tensor | None) -> None:
+    """For updates of a model that runs, which may leave out what the first load has to have.
+
+    parameter: what a published tensor is to be loaded into; None if the model has no such parameter.
+
+    Raises:
+        CheckpointError: if one of the two is in FP8 and the other is not, or in another one, or if scales come without
+            such a weight.
+    """
+    if parameter is None:
+        raise CheckpointError(f"extra: {name}, scales of a weight that the running model has not in FP8; remove it")
+    if tensor.dtype != parameter.dtype and 1 in (tensor.dtype.itemsize, parameter.dtype.itemsize):
+        raise CheckpointError(
+            f"wrong: {name} is {tensor.dtype}, wanted {parameter.dtype} as in the running model; convert it, or start "
+            "the model from such a checkpoint"
+        )
+
+
 def dequantized(
     weights: Iterable[tuple[str, Tensor]], config: LongcatConfig, is_kept: Callable[[str], bool], log: logging.Logger
 ) -> Iterator[tuple[str, Tensor]]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from longcat_core.config import LongcatConfig
 from longcat_core.plugin.diagnosis import Finding
+from longcat_core.weights.precision import Fp8Kernels
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -46,6 +47,10 @@ class Device(ABC):
         sin: Tensor,
     ) -> Tensor:
         """hidden_states: [T, H]; cos and sin: fp32 [T, 1, rope / 2]. Returns [T, H], a part of the sum over ranks."""
+
+    @abstractmethod
+    def fp8_kernels(self) -> Fp8Kernels | None:
+        """What is in FP8 here; every other FP8 weight is dequantised when loaded. None where all of them are."""
 
     @abstractmethod
     def expert_arguments(self) -> dict[str, Any]:

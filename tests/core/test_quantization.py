@@ -14,7 +14,9 @@ from torch import Tensor
 from longcat_core import spellings
 from longcat_core.config import ConfigError
 from longcat_core.quantization import Quantization
-from longcat_core.weights.blocks import dequantize_blocks, quantize_blocks, scale_shape
+from longcat_core.weights.audit import CheckpointError
+from longcat_core.weights.blocks import FP8, dequantize_blocks, quantize_blocks, scale_shape
+from longcat_core.weights.precision import require_precision
 from tests.cases import DEFAULT
 
 RAW = spellings.published(DEFAULT)
@@ -30,6 +32,14 @@ def read(**fields: Any) -> Quantization:
 def test_a_release_in_bf16_has_no_quantisation() -> None:
     assert spellings.read(RAW).quantization is None
     assert spellings.read({**RAW, "disable_quant_module": ["mtp"]}).quantization is None
+
+
+@pytest.mark.parametrize("more", [{"scale_fmt": "ue8m0"}, {"quant_method": "compressed-tensors", "config_groups": {}}])
+def test_an_engine_reads_all_fields_of_a_quantisation(more: dict[str, Any]) -> None:
+    raw = {**RAW, "quantization_config": PUBLISHED | more, "disable_quant_module": ["mtp"]}
+    for found in (spellings.for_sglang(raw), spellings.for_transformers(raw)):
+        assert found["quantization_config"] == raw["quantization_config"]
+        assert found["disable_quant_module"] == ["mtp"]
 
 
 def test_published_fields_are_read() -> None:
@@ -141,6 +151,21 @@ def test_every_number_of_fp8_is_read(has_nan: bool) -> None:
     read = dequantize_blocks(fp8, torch.full((1, 1), 2.0))
     assert torch.equal(read.nan_to_num(1e9), (fp8.float() * 2).nan_to_num(1e9))
     assert read.isnan().sum() == 2 * has_nan
+
+
+def test_an_update_is_in_the_precision_of_the_model() -> None:
+    in_fp8, in_bf16, scales = torch.zeros(2, dtype=FP8), torch.zeros(2, dtype=torch.bfloat16), torch.ones(1)
+    require_precision("w", in_fp8, in_fp8)
+    require_precision("w", torch.zeros(2), in_bf16)
+    require_precision("w_scale_inv", scales, scales)
+    for name, tensor, parameter, wanted in (
+        ("w", in_bf16, in_fp8, "w is torch.bfloat16, wanted torch.float8_e4m3fn"),
+        ("w", in_fp8, in_bf16, "w is torch.float8_e4m3fn, wanted torch.bfloat16"),
+        ("w", torch.zeros(2, dtype=torch.float8_e5m2), in_fp8, "w is torch.float8_e5m2, wanted torch.float8_e4m3fn"),
+        ("w_scale_inv", scales, None, "extra: w_scale_inv, scales of a weight that"),
+    ):
+        with pytest.raises(CheckpointError, match=wanted):
+            require_precision(name, tensor, parameter)
 
 
 def test_a_block_of_zeros_has_a_scale_of_1() -> None:

@@ -112,12 +112,22 @@ class Engine:
 
     def update(self, tensors: dict[str, Tensor]) -> None:
         """Load these into the running model."""
+        succeeded, message = self._update(tensors)
+        assert succeeded, message
+
+    def refused_update(self, tensors: dict[str, Tensor]) -> str:
+        """Why these are not loaded into the running model."""
+        succeeded, message = self._update(tensors)
+        assert not succeeded
+        return message
+
+    def _update(self, tensors: dict[str, Tensor]) -> tuple[bool, str]:
         self.sglang.begin_weight_update()
         try:
             succeeded, message = self.sglang.update_weights_from_tensor(list(tensors.items()))
         finally:
             self.sglang.end_weight_update()
-        assert succeeded, message
+        return succeeded, message
 
     def log_softmax(self, prompt: list[int], vocab_size: int) -> Tensor:
         """fp32 [len(prompt) - 1, vocabulary]: of the logits at every position that has a successor in the prompt."""

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,12 +12,24 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.layers.linear import LinearBase
+from sglang.srt.layers.quantization import fp8_utils
+from sglang.srt.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.model_executor.model_runner_components.weight_updater import _unsupported_derived_weight_cache_error
 from sglang.srt.models.deepseek_v2 import DeepseekV2AttentionMLA
 
-from longcat_core.config import RopeConfig
-from longcat_sglang import model, moe, mtp
-from longcat_sglang.devices.cuda.device import Cuda
+from longcat_core.config import LongcatConfig, RopeConfig
+from longcat_core.quantization import Quantization
+from longcat_core.weights.blocks import FP8
+from longcat_core.weights.names import MTP_PREFIX
+from longcat_sglang import model, moe, quantization
+from longcat_sglang.devices.cpu.device import Cpu
+from longcat_sglang.devices.cuda.device import Cuda, SglangFp8Kernels
+from longcat_sglang.quantization import LongcatFp8Config
 from tests.cases import DEFAULT, Case, in_dtype, write_checkpoint
+from tests.fp8 import CONFIG
 from tests.oracle import relative_error
 from tests.sglang.engine import serving
 
@@ -175,32 +186,128 @@ def test_places_are_for_ffn_experts_alone() -> None:
     assert (found.num_layers, found.num_logical_experts) == (DEFAULT.num_layers, DEFAULT.n_routed_experts)
 
 
-@pytest.mark.parametrize("module", ["self_attn", "mlps", "mtp", None])
+# -- FP8 ---------------------------------------------------------------------------------------------
+
+
+def fp8_config(
+    monkeypatch: pytest.MonkeyPatch,
+    config: LongcatConfig,
+    drafter: tuple[str, frozenset[str]] | None = None,
+    **parallel: int,
+) -> LongcatFp8Config:
+    """As a model gets it on a GPU of a rank. parallel: sizes of groups of ranks, 1 if not given."""
+    sizes = {"tp_size": 1, "attn_tp_size": 1, "moe_tp_size": 1, **parallel}
+    monkeypatch.setattr(quantization, "get_parallel", lambda: SimpleNamespace(**sizes))
+    monkeypatch.setattr(quantization.devices, "current", Cuda)
+    ours = quantization.of_model(Fp8Config.from_config(PUBLISHED), config, model.PACKED, drafter)
+    assert ours is not None
+    return ours
+
+
+def methods_of(ours: LongcatFp8Config, *prefixes: str) -> list[type]:
+    """Of linear layers with these names."""
+    layer = LinearBase(1, 1)
+    return [type(ours.get_quant_method(layer, prefix)) for prefix in prefixes]
+
+
+PUBLISHED = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+LAYER = "model.layers.0"
+MODULES = {
+    "self_attn": ("self_attn.0.fused_qkv_a_proj_with_mqa", "self_attn.1.q_b_proj", "self_attn.1.o_proj"),
+    "mlps": ("mlps.0.gate_up_proj", "mlps.1.down_proj"),
+}
+
+
+@pytest.mark.parametrize("disabled", ["self_attn", "mlps", None])
 def test_modules_that_a_release_leaves_in_bf16_get_no_quantisation(
-    module: str | None, monkeypatch: pytest.MonkeyPatch
+    disabled: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given: dict[str, set[Any]] = {}
+    release = Quantization("fp8", disabled=(disabled,) if disabled else ())
+    ours = fp8_config(monkeypatch, replace(CONFIG, quantization=release))
+    for kind, modules in MODULES.items():
+        method = UnquantizedLinearMethod if kind == disabled else Fp8LinearMethod
+        assert methods_of(ours, *(f"{LAYER}.{module}" for module in modules)) == [method] * len(modules)
+    assert ours.keeps_experts(f"{LAYER}.mlp.experts")
 
-    def standing_for(name: str) -> Callable[..., Any]:
-        def make(*args: Any, **_: Any) -> Any:
-            given.setdefault(name, set()).update({"fp8"} & {each for each in args if isinstance(each, str)})
-            made = torch.nn.Identity()
-            made.prepare_qkv_latent = None
-            return made
 
-        return make
+def test_the_tensors_of_the_mtp_layer_decide_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its modules have the names of the model's first layer."""
+    weights = frozenset({f"{MTP_PREFIX}layers.0.eh_proj.weight", f"{MTP_PREFIX}layers.0.self_attn.o_proj.weight"})
+    ours = fp8_config(monkeypatch, CONFIG, drafter=(LAYER, weights))
+    kept = methods_of(ours, f"{LAYER}.eh_proj", f"{LAYER}.self_attn.o_proj")
+    assert kept == [Fp8LinearMethod] * 2
+    assert methods_of(ours, f"{LAYER}.transformer_layer.mlp.down_proj") == [UnquantizedLinearMethod]
 
-    for name in ("LongcatAttention", "LongcatFFN", "LongcatMoE", "RMSNorm"):
-        monkeypatch.setattr(model, name, standing_for(name))
-    stage = SimpleNamespace(declaration=None)
-    monkeypatch.setattr(model, "make_stages", lambda *stages, **_: (stage,) * len(stages))
-    config = replace(DEFAULT, disable_quant_module=(module,) if module else ())
-    hf_config: Any = SimpleNamespace(longcat=config)
-    model.LongcatDecoderLayer(hf_config, 0, "fp8", "layers.0", None, None)
-    quantised = {name for name, configs in given.items() if configs == {"fp8"}}
-    expected = {"LongcatAttention", "LongcatFFN", "LongcatMoE"}
-    assert quantised == expected - {{"self_attn": "LongcatAttention", "mlps": "LongcatFFN"}.get(str(module), "")}
-    monkeypatch.setattr(mtp, "LongcatMTPModel", lambda _, quant_config, __: given.update(mtp={quant_config}))
-    monkeypatch.setattr(model, "LogitsProcessor", lambda _: torch.nn.Identity())
-    mtp.LongcatFlashMTP(hf_config, "fp8")
-    assert given["mtp"] == {None if module == "mtp" else "fp8"}
+
+def test_attentions_are_split_over_fewer_ranks_where_they_are_data_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On 4 ranks an attention's output would be of 64 columns, and a dense FFN's is."""
+    prefixes = [f"{LAYER}.{module}" for module in ("self_attn.0.o_proj", "mlps.0.down_proj")]
+    whole = fp8_config(monkeypatch, CONFIG, tp_size=4)
+    assert methods_of(whole, *prefixes) == [Fp8LinearMethod, UnquantizedLinearMethod]
+    split = fp8_config(monkeypatch, CONFIG, tp_size=4, attn_tp_size=4)
+    assert methods_of(split, *prefixes) == [UnquantizedLinearMethod] * 2
+    assert split.keeps_experts(f"{LAYER}.mlp.experts")
+    assert not fp8_config(monkeypatch, CONFIG, moe_tp_size=4).keeps_experts(f"{LAYER}.mlp.experts")
+
+
+def test_an_attention_gets_no_scales_of_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = RadixAttention.__new__(RadixAttention)
+    assert fp8_config(monkeypatch, CONFIG).get_quant_method(attention, f"{LAYER}.self_attn.0.attn_mqa") is None
+
+
+def test_scales_of_activations_are_rounded_as_the_release_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fp8_config(monkeypatch, CONFIG).scale_fmt is None
+    monkeypatch.setitem(PUBLISHED, "scale_fmt", "ue8m0")
+    assert fp8_config(monkeypatch, CONFIG).scale_fmt == "ue8m0"
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "backend", "is_taken"),
+    [
+        ((128, 160), 128, "auto", True),
+        ((128, 160), 192, "auto", False),
+        ((128, 160), 128, "flashinfer_cutlass", False),
+        ((128, 128), 128, "flashinfer_cutlass", True),
+    ],
+)
+def test_sglangs_fp8_kernels_take_whole_blocks_of_columns(
+    rows: tuple[int, int], columns: int, backend: str, is_taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fp8_utils, "FP8_GEMM_RUNNER_BACKEND", fp8_utils.Fp8GemmRunnerBackend(backend))
+    assert SglangFp8Kernels().take_linear(("q_a_proj", "kv_a_proj_with_mqa"), rows, columns) is is_taken
+
+
+def test_a_cpu_keeps_nothing_in_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantization.devices, "current", Cpu)
+    assert quantization.of_model(Fp8Config.from_config(PUBLISHED), CONFIG, model.PACKED) is None
+
+
+def fp8_linear(weight: torch.Tensor, scales: torch.Tensor | None) -> torch.nn.Module:
+    layer = torch.nn.Module()
+    layer.quant_method = Fp8LinearMethod(Fp8Config.from_config(PUBLISHED))
+    layer.register_parameter("weight", torch.nn.Parameter(weight, requires_grad=False))
+    layer.register_parameter(
+        "weight_scale_inv", None if scales is None else torch.nn.Parameter(scales, requires_grad=False)
+    )
+    return layer
+
+
+def test_weights_that_a_kernel_has_in_its_own_layout_are_not_updated() -> None:
+    """As SGLang's `WeightUpdater` asks; of Marlin there are no scales left, of DeepGEMM on Blackwell other ones."""
+    weight, scales = torch.zeros(128, 128, dtype=FP8), torch.ones(1, 1)
+    rounded = fp8_linear(weight, scales)
+    rounded.weight_scale_inv.format_ue8m0 = True
+    changed = {
+        "marlin": fp8_linear(torch.zeros(8, 256, dtype=torch.int32), None),
+        "rounded": rounded,
+        "packed": fp8_linear(weight, torch.ones(1, 1, dtype=torch.int32)),
+    }
+    for name, layer in changed.items():
+        target = model.LongcatCausalLM.__new__(model.LongcatCausalLM)
+        torch.nn.Module.__init__(target)
+        target.published = fp8_linear(weight, scales)
+        assert _unsupported_derived_weight_cache_error(target) is None
+        target.add_module(name, layer)
+        reason = _unsupported_derived_weight_cache_error(target)
+        assert reason is not None
+        assert reason.startswith(f"1 FP8 weights, {name}.weight the first, are laid out for SGLang's kernels")

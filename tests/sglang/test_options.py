@@ -11,10 +11,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from sglang.srt.arg_groups.arg_utils import record_fields
+from sglang.srt.configs.update_config import get_moe_padding_size
 from sglang.srt.server_args import ServerArgs
 
 from longcat_core.plugin.options import Outcome
+from longcat_core.quantization import Quantization
 from longcat_sglang import deployment, loading, options
 from longcat_sglang.options import CHECKED_BY_VALUE, OPTIONS, OWN, WRONG
 from tests.cases import CASES, Case
@@ -130,9 +133,74 @@ def test_a_quantisation_that_sglang_finds_in_another_file_is_found() -> None:
     """As ModelOpt's, in `hf_quant_config.json`."""
     quantised = SimpleNamespace(hf_config=MODEL_CONFIG.hf_config, quantization="modelopt_fp4")
     (reason,) = deployment.reasons_for_sglangs_own_class(settings("cuda"), quantised)
-    assert reason == "quantization 'modelopt_fp4' is not supported by longcat-serving yet"
+    assert reason.startswith("quantization: 'modelopt_fp4', wanted none, or ")
     (problem,) = deployment._unsupported(settings("cpu"), settings("cpu"), quantised)
-    assert "quantization: 'modelopt_fp4', wanted none" in problem
+    assert problem.startswith("quantization: 'modelopt_fp4', wanted none, or ")
+
+
+FP8 = Quantization("fp8")
+
+
+def in_fp8(quantization: Quantization = FP8, dtype: torch.dtype = torch.bfloat16) -> Any:
+    longcat = replace(LONGCAT, quantization=quantization)
+    return SimpleNamespace(hf_config=SimpleNamespace(longcat=longcat), quantization="fp8", dtype=dtype)
+
+
+@pytest.mark.parametrize("asked", [{}, {"quantization": "fp8"}, {"quantization": "fp8", **MTP}], ids=str)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_release_in_fp8_is_ours(device: str, asked: dict[str, Any]) -> None:
+    """SGLang makes the drafter's quantisation what --quantization is."""
+    given = settings(device, **asked, speculative_draft_model_quantization=asked.get("quantization"))
+    assert deployment.reasons_for_sglangs_own_class(given, in_fp8()) == []
+    assert deployment._unsupported(given, given, in_fp8()) == []
+
+
+@pytest.mark.parametrize(
+    ("release", "named"),
+    [
+        (Quantization("fp8", fmt="e5m2"), "fmt: 'e5m2'"),
+        (Quantization("fp8", activation_scheme="static"), "activation_scheme: 'static'"),
+        (Quantization("fp8", has_blocks=False), "weight_block_size: none"),
+    ],
+    ids=str,
+)
+def test_another_fp8_is_left_to_sglangs_own_class_on_a_gpu_and_refused_on_a_cpu(
+    release: Quantization, named: str
+) -> None:
+    (reason,) = deployment.reasons_for_sglangs_own_class(settings("cuda"), in_fp8(release))
+    assert reason.startswith(f"quantization_config.{named}, wanted")
+    given = settings("cpu")
+    (problem,) = deployment._unsupported(given, given, in_fp8(release))
+    assert problem == f"{reason}; give such a checkpoint, or one in bf16, and leave --quantization out"
+
+
+def test_blocks_of_another_size_are_served_where_all_weights_are_dequantised() -> None:
+    release = in_fp8(Quantization("fp8", block=(64, 64)))
+    (reason,) = deployment.reasons_for_sglangs_own_class(settings("cuda"), release)
+    assert reason == "quantization_config.weight_block_size: [64, 64], wanted [128, 128]"
+    assert deployment._unsupported(settings("cpu"), settings("cpu"), release) == []
+    oblong = in_fp8(Quantization("fp8", block=(64, 32)))
+    (problem,) = deployment._unsupported(settings("cpu"), settings("cpu"), oblong)
+    assert problem.startswith("quantization_config.weight_block_size: [64, 32], wanted two equal numbers")
+
+
+def test_sglang_takes_no_oblong_blocks_on_a_cpu() -> None:
+    """If this fails, `deployment._unsupported` may let them through."""
+    with pytest.raises(AssertionError):
+        get_moe_padding_size([64, 32])
+
+
+def test_fp8_weights_in_another_dtype_than_sglang_takes_are_refused() -> None:
+    assert refused("cpu") == []
+    (problem,) = deployment._unsupported(settings("cpu"), settings("cpu"), in_fp8(dtype=torch.float32))
+    assert problem.startswith("dtype: float32, wanted bfloat16 or float16")
+    assert deployment._unsupported(settings("cpu"), settings("cpu"), in_fp8(dtype=torch.float16)) == []
+
+
+def test_only_a_drafter_in_another_precision_than_the_model_is_refused() -> None:
+    given = settings("cpu", speculative_draft_model_quantization="modelopt_fp4", **MTP)
+    (problem,) = deployment._unsupported(given, given, in_fp8())
+    assert "leave --speculative-draft-model-quantization out" in problem
 
 
 @pytest.mark.parametrize("device", ["npu", "xpu"])

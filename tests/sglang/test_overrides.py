@@ -109,3 +109,16 @@ def test_yarn_lengthens_the_context_as_sglang_has_it(
     assert (
         model_config_of(_resolved(checkpoint_of(CASE), {"json_model_override_args": override})).context_len == context
     )
+
+
+def test_what_only_sglang_reads_of_a_quantisation_stays() -> None:
+    from longcat_core import spellings
+    from longcat_sglang.config import LongcatFlashConfig
+
+    quantization = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    raw = {**spellings.published(CASE.config), "quantization_config": {**quantization, "scale_fmt": "ue8m0"}}
+    config = LongcatFlashConfig.from_dict(raw)
+    assert config.quantization_config == raw["quantization_config"]
+    overridden = config.overridden({"moe_topk": 1})
+    assert overridden.longcat.moe_topk == 1
+    assert overridden.quantization_config == raw["quantization_config"]

@@ -45,6 +45,9 @@ class Cpu(Device):
 
         return attend(attention, hidden_states, forward_batch, cos, sin)
 
+    def fp8_kernels(self) -> None:
+        """Without `sgl_kernel` a weight in FP8 would be dequantised for each product, which takes longer."""
+
     def expert_arguments(self) -> dict[str, Any]:
         from longcat_sglang.devices.cpu.experts import CompactedRowsMethod
 
@@ -106,4 +109,5 @@ class Cpu(Device):
         return [
             Finding("attention", f"{backend}: any sizes, chunked prefill, radix cache"),
             Finding("MoE", f"rows of FFN experts only; {', '.join(kernels)}"),
+            Finding("FP8", "dequantised when it is loaded"),
         ]

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from longcat_core.config import LongcatConfig
 from longcat_core.plugin.diagnosis import Finding
+from longcat_core.quantization import PUBLISHED_BLOCK
+from longcat_core.weights.precision import Fp8Kernels
 from longcat_sglang.devices.base import Device
 
 if TYPE_CHECKING:
@@ -45,6 +48,9 @@ class Cuda(Device):
 
         return DeepseekV2AttentionMLA.forward(attention, positions, hidden_states, forward_batch, zero_allocator)
 
+    def fp8_kernels(self) -> Fp8Kernels:
+        return SglangFp8Kernels()
+
     def expert_arguments(self) -> dict[str, Any]:
         return {}
 
@@ -66,4 +72,22 @@ class Cuda(Device):
         return [
             Finding("attention", "SGLang's MLA backend of its choice (--attention-backend)"),
             Finding("MoE", f"zero experts as id -1, skipped by one of {', '.join(SKIP_ZERO_EXPERTS)}"),
+            Finding("FP8", "SGLang's own kernels, with activations in FP8"),
         ]
+
+
+class SglangFp8Kernels(Fp8Kernels):
+    """SGLang's own, as in SGLang 0.5.21; those of linear layers fall back to Triton's for most sizes."""
+
+    def take_linear(self, projections: Sequence[str], rows: Sequence[int], columns: int) -> bool:
+        """All have one scale for 128 activations of a row (`per_token_group_quant_fp8`). FlashInfer's CUTLASS kernel,
+        the only one without a fallback, has no scale for a last block of fewer rows."""
+        from sglang.srt.layers.quantization.fp8_utils import get_fp8_gemm_runner_backend
+
+        if columns % PUBLISHED_BLOCK[1]:
+            return False
+        return not (get_fp8_gemm_runner_backend().is_flashinfer_cutlass() and sum(rows) % PUBLISHED_BLOCK[0])
+
+    def take_experts(self, inner: int, hidden: int) -> bool:
+        """Rows of gate and up projection have their own scales, so the latter's begin with a block."""
+        return inner % PUBLISHED_BLOCK[0] == 0 and hidden % PUBLISHED_BLOCK[1] == 0
