@@ -43,6 +43,11 @@ def check(vllm_config: VllmConfig, config: LongcatConfig) -> None:
         checkpoint.verify(directory, config, requires_mtp=drafts_with_mtp(vllm_config))
 
 
+def directory(vllm_config: VllmConfig) -> Path | None:
+    """Where published tensors are read from on this machine; None if that is not so, or not known."""
+    return None if vllm_config.load_config.load_format == "dummy" else _readable(vllm_config)[0]
+
+
 def unsupported(vllm_config: VllmConfig) -> list[str]:
     """Drafts from a saved state, which holds the model alone; their loader would look for them in its files."""
     load, speculation = vllm_config.load_config, mtp_speculation(vllm_config)

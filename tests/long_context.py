@@ -45,6 +45,10 @@ def tensors_of(config: LongcatConfig) -> dict[str, Tensor]:
     return drafting_tensors(config, disagreement=2.0)
 
 
+def prompt_of(context: int) -> list[int]:
+    return Case(config_of(context)).prompts(1, context - _ROOM)[0]
+
+
 @dataclass(frozen=True)
 class Conversation:
     """A prompt that leaves no more than `_ROOM` positions of the context, and the prompt of its continuation."""
@@ -63,7 +67,7 @@ def conversation(context: int) -> Conversation:
     config = config_of(context)
     model = ReferenceInChunks(config)
     model.load_published(tensors_of(config))
-    prompt = Case(config).prompts(1, context - _ROOM)[0]
+    prompt = prompt_of(context)
     continuation = model.generate(prompt, 2 * NEW_TOKENS + DRAFTS)
     next_prompt = prompt + continuation[:NEW_TOKENS]
     with torch.no_grad():
