@@ -15,7 +15,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -33,10 +33,10 @@ from tests.speculation import Speculated
 CONTEXTS = (4096, 16384, CHAT["max_position_embeddings"])
 
 
-def main() -> None:
+def main(contexts: Annotated[list[int] | None, typer.Argument(help="All of them, or some.")] = None) -> None:
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
-        for context in CONTEXTS:
+        for context in contexts or CONTEXTS:
             directory, config = Path(temporary) / str(context), config_of(context)
             write_checkpoint(directory, config, tensors_of(config))
             rows.append({"context": context, **served(directory, context, answers_of_the_reference(context))})
@@ -54,7 +54,8 @@ def main() -> None:
 
 
 def answers_of_the_reference(context: int) -> Conversation:
-    """Kept for the other engine, and for the next time, as 131,072 tokens take the reference minutes."""
+    """Kept for the other engine, and for the next time, as 131,072 tokens take the reference many minutes. Remove the
+    file where `tests/long_context.py` has changed."""
     kept = record.RESULTS / "context_reference.json"
     known = json.loads(kept.read_text()) if kept.exists() else {}
     if str(context) not in known:

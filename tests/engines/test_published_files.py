@@ -90,6 +90,21 @@ def server(snapshot: Path, before: dict[str, Any], tmp_path_factory: pytest.Temp
         yield server
 
 
+def test_it_is_read_whether_the_index_names_the_auxiliary_file_or_not(snapshot: Path, tmp_path: Path) -> None:
+    assert engine.configure(snapshot, **engine.speculation(DRAFT_TOKENS)) == CASE.config
+    for file in snapshot.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    index = json.loads((tmp_path / checkpoint.INDEX_NAME).read_text())
+    mtp = [name for name in CASE.published() if name.startswith("model.mtp.")]
+    change(
+        tmp_path / checkpoint.INDEX_NAME, weight_map=index["weight_map"] | dict.fromkeys(mtp, checkpoint.AUXILIARY_NAME)
+    )
+    assert engine.configure(tmp_path, **engine.speculation(DRAFT_TOKENS)) == CASE.config
+    raw = json.loads((tmp_path / "config.json").read_text())
+    assert "model_type" not in raw
+    assert "auto_map" in raw
+
+
 def answer(server: Server, path: str, **request: Any) -> dict[str, Any]:
     asked = {"model": MODEL, "max_tokens": 4, "return_token_ids": True, **request}
     whole: dict[str, Any] = server.http.post(path, json=asked).raise_for_status().json()
