@@ -157,7 +157,7 @@ def for_transformers(raw: Mapping[str, Any]) -> dict[str, Any]:
     """
     config = read(raw)
     dropped = {spelling for spellings in _NEEDED.values() for spelling in spellings}
-    dropped |= {"head_dim", "qk_head_dim", "rope_theta", "rope_scaling"}
+    dropped |= {"head_dim", "qk_head_dim", "rope_theta", "rope_scaling", _LENGTHENED}
     kept = {key: value for key, value in raw.items() if key not in dropped}
     sizes = {name: getattr(config, name) for name in _NEEDED}
     return {
@@ -183,6 +183,7 @@ def for_sglang(raw: Mapping[str, Any]) -> dict[str, Any]:
     """
     config = read(raw)
     dropped = {"num_hidden_layers", "intermediate_size", "moe_intermediate_size", "rope_parameters", "head_dim"}
+    dropped |= {_LENGTHENED}
     kept = {key: value for key, value in raw.items() if key not in dropped}
     renamed = {"rope_scaling": None, "model_type": "longcat_flash", "num_experts_per_tok": config.moe_topk}
     return {**kept, **published(config), **renamed, **quantization_fields(raw)}
@@ -199,7 +200,7 @@ def is_read(name: str) -> bool:
         field_of(name) in {field.name for field in fields(LongcatConfig)}
         or name in _ROUTER_OPTIONS
         or name in _FIXED_OPTIONS
-        or name in ("rope_theta", "rope_scaling", "rope_parameters", "zero_expert_type", "quantization_config")
+        or name in (*_ROPE, "zero_expert_type", "quantization_config")
     )
 
 
@@ -251,11 +252,13 @@ def _boolean(raw: Mapping[str, Any], name: str, problems: list[str], default: bo
 # -- the rotary embedding ---------------------------------------------------------------------
 
 
+_LENGTHENED = "original_max_position_embeddings"
 _YARN = {field.name for field in fields(RopeConfig)} - {"theta"}
 
 
 def _read_rope(raw: Mapping[str, Any], problems: list[str]) -> RopeConfig | None:
-    """`rope_theta` with `rope_scaling` (published) or `rope_parameters` (transformers 5)."""
+    """`rope_theta` with `rope_scaling` (published) or `rope_parameters` (transformers 5); transformers reads the length
+    from which YaRN lengthens a context beside them as well."""
     found: dict[str, Any] = {"rope_theta": raw.get("rope_theta")}
     for name in ("rope_scaling", "rope_parameters"):
         given = raw.get(name) or {}
@@ -264,9 +267,15 @@ def _read_rope(raw: Mapping[str, Any], problems: list[str]) -> RopeConfig | None
             return None
         found |= given
     known = len(problems)
+    beside = raw.get(_LENGTHENED)
+    if beside is not None and found.get(_LENGTHENED) not in (None, beside):
+        problems.append(
+            f"{_LENGTHENED}: {found[_LENGTHENED]!r} contradicts {beside!r} outside of rope_scaling; remove one"
+        )
+    found[_LENGTHENED] = beside if beside is not None else found.get(_LENGTHENED)
     theta = _number(found, "rope_theta", problems)
     kind = found.get("rope_type") or found.get("type")
-    of_yarn = sorted(found.keys() & _YARN - {"original_max_position_embeddings"})
+    of_yarn = sorted(found.keys() & _YARN - {_LENGTHENED})
     if kind is None and of_yarn:
         problems.append(f"rope_scaling: {of_yarn[0]} without a rope_type; give 'yarn', or remove it")
     if unread := sorted(found.keys() - _YARN - {"rope_theta", "rope_type", "type"}):
@@ -280,7 +289,7 @@ def _read_rope(raw: Mapping[str, Any], problems: list[str]) -> RopeConfig | None
     rope = RopeConfig(
         theta=theta,
         factor=1.0 if found.get("factor") == 1 else _number(found, "factor", problems, above=1.0),
-        original_max_position_embeddings=int(_number(found, "original_max_position_embeddings", problems, default=0.0)),
+        original_max_position_embeddings=int(_number(found, _LENGTHENED, problems, default=0.0)),
         beta_fast=_number(found, "beta_fast", problems, default=32.0),
         beta_slow=_number(found, "beta_slow", problems, default=1.0),
         mscale=_number(found, "mscale", problems, default=0.0, above=-1.0),
@@ -288,7 +297,7 @@ def _read_rope(raw: Mapping[str, Any], problems: list[str]) -> RopeConfig | None
         attention_factor=None
         if found.get("attention_factor") is None
         else _number(found, "attention_factor", problems),
-        truncate=found.get("truncate") is not False,
+        truncate=_boolean(found, "truncate", problems, True),
     )
     if len(problems) > known:
         return None
@@ -321,7 +330,7 @@ def _number(
 
 # -- fields that an engine overrides after it has read a file -----------------------------------
 
-_ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
+_ROPE = ("rope_theta", "rope_scaling", "rope_parameters", _LENGTHENED)
 
 
 def overridden(canonical: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -363,6 +372,8 @@ def _rope(canonical: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[st
             rope = {**kept, **given}
             if rope.get("rope_type") == "default" and (more := sorted(given.keys() & _YARN)):
                 raise ConfigError(f"{name}: {more[0]} without a rope_type; give 'yarn', or remove it")
+    if _LENGTHENED in overrides:
+        rope[_LENGTHENED] = overrides[_LENGTHENED]
     problems: list[str] = []
     rope_read = _read_rope(
         {"rope_parameters": rope, "max_position_embeddings": canonical.get("max_position_embeddings")}, problems

@@ -62,6 +62,17 @@ HOOKS: tuple[Hook, ...] = (
         remove_when="SGLang overrides the fields before its configuration class reads them.",
     ),
     _Registered(
+        name="end of a prompt",
+        target="sglang.srt.managers.tokenizer_manager.TokenizerManager.init_tokenizer_and_processor",
+        around="longcat_sglang.requests:tokenize_without_an_end",
+        concerns="longcat_sglang.engine:tokenizes_for_longcat",
+        stage=Stage.DEPLOYMENT,
+        why="A `tokenizer.json` that was saved with LongCat's `add_eos_token` ends every text with </longcat_s>: every "
+        "prompt of /v1/completions, and a chat whose last message is to be continued. Not in the processes of "
+        "--tokenizer-worker-num, in which SGLang loads no plugins.",
+        remove_when="LongCat's tokenizer.json is published without the end in its post-processor.",
+    ),
+    _Registered(
         name="prompt check of a stream",
         target="sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
         around="longcat_sglang.requests:refuse_a_prompt_outside_the_vocabulary",

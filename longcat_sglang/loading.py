@@ -37,6 +37,11 @@ READS_PUBLISHED_TENSORS = ("auto", "safetensors", "fastsafetensors", "runai_stre
 """Load formats whose safetensors have the published names. Others have files or names of their own."""
 
 
+def directory(settings: Any) -> Path | None:
+    """Where published tensors are read from on this machine; None if that is not so."""
+    return local_directory(settings) if settings.load_format in READS_PUBLISHED_TENSORS else None
+
+
 def check(directory: Path | None, settings: Any, longcat: LongcatConfig) -> None:
     """Check the checkpoint against its configuration if it can be read here; otherwise log once that it was not.
 

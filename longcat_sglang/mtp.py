@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from sglang.srt.utils import BumpAllocator, add_prefix
 from torch import Tensor, nn
 
 from longcat_core.layers import rotary
-from longcat_core.weights import audit
+from longcat_core.weights import audit, checkpoint
 from longcat_core.weights.plan import mtp_load_plan
 from longcat_sglang import devices, loading, quantization
 from longcat_sglang.config import LongcatFlashConfig
@@ -124,9 +126,17 @@ class LongcatFlashMTP(LongcatCausalLM):
         super().__init__(config, quant_config, mtp_load_plan(config.longcat, LAYOUT))
         self.model = LongcatMTPModel(config, quant_config, add_prefix("model", prefix))
         self.lm_head: nn.Module | None = None
+        self._directory = loading.directory(get_server_args())
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """As the target's; the first load also reads the auxiliary file, which SGLang leaves out if the index does."""
+        if self._directory is not None:
+            weights = chain(weights, checkpoint.unnamed_tensors(self._directory))
+            self._directory = None
+        super().load_weights(weights)
 
     def set_embed_and_head(self, embed: Tensor, head: Tensor) -> None:
         """Ignore both: the MTP layer has its own embedding, and gets the head by `set_lm_head_from_target`."""

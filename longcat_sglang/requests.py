@@ -1,4 +1,4 @@
-"""Wrappers that concern single requests: which are refused before they run, and how many slots one may need."""
+"""Wrappers that concern single requests: a prompt's tokens, what is refused before it runs, slots that one may need."""
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
@@ -6,10 +6,20 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
+from longcat_core.tokenization import leave_open
+
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
+
+def tokenize_without_an_end(
+    original: Callable[..., None], manager: TokenizerManager, *args: Any, **kwargs: Any
+) -> None:
+    """Whatever route a prompt takes: each encodes with the manager's tokenizer."""
+    original(manager, *args, **kwargs)
+    leave_open(manager.tokenizer)
 
 
 def refuse_what_is_outside_the_vocabulary(

@@ -74,6 +74,16 @@ HOOKS: tuple[Hook, ...] = (
         remove_when="The attention backend decides this, not the platform.",
     ),
     Wrapper(
+        name="end of a prompt",
+        target="vllm.renderers.hf.HfRenderer.__init__",
+        around="longcat_vllm.requests:render_without_an_end",
+        concerns="longcat_vllm.engine:configures_longcat",
+        stage=Stage.DEPLOYMENT,
+        why="A `tokenizer.json` that was saved with LongCat's `add_eos_token` ends every text, and so every prompt of "
+        "/v1/completions, with </longcat_s>, unless a request says `add_special_tokens: false`.",
+        remove_when="LongCat's tokenizer.json is published without the end in its post-processor.",
+    ),
+    Wrapper(
         name="generators of discarded chunks",
         target="vllm.v1.worker.cpu_model_runner.CPUModelRunner.sample_tokens",
         around="longcat_vllm.devices.cpu.patches:sample_without_discarded_requests",

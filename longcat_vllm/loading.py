@@ -43,13 +43,18 @@ def check(vllm_config: VllmConfig, config: LongcatConfig) -> None:
         checkpoint.verify(directory, config, requires_mtp=drafts_with_mtp(vllm_config))
 
 
+def directory(vllm_config: VllmConfig) -> Path | None:
+    """Where published tensors are read from on this machine; None if that is not so, or not known."""
+    return None if vllm_config.load_config.load_format == "dummy" else _readable(vllm_config)[0]
+
+
 def mtp_weights_in_fp8(vllm_config: VllmConfig) -> frozenset[str]:
     """The published weights of the MTP layer that are served in FP8: those that files which can be read now have in it.
 
     Of other sources the layer's tensors are not known before they come, and served in bf16, whatever they are.
     """
-    directory, _ = _readable(vllm_config)
-    return frozenset() if directory is None else checkpoint.mtp_weights_in_fp8(directory)
+    of = directory(vllm_config)
+    return frozenset() if of is None else checkpoint.mtp_weights_in_fp8(of)
 
 
 def unsupported(vllm_config: VllmConfig) -> list[str]:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from longcat_core import spellings
 from longcat_core.config import LongcatConfig
 from longcat_core.drafting import gate as drafting
 from longcat_core.layers import rotary
-from longcat_core.weights import audit
+from longcat_core.weights import audit, checkpoint
 from longcat_core.weights.plan import mtp_load_plan
 from longcat_vllm import loading, quantization
 from longcat_vllm.engine import is_longcat
@@ -103,11 +105,19 @@ class LongcatFlashMTP(LongcatCausalLM):
         config = spellings.read(vllm_config.model_config.hf_config)
         super().__init__(vllm_config, config, mtp_load_plan(config, LAYOUT))
         self.model = LongcatMTPModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        self._directory = loading.directory(vllm_config)
         self.gated_drafts: GatedDrafts | None = None
         if vllm_config.scheduler_config.scheduler_cls == GATE_SCHEDULER:
             gate = drafting.load(Path(vllm_config.model_config.model))
             assert gate is not None, "the scheduler is chosen where there is a gate"
             self.gated_drafts = GatedDrafts(gate.to(vllm_config.device_config.device))
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """As the target's; the first load also reads the auxiliary file, which vLLM leaves out if the index does."""
+        if self._directory is not None:
+            weights = chain(weights, checkpoint.unnamed_tensors(self._directory))
+            self._directory = None
+        return super().load_weights(weights)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         return self.model.embed_tokens(input_ids)

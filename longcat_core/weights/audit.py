@@ -13,6 +13,7 @@ from torch import Tensor
 from longcat_core.config import LongcatConfig
 from longcat_core.quantization import PUBLISHED_BLOCK
 from longcat_core.weights.blocks import FP8, scale_shape
+from longcat_core.weights.embeddings import compared
 from longcat_core.weights.names import (
     MTP_PREFIX,
     SCALE_SUFFIX,
@@ -197,8 +198,8 @@ def audited_mtp(
     weights: Iterable[tuple[str, Tensor]], config: LongcatConfig, *, is_partial: bool
 ) -> Iterator[tuple[str, Tensor]]:
     """As `audited`, where the MTP layer is a model of its own: the model's own tensors are skipped without a check,
-    and the layer has to be there."""
-    mine: Iterable[tuple[str, Tensor]] = (each for each in weights if each[0].startswith(MTP_PREFIX))
+    and the layer has to be there. That its embedding is not the model's is logged."""
+    mine: Iterable[tuple[str, Tensor]] = (each for each in compared(weights) if each[0].startswith(MTP_PREFIX))
     if isinstance(weights, Collection):
         mine = list(mine)
     return _audited(mine, mtp_tensors(config), config, is_partial, requires_mtp=True)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -20,6 +20,8 @@ from longcat_core.weights.blocks import dequantize_blocks
 from longcat_core.weights.names import SCALE_SUFFIX, all_tensors, expert_parts, is_mtp, stacked_experts
 
 INDEX_NAME = "model.safetensors.index.json"
+AUXILIARY_NAME = "model-auxiliary.safetensors"
+"""Where releases of the family have the MTP layer beside the shards."""
 _DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
 
@@ -113,7 +115,7 @@ def save(tensors: Mapping[str, Tensor], directory: Path, max_shard_size: int = 2
 
 
 def shards(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those its index names, or all there are.
+    """The safetensors files of a checkpoint: those its index names and the auxiliary one, or all there are.
 
     Raises:
         CheckpointError: if there are none, or the index names files that do not exist.
@@ -127,11 +129,29 @@ def shards(directory: Path) -> list[Path]:
         absent = [name for name in named if not (directory / name).exists()]
         if absent:
             raise CheckpointError(f"{index} names shards that do not exist: {', '.join(absent)}; download them again")
-        return [directory / name for name in named]
+        return [directory / name for name in named] + unnamed(directory, named)
     found = sorted(directory.glob("*.safetensors"))
     if not found:
         raise CheckpointError(f"{directory}: no *.safetensors; LongCat-Flash is loaded from safetensors only")
     return found
+
+
+def unnamed(directory: Path, named: Collection[str]) -> list[Path]:
+    """The auxiliary file, if there is one and the index does not name it."""
+    auxiliary = directory / AUXILIARY_NAME
+    return [auxiliary] if auxiliary.exists() and AUXILIARY_NAME not in named else []
+
+
+def unnamed_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
+    """What engines leave out, as they read the files that the index names: the tensors of the auxiliary file, where
+    there is an index and it does not name that file."""
+    if not (directory / INDEX_NAME).exists():
+        return
+    named = json.loads((directory / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"].values()
+    for shard in unnamed(directory, named):
+        with OpenShard(shard) as opened:
+            for name in opened.keys():  # noqa: SIM118
+                yield name, opened.get_tensor(name)
 
 
 class OpenShard:

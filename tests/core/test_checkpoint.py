@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from longcat_core.config import LongcatConfig
@@ -128,6 +129,27 @@ def test_only_shards_that_the_index_names_are_read(tensors: dict[str, Tensor], t
     checkpoint.save(tensors, tmp_path, max_shard_size=200_000)
     checkpoint.shards(tmp_path)[0].with_name("consolidated.safetensors").write_bytes(b"not ours")
     assert checkpoint.load(tmp_path, CONFIG).keys() == tensors.keys()
+
+
+@pytest.mark.parametrize("is_indexed", [True, False])
+@pytest.mark.parametrize("is_named", [True, False])
+def test_the_auxiliary_file_is_read_whether_the_index_names_it_or_not(
+    is_named: bool, is_indexed: bool, tensors: dict[str, Tensor], tmp_path: Path
+) -> None:
+    mtp = {name: tensor for name, tensor in tensors.items() if names.is_mtp(name)}
+    checkpoint.save({name: tensor for name, tensor in tensors.items() if name not in mtp}, tmp_path, 200_000)
+    save_file(mtp, tmp_path / checkpoint.AUXILIARY_NAME)
+    index = tmp_path / checkpoint.INDEX_NAME
+    if is_named:
+        raw = json.loads(index.read_text())
+        raw["weight_map"] |= dict.fromkeys(mtp, checkpoint.AUXILIARY_NAME)
+        index.write_text(json.dumps(raw))
+    if not is_indexed:
+        index.unlink()
+    checkpoint.verify(tmp_path, CONFIG, requires_mtp=True)
+    assert checkpoint.load(tmp_path, CONFIG).keys() == tensors.keys()
+    left_out = dict(checkpoint.unnamed_tensors(tmp_path))
+    assert left_out.keys() == (mtp.keys() if is_indexed and not is_named else set())
 
 
 # -- FP8 ---------------------------------------------------------------------------------------------

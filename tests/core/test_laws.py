@@ -116,7 +116,6 @@ ONLY = {
     "longcat_sglang": {
         "one_batch": "a benchmark that loads no plugins",
         "penalties": "which vLLM has right",
-        "requests": "which vLLM checks itself",
     },
 }
 """Rooms of one engine package that the other has no use for, with the reason. What a device is made of is its own."""

@@ -14,12 +14,13 @@ from transformers.models.longcat_flash.modeling_longcat_flash import (
 )
 
 from longcat_core import spellings
-from longcat_core.config import LongcatConfig, RopeConfig
+from longcat_core.config import ConfigError, LongcatConfig, RopeConfig
 from longcat_core.layers import rotary
 from tests.cases import DEFAULT
 from tests.oracle import relative_error
 
 YARN = RopeConfig(theta=1e7, factor=4.0, original_max_position_embeddings=4096)
+YARN_SETTINGS = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
 ROPES = {
     "plain": RopeConfig(theta=1e7),
     "plain_small_theta": RopeConfig(theta=1e4),
@@ -100,3 +101,32 @@ def test_angles_stay_fp32_when_x_is_bf16() -> None:
     assert rotated.dtype == torch.bfloat16
     exact = rotary.rotate_interleaved(x.float(), cos, sin)
     assert torch.equal(rotated, exact.bfloat16()), "rounded once, at the end"
+
+
+def test_the_length_that_yarn_starts_from_is_read_beside_its_settings_as_transformers_does() -> None:
+    name = "original_max_position_embeddings"
+    raw = spellings.published(config_of(ROPES["plain"], 64)) | {"rope_scaling": {"type": "yarn", "factor": 4.0}}
+    raw[name] = 4096
+    truth = LongcatFlashRotaryEmbedding(LongcatFlashConfig.from_dict({**raw, "head_dim": 64}))
+    torch.testing.assert_close(rotary.inverse_frequencies(spellings.read(raw)), truth.inv_freq, rtol=1e-6, atol=0)
+    rewritten = spellings.for_transformers(raw)
+    assert spellings.read(rewritten).rope == YARN
+    assert name not in rewritten.keys() | spellings.for_sglang(raw).keys(), "an override could not change it"
+    overridden = spellings.overridden(rewritten, {name: 64})
+    assert overridden == {"rope_parameters": {**rewritten["rope_parameters"], name: 64}}
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({"original_max_position_embeddings": 64}, "4096 contradicts 64 outside of rope_scaling; remove one"),
+        ({"rope_scaling": {**YARN_SETTINGS, "truncate": 0}}, "truncate: 0, wanted true or false"),
+        ({"rope_scaling": {**YARN_SETTINGS, "attention_factor": "1"}}, "attention_factor: '1', wanted a number above"),
+    ],
+    ids=str,
+)
+def test_a_setting_of_yarn_that_could_be_read_in_two_ways_is_refused(change: dict[str, object], wanted: str) -> None:
+    raw = spellings.published(config_of(YARN, 64))
+    assert spellings.read(raw).rope == YARN
+    with pytest.raises(ConfigError, match=wanted):
+        spellings.read(raw | change)

@@ -168,6 +168,7 @@ def serving(
     prefix_caching: bool = True,
     block_size: int | None = None,
     cache_tokens: int | None = None,
+    max_model_len: int | None = None,
     max_running: int | None = None,
     tensor_parallel: int = 1,
     expert_parallel: bool = False,
@@ -190,7 +191,8 @@ def serving(
         "max_num_seqs": max_running,
         "tensor_parallel_size": tensor_parallel,
         "enable_expert_parallel": expert_parallel,
-        "max_model_len": min(256, (cache_tokens or 512) - 16),  # vLLM wants room for one whole request and a block
+        # vLLM wants room for one whole request and a block.
+        "max_model_len": max_model_len or min(256, (cache_tokens or 512) - 16),
         "enforce_eager": True,
         "kv_cache_memory_bytes": 32 << 20,
         "skip_tokenizer_init": True,
