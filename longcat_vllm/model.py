@@ -43,8 +43,9 @@ from longcat_core.layers import rotary
 from longcat_core.plugin.hooks import Stage
 from longcat_core.weights import audit, names
 from longcat_core.weights.audit import CheckpointError
+from longcat_core.weights.blocks import FP8
 from longcat_core.weights.plan import Layout, Target, load_plan
-from longcat_core.weights.precision import dequantized
+from longcat_core.weights.precision import dequantized, require_precision
 from longcat_vllm import devices, hooks, quantization
 from longcat_vllm.adapters import AdapterNames
 from longcat_vllm.moe import LongcatMoE, ZeroExpertAwareExperts
@@ -296,14 +297,16 @@ class LongcatCausalLM(nn.Module):
         target = self._plan.get(name)
         if target is None or is_pp_missing_parameter(target.parameter, self):
             return set()
-        parameter = parameters[target.parameter]
+        parameter: Any = parameters.get(target.parameter)
+        require_precision(name, tensor, parameter)
         loader: Callable[..., Any] = getattr(parameter, "weight_loader", default_weight_loader)
+        is_packed = self._experts_are_packed and (target.expert is not None or parameter.dtype == FP8)
+        if is_packed and not parameter.is_meta:
+            raise CheckpointError(
+                f"{name}: the weights of experts, and those in FP8, are packed for this device's kernels, and cannot "
+                "be written in place; update them with vLLM's reload_weights"
+            )
         if target.expert is not None:
-            if self._experts_are_packed and not parameter.is_meta:
-                raise CheckpointError(
-                    f"{name}: the weights of the experts are packed for this device's kernel, and cannot be written in "
-                    "place; update them with vLLM's reload_weights"
-                )
             part = {"shard_id": target.shard, "expert_id": target.expert}
             is_local = loader(parameter, tensor, target.parameter, **part, return_success=True)
             return {target.parameter} if is_local else set()
