@@ -15,8 +15,9 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from longcat_cli import loading, quantize
 from longcat_cli.commands import app
-from longcat_core.recipe.conversion import PROGRESS
+from longcat_core.recipe.conversion import PROGRESS, Source
 from longcat_core.weights import checkpoint
 from tests.cases import DEFAULT, published, write_checkpoint
 
@@ -105,6 +106,15 @@ def test_the_lists_and_a_budget_can_be_chosen(planted: Path, text: Path, tmp_pat
 def checkpoint_bytes(directory: Path) -> int:
     size: int = json.loads((directory / checkpoint.INDEX_NAME).read_text())["metadata"]["total_size"]
     return size
+
+
+def test_a_text_is_read_in_sequences_of_equal_length(source: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantize, "SEQUENCE", 64)
+    whole = loading.read_tokenizer(source).encode(TEXT).ids
+    for count, shape in ((10, (1, 10)), (64, (1, 64)), (65, (2, 32)), (130, (3, 43))):
+        found = quantize._tokens(source, text, count, Source(source))
+        assert tuple(found.shape) == shape
+        assert found.flatten().tolist() == whole[: shape[0] * shape[1]]
 
 
 def test_thresholds_are_taken(planted: Path, text: Path, tmp_path: Path) -> None:

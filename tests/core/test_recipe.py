@@ -256,13 +256,19 @@ _LARGE = replace(
     DEFAULT, vocab_size=300, hidden_size=512, num_layers=3, n_routed_experts=64, expert_ffn_hidden_size=512
 )
 _MEASURE = """
-import resource, sys, torch
+import json, re, sys, torch
 from pathlib import Path
+from longcat_core import spellings
 from longcat_core.recipe.calibration import calibrate
 from longcat_core.recipe.conversion import Conversion, Source
+from longcat_core.reference import DecoderLayer
 torch.set_num_threads(1)
-torch.randn(512, 512) @ torch.randn(512, 512)  # brings the library that multiplies
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+# The first use brings libraries into memory.
+torch.randn(512, 512) @ torch.randn(512, 512)
+with torch.device("meta"):
+    DecoderLayer(spellings.read(json.loads((Path(sys.argv[1]) / "config.json").read_text())))
+# Of this program alone: what getrusage tells begins with the memory of the process that started it.
+peak = lambda: int(re.search("VmHWM: *\\t* *([0-9]+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 source = Source(Path(sys.argv[1]))
 before = peak()
 if sys.argv[3] == "calibrate":
