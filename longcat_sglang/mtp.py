@@ -126,16 +126,15 @@ class LongcatFlashMTP(LongcatCausalLM):
         super().__init__(config, quant_config, mtp_load_plan(config.longcat, LAYOUT))
         self.model = LongcatMTPModel(config, quant_config, add_prefix("model", prefix))
         self.lm_head: nn.Module | None = None
-        self._directory = loading.directory(get_server_args())
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """As the target's; the first load also reads the auxiliary file, which SGLang leaves out if the index does."""
-        if self._directory is not None:
-            weights = chain(weights, checkpoint.unnamed_tensors(self._directory))
-            self._directory = None
+        directory = None if self._is_loaded() else loading.directory(get_server_args())
+        if directory is not None:
+            weights = chain(weights, checkpoint.unnamed_tensors(directory))
         super().load_weights(weights)
 
     def set_embed_and_head(self, embed: Tensor, head: Tensor) -> None:
