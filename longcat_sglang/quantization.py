@@ -12,7 +12,7 @@ from sglang.srt.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod, Fp8Mo
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.runtime_context import get_parallel
-from torch import Tensor, nn
+from torch import nn
 
 from longcat_core.config import LongcatConfig
 from longcat_core.quantization import PUBLISHED_BLOCK
@@ -86,7 +86,7 @@ def laid_out_anew(model: nn.Module) -> list[str]:
 
 
 def _is_as_published(module: nn.Module, name: str) -> bool:
-    weight, scales = getattr(module, name), getattr(module, name + SCALE_SUFFIX, None)
-    if not isinstance(scales, Tensor) or getattr(scales, "format_ue8m0", False):
+    if getattr(module, name).dtype != FP8:
         return False
-    return weight.dtype == FP8 and scales.dtype == torch.float32
+    scales = getattr(module, name + SCALE_SUFFIX)
+    return scales.dtype == torch.float32 and not getattr(scales, "format_ue8m0", False)
