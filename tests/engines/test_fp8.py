@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ QUANTIZATIONS: dict[str, Quantization] = {
             *(f"model.layers.1.mlp.experts.{n}.{part}_proj" for n in range(8) for part in ("gate", "up", "down")),
         ),
     ),
-    "blocks_of_64_x_32": Quantization("fp8", block=(64, 32)),
+    "blocks_of_64": Quantization("fp8", block=(64, 64)),
 }
 
 
@@ -121,24 +121,26 @@ def test_fp8_on_two_ranks(expert_parallel: bool, truth_of: Callable[[str], tuple
 # -- what is read wrong shows ------------------------------------------------------------------------
 
 
-def _given(change: Callable[[str, Tensor], Tensor]) -> Callable[[pytest.MonkeyPatch], None]:
-    """Break an engine's reading: every tensor of a right checkpoint is changed before it is loaded."""
+Change = Callable[[str, Tensor], Tensor]
 
-    def break_it(monkeypatch: pytest.MonkeyPatch) -> None:
-        model = import_module(f"{engine.PACKAGE}.model")
-        original = model.dequantized
 
-        def changed(weights: Iterable[tuple[str, Tensor]], *rest: Any) -> Iterator[tuple[str, Tensor]]:
-            return original(((name, change(name, tensor)) for name, tensor in weights), *rest)
+def _given(change: Change, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Break an engine's reading: every tensor of a right checkpoint is changed before it is loaded. All of it can be
+    pickled, for an engine of another process."""
+    model = import_module(f"{engine.PACKAGE}.model")
+    monkeypatch.setattr(model, "dequantized", partial(_changed, change, model.dequantized))
 
-        monkeypatch.setattr(model, "dequantized", changed)
 
-    return break_it
+def _changed(change: Change, original: Any, weights: Iterable[tuple[str, Tensor]], *rest: Any) -> Any:
+    return original(((name, change(name, tensor)) for name, tensor in weights), *rest)
+
+
+def _without_scales(of: str, name: str, tensor: Tensor) -> Tensor:
+    return torch.ones_like(tensor) if name.endswith(f"{of}.weight{SCALE_SUFFIX}") else tensor
 
 
 def _scales_left_out(of: str) -> Callable[[pytest.MonkeyPatch], None]:
-    scales = f"{of}.weight{SCALE_SUFFIX}"
-    return _given(lambda name, tensor: torch.ones_like(tensor) if name.endswith(scales) else tensor)
+    return partial(_given, partial(_without_scales, of))
 
 
 def _blocks_mixed_up(name: str, tensor: Tensor) -> Tensor:
@@ -151,7 +153,7 @@ def _blocks_mixed_up(name: str, tensor: Tensor) -> Tensor:
         _scales_left_out("self_attn.0.kv_b_proj"),
         _scales_left_out("self_attn.1.kv_a_proj_with_mqa"),
         _scales_left_out("mlps.1.up_proj"),
-        _given(_blocks_mixed_up),
+        partial(_given, _blocks_mixed_up),
     ],
     ids=["absorbed weights", "half of a fused layer", "the other half", "blocks"],
 )
