@@ -19,7 +19,7 @@ from longcat_core.weights import checkpoint, names, plan
 from tests.cases import CASES, Case, write_checkpoint
 from tests.harness import engine
 from tests.oracle import assert_greedy_equal, greedy, oracle
-from tests.server import processes_of, started
+from tests.server import START_TIMEOUT_S, processes_of, started
 
 CASE = CASES["default"]
 RAW = spellings.published(CASE.config)
@@ -218,7 +218,7 @@ def failed_server(directory: Path) -> str:
     """The output of the stock command that ends by itself, with an error and without having started an engine."""
     log = directory.with_name("server.log")
     with started(engine.command(directory), log) as process:
-        assert process.wait(60) != 0
+        assert process.wait(START_TIMEOUT_S) != 0
         assert processes_of(process) == []
     output = log.read_text()
     assert engine.STARTED not in output

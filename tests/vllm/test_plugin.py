@@ -167,7 +167,7 @@ def test_quantised_weights_on_a_gpu_are_left_to_vllms_own_class(
     vllm_config = EngineArgs(str(directory), skip_tokenizer_init=True).create_engine_config()
     model = vllm_config.model_config
     monkeypatch.setattr(model, "quantization", "fp8")
-    with pytest.raises(ValueError, match="quantization: 'fp8', wanted none so far"):
+    with pytest.raises(ValueError, match="quantization: 'fp8', wanted none, or the 'fp8' of"):
         deployment.check(vllm_config)
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
     with caplog.at_level("WARNING"):
