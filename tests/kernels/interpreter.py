@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import inspect
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 TORCH = {
@@ -45,11 +48,32 @@ def dot(builder: Any, a: Any, b: Any, accumulator: Any, *precision: Any) -> Any:
     return REAL_DOT(builder, a, b, accumulator, *precision)
 
 
+def splat(builder: Any, shape: Any, scalar: Any) -> Any:
+    """A scalar as a tile; that of a comparison is one of truth values, not of the type of what was compared."""
+    if scalar.data.dtype == np.bool_:
+        scalar = TensorHandle(scalar.data, tl.int1)
+    return REAL_SPLAT(builder, shape, scalar)
+
+
 REAL_CAST, REAL_DOT = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+REAL_SPLAT = InterpreterBuilder.create_splat
+
+
+@cache
+def builtins(package: Any) -> list[tuple[str, Any]]:
+    """Members that the interpreter replaces, looked for once: it does so at each call, in half of its time."""
+    return [(name, member) for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
+
+
+def patch_builtins(package: Any, builder: Any, scope: Any) -> None:
+    for name, member in builtins(package):
+        interpreter._patch_attr(package, name, member, builder, scope)
 
 
 def repair() -> None:
     """Of this process, for good."""
+    interpreter._patch_builtin = patch_builtins
     InterpreterBuilder.cast_impl = convert
     InterpreterBuilder.create_fp_to_fp = convert
     InterpreterBuilder.create_dot = dot
+    InterpreterBuilder.create_splat = splat
