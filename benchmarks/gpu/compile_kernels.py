@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from longcat_core.kernels.arrange import arrange
+from longcat_core.kernels.arrange import Arrangement, arrange
 from longcat_core.kernels.combine import combine
+from longcat_core.kernels.experts import ExpertWeights, expert_outputs
+from longcat_core.kernels.quantize import quantize
 from longcat_core.kernels.route import route
+from longcat_core.kernels.router_product import SplitWeight, router_product
+from longcat_core.kernels.tiles import DEFAULT, TILES, Tile
 
 RESULTS = Path(__file__).with_name("compiled.json")
 ARCHITECTURES = (90, 100)
@@ -146,7 +151,23 @@ def _combine(tokens: int, outputs: Tensor) -> None:
     combine(outputs, _ids(tokens), _fp32(tokens, K), x, _fp32(tokens), dense=x)
 
 
+def _experts(precision: str, tile: Tile) -> None:
+    dtype = {"16 bit": torch.bfloat16, "fp8": torch.float8_e4m3fn, "32 bit": torch.float32}[precision]
+    w13, w2 = _empty(E, 2 * INNER, H, dtype=dtype), _empty(E, H, INNER, dtype=dtype)
+    scales = (_fp32(E, 2 * INNER // 128, H // 128), _fp32(E, H // 128, INNER // 128)) if precision == "fp8" else ()
+    x = _empty(64, H, dtype=torch.float32 if precision == "32 bit" else torch.bfloat16)
+    blocks = _empty(E, dtype=torch.int32)
+    arrangement = Arrangement(_empty(E * tile.rows, dtype=torch.int32), blocks, _empty(1, dtype=torch.int32))
+    expert_outputs(x, arrangement, ExpertWeights(w13, w2, *scales), K, tile)
+
+
+def _router_product(dtype: torch.dtype) -> None:
+    router_product(_empty(64, H, dtype=dtype), SplitWeight(_empty(E + ZERO, H), _empty(E + ZERO, H)))
+
+
 CASES: dict[str, Callable[[], object]] = {
+    "router product of bf16": lambda: _router_product(torch.bfloat16),
+    "router product of fp32": lambda: _router_product(torch.float32),
     "route": lambda: route(
         _fp32(64, E + ZERO), _fp32(E + ZERO), n_routed_experts=E, top_k=K, routed_scaling_factor=6.0
     ),
@@ -155,17 +176,26 @@ CASES: dict[str, Callable[[], object]] = {
     "arrange 64 tokens": lambda: arrange(_ids(64), E, 16),
     "arrange 64 tokens, 8 ranks": lambda: arrange(_ids(64), LOCAL, 16, expert_map=_ids(512)),
     "arrange 8192 tokens": lambda: arrange(_ids(8192), E, 128),
+    "rows in FP8": lambda: quantize(_empty(64, H)),
+    **{
+        f"experts in {precision}, blocks of {tile.rows}": partial(_experts, precision, tile)
+        for precision, tiles in TILES[DEFAULT].items()
+        for _, tile in tiles
+    },
 }
 """Calls at LongCat-Flash-Chat's sizes. Tensors have no memory."""
 
 
 def launches() -> dict[str, Launch]:
-    """Every launch of every case, by name."""
+    """Every launch of every case, by name; rows are quantised in a case of their own."""
     found = {}
     for name, call in CASES.items():
         with recorded() as made:
             call()
-        found |= {f"{name}: {launch.kernel.__name__.removesuffix('_kernel')}": launch for launch in made}
+        for launch in made:
+            kernel = launch.kernel.__name__.removesuffix("_kernel")
+            if len(made) == 1 or kernel != "quantize":
+                found[f"{name}: {kernel}"] = launch
     return found
 
 
