@@ -2,8 +2,8 @@
 
     .venv-vllm/bin/python -m benchmarks.gpu.compile_kernels
 
-writes compiled.json beside this file. Nothing is timed: registers, spills and shared memory say how many programs fit
-on a multiprocessor at once, and the instructions whether the tensor cores are used.
+writes compiled.json beside this file, or the file that is named. Nothing is timed: registers, spills and shared memory
+say how many programs fit on a multiprocessor at once, and the instructions whether the tensor cores are used.
 """
 # SPDX-License-Identifier: Apache-2.0
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -38,8 +39,6 @@ from longcat_core.kernels.tiles import DEFAULT, TILES, Tile
 
 RESULTS = Path(__file__).with_name("compiled.json")
 ARCHITECTURES = (90, 100)
-SHARED_LIMIT = 227 * 1024
-"""Bytes of shared memory that a program may have on sm_90 and sm_100."""
 
 H, INNER, E, ZERO, K = 6144, 2048, 512, 256, 12
 """LongCat-Flash-Chat: hidden size, an expert's inner size, FFN experts, zero experts, top K."""
@@ -199,13 +198,13 @@ def launches() -> dict[str, Launch]:
     return found
 
 
-def main() -> None:
+def main(results: Path) -> None:
     kernels = {}
     for name, launch in launches().items():
         kernels[name] = {f"sm_{target}": asdict(compiled(launch, target)) for target in ARCHITECTURES}
         print(name, kernels[name], flush=True)
-    RESULTS.write_text(json.dumps({"triton": triton.__version__, "kernels": kernels}, indent=1) + "\n")
+    results.write_text(json.dumps({"triton": triton.__version__, "kernels": kernels}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]) if sys.argv[1:] else RESULTS)

@@ -28,11 +28,11 @@ def as_torch(handle: Any) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(handle.data)).view(TORCH[handle.dtype.scalar][0])
 
 
-def convert(_builder: Any, handle: Any, to: Any, *_rounding: Any) -> Any:
+def convert(builder: Any, handle: Any, to: Any, *_rounding: Any) -> Any:
     """To another type, rounded to the nearest, ties to even, and to the greatest FP8 number where it is greater."""
     source, target = handle.dtype.scalar, to.scalar
     if source not in TORCH or target not in TORCH:
-        return REAL_CAST(_builder, handle, to)
+        return REAL_CAST(builder, handle, to)
     numbers = as_torch(handle)
     if target == tl.float8e4nv:
         limit = torch.finfo(torch.float8_e4m3fn).max
@@ -56,7 +56,7 @@ def splat(builder: Any, shape: Any, scalar: Any) -> Any:
 
 
 REAL_CAST, REAL_DOT = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
-REAL_SPLAT = InterpreterBuilder.create_splat
+REAL_SPLAT, REAL_FP_TO_FP = InterpreterBuilder.create_splat, InterpreterBuilder.create_fp_to_fp
 
 
 @cache

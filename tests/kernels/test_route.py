@@ -101,11 +101,21 @@ def test_an_expert_without_a_chance_weighs_nothing_and_harms_no_other() -> None:
 
 def test_a_token_that_is_not_a_number_has_ids_that_exist() -> None:
     logits = torch.zeros(2, 12)
-    logits[0, 3] = -float("nan")
+    logits[0, 3] = float("nan")
     ours = route(logits, torch.zeros(12), n_routed_experts=8, top_k=10, routed_scaling_factor=6.0)
     assert (ours.ids < 8).all()
     assert ours.weights[0][ours.ids[0] >= 0].isnan().all()
     assert ours.weights[1].isfinite().all()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_an_expert_whose_bias_is_not_a_number_is_taken_first_as_in_topk(sign: int) -> None:
+    logits, bias = logits_and_bias(4, 1, 12, 0.05)
+    bias[5] = torch.tensor(float("nan")).copysign(torch.tensor(float(sign)))
+    sizes = {"n_routed_experts": 8, "top_k": 4, "routed_scaling_factor": 6.0}
+    ours, theirs = route(logits, bias, **sizes), reference.route(logits, bias, **sizes)
+    assert ours.ids.tolist() == theirs.ids.tolist()
+    assert ours.ids[0, 0] == 5
 
 
 def test_a_token_is_routed_alike_in_any_batch() -> None:
