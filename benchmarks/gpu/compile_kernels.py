@@ -1,9 +1,11 @@
 """Compile each Triton kernel at LongCat-Flash-Chat's sizes, and read what the machine code needs. No GPU is asked for.
 
     .venv-vllm/bin/python -m benchmarks.gpu.compile_kernels
+    .venv-sglang/bin/python -m benchmarks.gpu.compile_kernels
 
-writes compiled.json beside this file, or the file that is named. Nothing is timed: registers, spills and shared memory
-say how many programs fit on a multiprocessor at once, and the instructions whether the tensor cores are used.
+write what the environment's Triton makes into compiled.json beside this file, or into a file that is named. Nothing is
+timed: registers, spills and shared memory say how many programs fit on a multiprocessor at once, and the instructions
+whether the tensor cores are used.
 """
 # SPDX-License-Identifier: Apache-2.0
 
@@ -203,7 +205,9 @@ def main(results: Path) -> None:
     for name, launch in launches().items():
         kernels[name] = {f"sm_{target}": asdict(compiled(launch, target)) for target in ARCHITECTURES}
         print(name, kernels[name], flush=True)
-    results.write_text(json.dumps({"triton": triton.__version__, "kernels": kernels}, indent=1) + "\n")
+    record = json.loads(results.read_text()) if results.exists() else {}
+    record[triton.__version__] = kernels
+    results.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -154,7 +154,7 @@ def place_kernel(
 
     if tl.program_id(0) == 0:
         tl.store(used_rows, tl.sum(padded, axis=0))
-        for row in range(block_rows):
+        for row in range(block_rows - 1):  # an expert has one row at least, or no block
             place = starts + rows + row
             tl.store(slots + place, n_choices + tl.zeros_like(place), mask=place < ends)
 

@@ -87,6 +87,7 @@ def test_the_worst_case_is_enough_and_no_more() -> None:
     spread = torch.tensor([0] * 17 + [1] * 17 + [2] * 30, dtype=torch.int32).unsqueeze(1)
     assert arrange_reference(spread, 3, 16)[2] == 96
     assert worst_case_rows(64, 3, 16) == 96
+    assert worst_case_rows(5, 24, 16) == 5 * 16  # a block for each choice
 
 
 @pytest.mark.parametrize(
