@@ -158,8 +158,8 @@ def _experts(precision: str, tile: Tile) -> None:
     scales = (_fp32(E, 2 * INNER // 128, H // 128), _fp32(E, H // 128, INNER // 128)) if precision == "fp8" else ()
     x = _empty(64, H, dtype=torch.float32 if precision == "32 bit" else torch.bfloat16)
     blocks = _empty(E, dtype=torch.int32)
-    arrangement = Arrangement(_empty(E * tile.rows, dtype=torch.int32), blocks, _empty(1, dtype=torch.int32))
-    expert_outputs(x, arrangement, ExpertWeights(w13, w2, *scales), K, tile)
+    slots, used_rows = _empty(E * tile.rows, dtype=torch.int32), _empty(1, dtype=torch.int32)
+    expert_outputs(x, Arrangement(slots, blocks, used_rows, _ids(64)), ExpertWeights(w13, w2, *scales), tile)
 
 
 def _router_product(dtype: torch.dtype) -> None:

@@ -36,6 +36,8 @@ class Arrangement(NamedTuple):
     """int32 [blocks]: the local expert of each block, ascending. Undefined where `slots` is."""
     used_rows: Tensor
     """int32 [1]: rows of all blocks that have any, padding included: a multiple of block_rows."""
+    local_ids: Tensor
+    """int32 [T, K]: the local expert of each choice, or -1 if it has no row."""
 
 
 def worst_case_rows(choices: int, num_experts: int, block_rows: int) -> int:
@@ -114,6 +116,7 @@ def place_kernel(
     slots: tl.tensor,
     block_experts: tl.tensor,
     used_rows: tl.tensor,
+    local_ids: tl.tensor,
     n_choices: tl.tensor,
     has_map: tl.constexpr,
     is_alone: tl.constexpr,
@@ -150,6 +153,7 @@ def place_kernel(
         rank += tl.sum((same & (others[None, :] < own[:, None])).to(tl.int32), axis=1)
     position = rank + tl.gather(starts, tl.maximum(experts, 0), axis=0)
     tl.store(slots + position, own, mask=is_chosen)
+    tl.store(local_ids + own, experts, mask=own < n_choices)
     tl.store(block_experts + position // block_rows, experts, mask=is_chosen)  # rows of a block all write the same
 
     if tl.program_id(0) == 0:
@@ -180,7 +184,10 @@ def arrange(ids: Tensor, num_experts: int, block_rows: int, expert_map: Tensor |
     choices = ids.numel()
     rows = worst_case_rows(choices, num_experts, block_rows)
     arrangement = Arrangement(
-        slots=ids.new_empty(rows), experts=ids.new_empty(rows // block_rows), used_rows=ids.new_empty(1)
+        slots=ids.new_empty(rows),
+        experts=ids.new_empty(rows // block_rows),
+        used_rows=ids.new_empty(1),
+        local_ids=torch.empty_like(ids),
     )
     padded_experts = max(16, triton.next_power_of_2(num_experts))
     is_alone = choices <= ONE_LAUNCH

@@ -205,25 +205,26 @@ def down_kernel(
     tl.store(places, total.to(outputs.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
 
 
-def expert_outputs(
-    hidden_states: Tensor, arrangement: Arrangement, weights: ExpertWeights, top_k: int, tile: Tile
-) -> Tensor:
+def expert_outputs(hidden_states: Tensor, arrangement: Arrangement, weights: ExpertWeights, tile: Tile) -> Tensor:
     """FFN_e(x) of each choice: [T, K, H] in x's dtype, unweighted; undefined for choices that are not arranged.
 
     Products are summed in fp32, for one tile in the same order whatever the batch. What is between the products is
     rounded once, to x's dtype or to FP8 with a scale for each 128. In FP8, x is quantised the same way first.
 
-    hidden_states: [T, H], contiguous, in the weights' dtype unless they are in FP8; arrangement: of T x K ids in blocks
-    of `tile.rows`.
+    hidden_states: [T, H], contiguous, in the weights' dtype unless they are in FP8; arrangement: of ids [T, K] in
+    blocks of `tile.rows`.
 
     Raises:
-        ValueError: if the arrangement is for other blocks, dtypes differ, or a tile does not suit FP8.
+        ValueError: if hidden states have another shape or dtype, or the tile suits neither the arrangement nor FP8.
     """
-    tokens, hidden_size = hidden_states.shape
-    inner_size = weights.w2.shape[2]
+    tokens, top_k = arrangement.local_ids.shape
+    _, hidden_size, inner_size = weights.w2.shape
     if arrangement.slots.numel() != arrangement.experts.numel() * tile.rows:
         found = f"{arrangement.slots.numel()} rows in {arrangement.experts.numel()} blocks"
         raise ValueError(f"{found}: wanted blocks of {tile.rows} rows, as the tile has")
+    if hidden_states.shape != (tokens, hidden_size) or not hidden_states.is_contiguous():
+        found = f"{tuple(hidden_states.shape)}, strides {hidden_states.stride()}"
+        raise ValueError(f"hidden states {found}: wanted {(tokens, hidden_size)}, contiguous")
     if weights.is_fp8 and (tile.columns, tile.depth) != (GROUP, GROUP):
         raise ValueError(f"{tile} for FP8: wanted {GROUP} columns and a depth of {GROUP}")
     if not weights.is_fp8 and hidden_states.dtype != weights.w13.dtype:
@@ -235,6 +236,7 @@ def expert_outputs(
     inner = rows.new_empty(tokens * top_k, inner_size)
     outputs = hidden_states.new_empty(tokens, top_k, hidden_size)
     blocks = arrangement.experts.numel()
+    of_blocks = (arrangement.slots, arrangement.experts, arrangement.used_rows)
     options = {
         "is_fp8": weights.is_fp8,
         "is_swapped": tile.is_swapped,
@@ -249,7 +251,7 @@ def expert_outputs(
         row_scales,
         weights.w13,
         weights.w13_scales,
-        *arrangement,
+        *of_blocks,
         inner,
         inner_scales,
         tokens * top_k,
@@ -263,7 +265,7 @@ def expert_outputs(
         inner_scales,
         weights.w2,
         weights.w2_scales,
-        *arrangement,
+        *of_blocks,
         outputs,
         tokens * top_k,
         hidden_size,

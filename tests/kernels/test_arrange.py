@@ -32,6 +32,8 @@ def assert_arranged(ours: Arrangement, ids: Tensor, experts: int, block: int, ex
     assert ours.used_rows.tolist() == [used]
     assert ours.slots[:used].tolist() == slots
     assert ours.experts[: used // block].tolist() == of_blocks
+    local = ids if expert_map is None else torch.where(ids >= 0, expert_map[ids.clamp(min=0)], -1)
+    assert torch.equal(ours.local_ids, local)
     assert {tensor.dtype for tensor in ours} == {torch.int32}
     assert ours.slots.numel() == worst_case_rows(ids.numel(), experts, block) == ours.experts.numel() * block
 

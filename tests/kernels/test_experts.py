@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from longcat_core.kernels.arrange import arrange
-from longcat_core.kernels.combine import combine
 from longcat_core.kernels.experts import ExpertWeights, expert_outputs
+from longcat_core.kernels.moe import moe
 from longcat_core.kernels.route import route
 from longcat_core.kernels.tiles import DEFAULT, TILES, Tile, tile_for
 from longcat_core.layers import experts as reference
+from longcat_core.layers.routing import Routing
 from longcat_core.weights.blocks import dequantize_blocks, quantize_blocks
 
 UNIT = {torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}
@@ -74,7 +75,7 @@ def test_outputs_are_those_of_a_loop_over_choices(
     x = torch.randn(tokens, hidden, generator=generator).to(dtype)
     ids = random_ids(generator, tokens, top_k, experts, kept)
     arrangement = arrange(ids, experts, rows)
-    ours = expert_outputs(x, arrangement, ExpertWeights(w13, w2), top_k, tile(rows, 32, 32, is_swapped))
+    ours = expert_outputs(x, arrangement, ExpertWeights(w13, w2), tile(rows, 32, 32, is_swapped))
     assert (ours.dtype, ours.shape) == (dtype, (tokens, top_k, hidden))
     truth = loop(x, ids, w13, w2)
     assert torch.equal(ours.isnan(), truth.isnan()), "a choice of -1 is not written, and any other is"
@@ -114,7 +115,7 @@ def test_fp8_is_that_of_a_loop_that_rounds_alike(hidden: int, inner: int, is_swa
     (w13, w13_scales), (w2, w2_scales) = quantized(w13), quantized(w2)
     weights = ExpertWeights(w13, w2, w13_scales, w2_scales)
     x, ids = torch.randn(7, hidden, generator=generator).half(), random_ids(generator, 7, 3, 3, 0.6)
-    ours = expert_outputs(x, arrange(ids, 3, 16), weights, 3, tile(16, 128, 128, is_swapped))
+    ours = expert_outputs(x, arrange(ids, 3, 16), weights, tile(16, 128, 128, is_swapped))
     truth = loop_in_fp8(x, ids, weights)
     assert torch.equal(ours.isnan(), truth.isnan())
     for token, column in (ids >= 0).nonzero().tolist():
@@ -127,17 +128,17 @@ def test_fp8_is_that_of_a_loop_that_rounds_alike(hidden: int, inner: int, is_swa
 @pytest.mark.parametrize("zero_bias", [0.0, 9.0])
 @pytest.mark.parametrize("tokens", [0, 1, 6])
 def test_the_kernels_together_are_the_moe(tokens: int, zero_bias: float) -> None:
-    """As a layer would call them; with a bias of 9 all choices are zero experts."""
+    """With a bias of 9 all choices are zero experts."""
     generator = torch.Generator().manual_seed(tokens)
     w13, w2 = random_weights(generator, 6, 24, 16)
     x, logits = torch.randn(tokens, 24, generator=generator), torch.randn(tokens, 10, generator=generator)
     bias = torch.tensor([0.0] * 6 + [zero_bias] * 4)
     routing = route(logits, bias, n_routed_experts=6, top_k=4, routed_scaling_factor=6.0)
     assert zero_bias == 0 or (routing.ids == -1).all()
-    of_16 = tile(16, 32, 32, False)
-    outputs = expert_outputs(x, arrange(routing.ids, 6, of_16.rows), ExpertWeights(w13, w2), 4, of_16)
-    ours = combine(outputs, routing.ids, routing.weights, x, routing.identity)
-    torch.testing.assert_close(ours, reference.moe(x, routing, w13, w2), rtol=1e-4, atol=1e-5)
+    truth = reference.moe(x, routing, w13, w2)
+    torch.testing.assert_close(moe(x, routing, ExpertWeights(w13, w2), "NVIDIA X"), truth, rtol=1e-4, atol=1e-5)
+    with_dense = moe(x, routing, ExpertWeights(w13, w2), "NVIDIA X", dense=x)
+    torch.testing.assert_close(with_dense, truth + x, rtol=1e-4, atol=1e-5)
 
 
 def test_ranks_with_a_part_of_the_experts_each_sum_to_the_whole() -> None:
@@ -145,16 +146,25 @@ def test_ranks_with_a_part_of_the_experts_each_sum_to_the_whole() -> None:
     w13, w2 = random_weights(generator, 6, 24, 16)
     x, logits = torch.randn(5, 24, generator=generator), torch.randn(5, 10, generator=generator)
     routing = route(logits, torch.zeros(10), n_routed_experts=6, top_k=4, routed_scaling_factor=6.0)
-    of_16, total = tile(16, 32, 32, True), torch.zeros(5, 24)
+    total, part = torch.zeros(5, 24), routing._replace(identity=routing.identity / 2)
     for local in ([5, 1], [0, 2, 3, 4]):
         expert_map = torch.full((6,), -1, dtype=torch.int32)
         expert_map[local] = torch.arange(len(local), dtype=torch.int32)
-        weights = ExpertWeights(w13[local], w2[local])
-        arrangement = arrange(routing.ids, len(local), of_16.rows, expert_map)
-        outputs = expert_outputs(x, arrangement, weights, 4, of_16)
-        local_ids = torch.where(routing.ids >= 0, expert_map[routing.ids.clamp(min=0)], -1)
-        total += combine(outputs, local_ids, routing.weights, x, routing.identity / 2)
+        total += moe(x, part, ExpertWeights(w13[local], w2[local]), "NVIDIA X", expert_map)
     torch.testing.assert_close(total, reference.moe(x, routing, w13, w2), rtol=1e-4, atol=1e-5)
+
+
+def test_the_tile_is_for_the_rows_of_an_expert_on_average() -> None:
+    """A batch of 16 bit whose rows an expert are few and one where they are many: both are the reference's."""
+    generator = torch.Generator().manual_seed(0)
+    w13, w2 = (weight.half() for weight in random_weights(generator, 2, 24, 16))
+    for tokens in (3, 40):
+        x, ids = torch.randn(tokens, 24, generator=generator).half(), random_ids(generator, tokens, 2, 2, 0.9)
+        weights = torch.rand(tokens, 2, generator=generator)
+        routing = Routing(ids, weights, torch.rand(tokens, generator=generator))
+        ours = moe(x, routing, ExpertWeights(w13, w2), "NVIDIA X")
+        truth = reference.moe(x.double(), routing, w13.double(), w2.double())
+        assert (ours.double() - truth).abs().max() < 2**-9 * truth.abs().max()
 
 
 def test_every_precision_has_tiles_for_any_number_of_rows() -> None:
@@ -183,10 +193,12 @@ def test_calls_that_do_not_fit_are_an_error() -> None:
     x, ids = torch.zeros(1, 64), torch.zeros(1, 2, dtype=torch.int32)
     weights = ExpertWeights(torch.zeros(2, 256, 64), torch.zeros(2, 64, 128))
     with pytest.raises(ValueError, match="wanted blocks of 32 rows, as the tile has"):
-        expert_outputs(x, arrange(ids, 2, 16), weights, 2, tile(32, 32, 32, False))
+        expert_outputs(x, arrange(ids, 2, 16), weights, tile(32, 32, 32, False))
+    with pytest.raises(ValueError, match=r"hidden states \(2, 64\), .* wanted \(1, 64\), contiguous"):
+        expert_outputs(torch.zeros(2, 64), arrange(ids, 2, 16), weights, tile(16, 32, 32, False))
     with pytest.raises(ValueError, match=r"hidden states in torch.float16: wanted torch.float32"):
-        expert_outputs(x.half(), arrange(ids, 2, 16), weights, 2, tile(16, 32, 32, False))
+        expert_outputs(x.half(), arrange(ids, 2, 16), weights, tile(16, 32, 32, False))
     codes = (torch.zeros(2, 256, 64).to(torch.float8_e4m3fn), torch.zeros(2, 64, 128).to(torch.float8_e4m3fn))
     weights = ExpertWeights(*codes, torch.ones(2, 2, 1), torch.ones(2, 1, 1))
     with pytest.raises(ValueError, match="wanted 128 columns and a depth of 128"):
-        expert_outputs(x, arrange(ids, 2, 16), weights, 2, tile(16, 64, 128, False))
+        expert_outputs(x, arrange(ids, 2, 16), weights, tile(16, 64, 128, False))
