@@ -16,10 +16,13 @@ _LIMIT = tl.constexpr(448.0)
 
 @triton.jit
 def quantize_tile(numbers: tl.tensor) -> tl.tuple:
-    """fp32 [rows, 128] as FP8 with fp32 scales [rows]: the greatest magnitude over 448, or 1 if all are 0."""
+    """fp32 [rows, 128] as FP8 with fp32 scales [rows]: the greatest magnitude over 448, or 1 if all are 0.
+
+    Divisions are rounded to the nearest, as the reference's: `/` alone is an approximation on a GPU.
+    """
     greatest = tl.max(tl.abs(numbers), axis=1)
-    scales = tl.where(greatest > 0, greatest / _LIMIT, 1.0)
-    return (numbers / scales[:, None]).to(tl.float8e4nv), scales
+    scales = tl.where(greatest > 0, tl.div_rn(greatest, _LIMIT), 1.0)
+    return tl.div_rn(numbers, scales[:, None]).to(tl.float8e4nv), scales
 
 
 @triton.jit
