@@ -12,8 +12,10 @@ from torch import Tensor
 
 # Requests with this many new tokens or fewer are attended to in one batch: decoding, and verification of drafts.
 _FEW_TOKENS = 16
-# Bounds on temporaries: (query, key) pairs of one head's mask in a prefill, and gathered slots in a decode batch.
+# Bounds on temporaries: (query, key) pairs of one head's mask in a prefill, scores of all heads in latent space, and
+# gathered slots in a decode batch.
 _PAIRS_AT_ONCE = 1 << 22
+_SCORES_AT_ONCE = 1 << 24
 _SLOTS_AT_ONCE = 1 << 17
 
 
@@ -151,14 +153,17 @@ def _attend_absorbed(
     nope, latent = w_uk.shape[1], w_uk.shape[2]
     q_nope, q_rope = queries.split([nope, queries.shape[-1] - nope], dim=-1)
     q_latent = torch.einsum("gqhp,hpl->gqhl", q_nope, w_uk)
-    keys = keys.float()
-    scores = torch.cat((q_latent, q_rope), dim=-1).float().flatten(1, 2) @ keys.transpose(1, 2) * scale
-    if not group.is_all_visible:
-        visible = group.visible().repeat_interleave(queries.shape[2], dim=1)
-        scores.masked_fill_(~visible, float("-inf"))
-    weights = scores.softmax(dim=-1)
-    context = (weights @ keys[..., :latent]).unflatten(1, queries.shape[1:3])
-    return torch.einsum("gqhl,hvl->gqhv", context.to(w_uv.dtype), w_uv)
+    keys, whole = keys.float(), torch.cat((q_latent, q_rope), dim=-1).float()
+    step = max(1, _SCORES_AT_ONCE // (queries.shape[2] * group.slots.numel()))
+    contexts = []
+    for first in range(0, queries.shape[1], step):
+        part = whole[:, first : first + step]
+        scores = part.flatten(1, 2) @ keys.transpose(1, 2) * scale
+        if not group.is_all_visible:
+            visible = group.visible(first, first + step).repeat_interleave(queries.shape[2], dim=1)
+            scores.masked_fill_(~visible, float("-inf"))
+        contexts.append((scores.softmax(dim=-1) @ keys[..., :latent]).unflatten(1, part.shape[1:3]))
+    return torch.einsum("gqhl,hvl->gqhv", torch.cat(contexts, dim=1).to(w_uv.dtype), w_uv)
 
 
 def _attend_expanded(

@@ -325,10 +325,15 @@ def test_a_batch_of_long_contexts_is_gathered_in_bounded_parts(monkeypatch: pyte
     assert max(group.slots.numel() for group in batch.groups) == 99
 
 
-def test_the_mask_of_a_long_chunk_is_made_in_bounded_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its 64 tokens by 128 slots would be 8,192 pairs."""
+@pytest.mark.parametrize("is_expanded", [True, False])
+def test_the_scores_of_a_long_chunk_are_made_in_bounded_parts(
+    is_expanded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its 64 tokens by 128 slots would be 8,192 pairs, in latent space of three heads 24,576 scores."""
     monkeypatch.setattr(latent_attention, "_PAIRS_AT_ONCE", 512)
-    heads, nope, rope, latent = 1, 4, 2, 8
+    monkeypatch.setattr(latent_attention, "_SCORES_AT_ONCE", 3 * 512)
+    heads, nope, rope = 1 if is_expanded else 3, 4, 2
+    latent = 8 if is_expanded else 2
     batch = PagedBatch.build([0, 64], [128], torch.arange(128).view(1, -1), 1)
     masks: list[int] = []
     visible = RequestGroup.visible
@@ -341,5 +346,9 @@ def test_the_mask_of_a_long_chunk_is_made_in_bounded_parts(monkeypatch: pytest.M
     monkeypatch.setattr(RequestGroup, "visible", noting)
     cache = torch.randn(128, latent + rope)
     weights = torch.randn(heads, nope, latent), torch.randn(heads, nope, latent)
-    paged_attention(torch.randn(64, heads, nope + rope), cache, batch, *weights, SCALE)
+    queries = torch.randn(64, heads, nope + rope)
+    attended = paged_attention(queries, cache, batch, *weights, SCALE)
     assert masks == [512] * 16
+    monkeypatch.setattr(latent_attention, "_PAIRS_AT_ONCE", 1 << 20)
+    monkeypatch.setattr(latent_attention, "_SCORES_AT_ONCE", 1 << 20)
+    torch.testing.assert_close(attended, paged_attention(queries, cache, batch, *weights, SCALE))
