@@ -15,7 +15,7 @@ _FEW_TOKENS = 16
 # Bounds on temporaries: (query, key) pairs of one head's mask in a prefill, scores of all heads in latent space, and
 # gathered slots in a decode batch.
 _PAIRS_AT_ONCE = 1 << 22
-_SCORES_AT_ONCE = 1 << 24
+_SCORES_AT_ONCE = 1 << 22
 _SLOTS_AT_ONCE = 1 << 17
 
 
