@@ -155,15 +155,16 @@ def _attend_absorbed(
     q_latent = torch.einsum("gqhp,hpl->gqhl", q_nope, w_uk)
     keys, whole = keys.float(), torch.cat((q_latent, q_rope), dim=-1).float()
     step = max(1, _SCORES_AT_ONCE // (queries.shape[2] * group.slots.numel()))
-    contexts = []
+    context = torch.empty(*queries.shape[:3], latent)  # at once: small ones in between would keep an allocator's memory
     for first in range(0, queries.shape[1], step):
         part = whole[:, first : first + step]
         scores = part.flatten(1, 2) @ keys.transpose(1, 2) * scale
         if not group.is_all_visible:
             visible = group.visible(first, first + step).repeat_interleave(queries.shape[2], dim=1)
             scores.masked_fill_(~visible, float("-inf"))
-        contexts.append((scores.softmax(dim=-1) @ keys[..., :latent]).unflatten(1, part.shape[1:3]))
-    return torch.einsum("gqhl,hvl->gqhv", torch.cat(contexts, dim=1).to(w_uv.dtype), w_uv)
+        attended = scores.softmax(dim=-1) @ keys[..., :latent]
+        context[:, first : first + step] = attended.unflatten(1, part.shape[1:3])
+    return torch.einsum("gqhl,hvl->gqhv", context.to(w_uv.dtype), w_uv)
 
 
 def _attend_expanded(
