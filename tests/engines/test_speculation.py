@@ -42,8 +42,7 @@ def assert_tokens(served: engine.Engine) -> None:
     assert served.greedy(prompts, NEW_TOKENS) == wanted
 
 
-@pytest.mark.parametrize("draft_tokens", DRAFTS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "draft_tokens"), [("default", 1), *((name, MOST_DRAFTS) for name in CASES)])
 def test_tokens_and_accepted_drafts_are_the_references(
     name: str, draft_tokens: int, drafting_checkpoint_of: Callable[[Case], Path]
 ) -> None:
@@ -73,26 +72,23 @@ def test_speculation_with_prefix_hits(draft_tokens: int, directory: Path) -> Non
         assert served.cached_tokens - before >= 64
 
 
-@pytest.mark.parametrize("draft_tokens", DRAFTS)
-def test_speculation_one_request_at_a_time(draft_tokens: int, directory: Path) -> None:
-    with engine.serving(directory, draft_tokens=draft_tokens, max_running=1) as served:
-        assert_drafts_are_the_references(served, draft_tokens)
+def test_speculation_one_request_at_a_time(directory: Path) -> None:
+    with engine.serving(directory, draft_tokens=MOST_DRAFTS, max_running=1) as served:
+        assert_drafts_are_the_references(served, MOST_DRAFTS)
 
 
-@pytest.mark.parametrize("draft_tokens", DRAFTS)
-def test_speculation_under_preemption(draft_tokens: int, directory: Path) -> None:
+def test_speculation_under_preemption(directory: Path) -> None:
     """A request that comes back is a prompt again, so only its tokens are the same."""
     with engine.serving(
-        directory, draft_tokens=draft_tokens, cache_tokens=144, block_size=8 if ENGINE == "vllm" else None
+        directory, draft_tokens=MOST_DRAFTS, cache_tokens=144, block_size=8 if ENGINE == "vllm" else None
     ) as served:
         assert_tokens(served)
         assert served.preemptions > 0
 
 
-@pytest.mark.parametrize("draft_tokens", DRAFTS)
-def test_speculation_on_two_ranks(draft_tokens: int, directory: Path) -> None:
-    with engine.serving(directory, draft_tokens=draft_tokens, tensor_parallel=2) as served:
-        assert_drafts_are_the_references(served, draft_tokens)
+def test_speculation_on_two_ranks(directory: Path) -> None:
+    with engine.serving(directory, draft_tokens=MOST_DRAFTS, tensor_parallel=2) as served:
+        assert_drafts_are_the_references(served, MOST_DRAFTS)
 
 
 def mtp_scales_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,21 +127,19 @@ def test_with_a_gate_the_drafts_that_pass_it_are_verified_for_every_model(
         assert_drafts_pass_the_gate(served, MOST_DRAFTS, case)
 
 
-@pytest.mark.parametrize("draft_tokens", DRAFTS)
-def test_with_a_gate_the_drafts_that_pass_it_are_verified(draft_tokens: int, gated: Path) -> None:
-    with engine.serving(gated, draft_tokens=draft_tokens, **engine.GATED) as served:
-        assert_drafts_pass_the_gate(served, draft_tokens)
+def test_with_a_gate_a_single_draft_that_passes_it_is_verified(gated: Path) -> None:
+    with engine.serving(gated, draft_tokens=1, **engine.GATED) as served:
+        assert_drafts_pass_the_gate(served, 1)
 
 
 HOW = {"chunks": {"chunk": 16}, "alone": {"max_running": 1}, "two ranks": {"tensor_parallel": 2}}
 
 
-@pytest.mark.parametrize("draft_tokens", DRAFTS)
 @pytest.mark.parametrize("how", HOW)
-def test_the_gate_judges_alike_however_requests_are_scheduled(how: str, draft_tokens: int, gated: Path) -> None:
-    with engine.serving(gated, draft_tokens=draft_tokens, **HOW[how], **engine.GATED) as served:
-        assert_drafts_pass_the_gate(served, draft_tokens)
-        assert_drafts_pass_the_gate(served, draft_tokens)  # from the prefix cache
+def test_the_gate_judges_alike_however_requests_are_scheduled(how: str, gated: Path) -> None:
+    with engine.serving(gated, draft_tokens=MOST_DRAFTS, **HOW[how], **engine.GATED) as served:
+        assert_drafts_pass_the_gate(served, MOST_DRAFTS)
+        assert_drafts_pass_the_gate(served, MOST_DRAFTS)  # from the prefix cache
 
 
 @pytest.mark.parametrize("has_gate", [False, True], ids=["no gate", "gate"])
@@ -155,10 +149,9 @@ def test_speculation_with_experts_on_two_ranks(has_gate: bool, gated: Path) -> N
         (assert_drafts_pass_the_gate if has_gate else assert_drafts_are_the_references)(served, 3)
 
 
-@pytest.mark.parametrize("draft_tokens", DRAFTS)
-def test_the_gate_under_preemption(draft_tokens: int, gated: Path) -> None:
+def test_the_gate_under_preemption(gated: Path) -> None:
     small = {"cache_tokens": 144, "block_size": 8 if ENGINE == "vllm" else None}
-    with engine.serving(gated, draft_tokens=draft_tokens, **small, **engine.GATED) as served:
+    with engine.serving(gated, draft_tokens=MOST_DRAFTS, **small, **engine.GATED) as served:
         assert_tokens(served)
         assert served.preemptions > 0
 
