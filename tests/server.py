@@ -77,7 +77,7 @@ def serving(command: Sequence[str | Path], log: Path) -> Iterator[Server]:
     port = _free_port()
     # Proxies of the environment are for other hosts than this one.
     url = f"http://127.0.0.1:{port}"
-    http = httpx.Client(base_url=url, timeout=60, trust_env=False, limits=ONE_REQUEST_A_CONNECTION)
+    http = httpx.Client(base_url=url, timeout=START_TIMEOUT_S, trust_env=False, limits=ONE_REQUEST_A_CONNECTION)
     with started([*command, "--host", "127.0.0.1", "--port", str(port)], log) as process, http:
         server = Server(process, http, log)
         _wait_until_ready(server)
