@@ -48,7 +48,7 @@ def assert_kernel_is_reference(kernel: str, ranks: int, layer: tuple[Tensor, Ten
         expert_map = torch.full((w13.shape[0],), -1, dtype=torch.int32)
         expert_map[mine] = torch.arange(mine.numel(), dtype=torch.int32)
         total += torch.ops.longcat.cpu_experts(
-            x, routing.ids, routing.weights, pack(w13[mine]), pack(w2[mine]), expert_map, kernel
+            x, routing.ids, routing.weights, pack(w13[mine]), pack(w2[mine]), None, None, expert_map, kernel
         ).double()
     truth = moe(x.double(), routing, w13.double(), w2.double())
     if routing.ids.max() < 0:

@@ -78,7 +78,9 @@ def select_cpu_kernel(hidden_size: int, intermediate_size: int, dtype: torch.dty
     return "bf16_dot" if dtype == torch.bfloat16 and has_bf16_dot else "vector"
 
 
-def _dot(method: ops.CPUQuantMethod, w13: Tensor, w2: Tensor, s13: Tensor | None, s2: Tensor | None) -> ExpertFFN:
+def _dot(
+    method: ops.CPUQuantMethod, w13: Tensor, w2: Tensor, s13: Tensor | None = None, s2: Tensor | None = None
+) -> ExpertFFN:
     """vLLM's kernel from SGLang: AVX512-BF16 and AMX dot products."""
     block = None if s13 is None else [*PUBLISHED_BLOCK]
 
@@ -90,7 +92,7 @@ def _dot(method: ops.CPUQuantMethod, w13: Tensor, w2: Tensor, s13: Tensor | None
     return ffn
 
 
-def _vector(w13: Tensor, w2: Tensor, _s13: None, _s2: None) -> ExpertFFN:
+def _vector(w13: Tensor, w2: Tensor, _s13: None = None, _s2: None = None) -> ExpertFFN:
     """vLLM's portable grouped GEMM."""
 
     def ffn(rows: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
@@ -101,7 +103,7 @@ def _vector(w13: Tensor, w2: Tensor, _s13: None, _s2: None) -> ExpertFFN:
     return ffn
 
 
-def _torch(w13: Tensor, w2: Tensor, _s13: None, _s2: None) -> ExpertFFN:
+def _torch(w13: Tensor, w2: Tensor, _s13: None = None, _s2: None = None) -> ExpertFFN:
     return grouped_ffn(w13, w2)
 
 
