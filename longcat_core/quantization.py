@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 PUBLISHED_BLOCK = (128, 128)
@@ -52,7 +53,13 @@ class Quantization:
         if any(kinds.get(kind, kind) in name for kind in self.disabled):
             return False
         module = name.removesuffix(".weight")
-        return not any(_is_in(module, ignored) for ignored in self.ignored)
+        # Engines let the prefix `model.` be left out.
+        return self._ignored.isdisjoint([*_with_parents(module), *_with_parents(module.removeprefix("model."))])
+
+    @cached_property
+    def _ignored(self) -> frozenset[str]:
+        """A release lists thousands of modules, and has tens of thousands of tensors."""
+        return frozenset(self.ignored)
 
 
 def read_quantization(raw: Mapping[str, Any], problems: list[str]) -> Quantization | None:
@@ -99,10 +106,10 @@ def published_quantization(quantization: Quantization) -> dict[str, Any]:
     return {"quantization_config": found, **disabled}
 
 
-def _is_in(module: str, ignored: str) -> bool:
-    """Whether a module is the one of this name, or part of it; engines let the prefix `model.` be left out."""
-    names = (module, module.removeprefix("model."))
-    return any(name == ignored or name.startswith(f"{ignored}.") for name in names)
+def _with_parents(module: str) -> Iterator[str]:
+    """A module's name, and the names of all that it is part of."""
+    parts = module.split(".")
+    return (".".join(parts[:n]) for n in range(1, len(parts) + 1))
 
 
 def _names(raw: Mapping[str, Any], field: str, problems: list[str]) -> tuple[str, ...]:

@@ -50,6 +50,7 @@ class Precision:
             files have in FP8: there they decide, and not `config.json`.
         """
         self._config, self._packed, self._kernels = config, packed, kernels
+        self._tensors = all_tensors(config)
         self._layer, self._mtp_weights = drafter if drafter is not None else ("", ())
 
     def keeps(self, module: str, ranks: int) -> bool:
@@ -59,7 +60,7 @@ class Precision:
         names = [f"{parent}.{each}.weight" for each in projections]
         if not all(self._is_fp8(name) for name in names):
             return False
-        shapes = [all_tensors(self._config)[name] for name in names]
+        shapes = [self._tensors[name] for name in names]
         is_split_by_rows = ranks > 1 and projections[0] in _SPLIT_BY_ROWS
         is_split_by_columns = ranks > 1 and projections[0] in _SPLIT_BY_COLUMNS
         rows = [shape[0] // ranks if is_split_by_rows else shape[0] for shape in shapes]
@@ -89,7 +90,7 @@ class Precision:
 
     def _is_fp8(self, name: str) -> bool:
         quantization = self._config.quantization
-        if quantization is None or quantization.block != PUBLISHED_BLOCK or name not in all_tensors(self._config):
+        if quantization is None or quantization.block != PUBLISHED_BLOCK or name not in self._tensors:
             return False
         return name in self._mtp_weights if is_mtp(name) else quantization.is_fp8(name)
 
