@@ -37,7 +37,7 @@ from longcat_core.quantization import PUBLISHED_BLOCK
 from longcat_core.weights import audit, names
 from longcat_core.weights.blocks import FP8, dequantize_blocks
 from longcat_core.weights.plan import Layout, Target, load_plan
-from longcat_core.weights.precision import dequantized, require_precision
+from longcat_core.weights.precision import dequantized, is_kept, require_precision
 from longcat_sglang import devices, hooks, quantization
 from longcat_sglang.config import LongcatFlashConfig
 from longcat_sglang.devices.cuda.rotary import LongcatRotaryEmbedding
@@ -289,7 +289,7 @@ class LongcatCausalLM(nn.Module):
                 devices.current().restore_experts(module.experts)
         parameters, copies = dict(self.named_parameters()), list[Future[None]]()
         audited = self._audited(weights, longcat, is_partial=self._is_loaded())
-        tensors = dequantized(audited, longcat, partial(self._is_kept, parameters), logger)
+        tensors = dequantized(audited, longcat, partial(is_kept, self._plan, parameters), logger)
         with ThreadPoolExecutor() as executor:  # as SGLang's own models do
             for name, tensor in tensors:
                 maybe_executor_submit(
@@ -323,11 +323,6 @@ class LongcatCausalLM(nn.Module):
             f"{len(changed)} FP8 weights, {changed[0]} the first, are laid out for SGLang's kernels, wanted all as "
             "published; restart the server with the new weights"
         )
-
-    def _is_kept(self, parameters: Mapping[str, Any], weight: str) -> bool:
-        """Whether a published weight stays in FP8 here, or belongs to the other of the two models and is not read."""
-        target, scales = self._plan.get(weight), self._plan.get(weight + names.SCALE_SUFFIX)
-        return target is None or scales is None or scales.parameter in parameters
 
     def _load(self, parameters: dict[str, Any], name: str, tensor: Tensor) -> None:
         """Load one tensor, or leave it to another rank or the other of the two models; called by several threads."""

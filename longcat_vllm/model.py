@@ -45,7 +45,7 @@ from longcat_core.weights import audit, names
 from longcat_core.weights.audit import CheckpointError
 from longcat_core.weights.blocks import FP8
 from longcat_core.weights.plan import Layout, Target, load_plan
-from longcat_core.weights.precision import dequantized, require_precision
+from longcat_core.weights.precision import dequantized, is_kept, require_precision
 from longcat_vllm import devices, hooks, quantization
 from longcat_vllm.adapters import AdapterNames
 from longcat_vllm.moe import LongcatMoE, ZeroExpertAwareExperts
@@ -276,8 +276,8 @@ class LongcatCausalLM(nn.Module):
         self._experts_are_packed = any(devices.current().has_packed(module) for module in experts)
         try:
             audited = self._audited(weights, self.longcat, is_partial=self._loads_are_partial)
-            is_kept = partial(self._is_kept, parameters)
-            for name, tensor in dequantized(audited, self.longcat, is_kept, logger):
+            kept = partial(is_kept, self._plan, parameters)
+            for name, tensor in dequantized(audited, self.longcat, kept, logger):
                 loaded |= self._load(parameters, name, tensor)
         except CheckpointError:
             if any(parameter.is_meta for parameter in parameters.values()):
@@ -286,11 +286,6 @@ class LongcatCausalLM(nn.Module):
             raise
         self._loads_are_partial = True
         return loaded
-
-    def _is_kept(self, parameters: Mapping[str, Any], weight: str) -> bool:
-        """Whether a published weight stays in FP8 here, or belongs to another stage or model and is not read."""
-        target, scales = self._plan.get(weight), self._plan.get(weight + names.SCALE_SUFFIX)
-        return target is None or scales is None or target.parameter not in parameters or scales.parameter in parameters
 
     def _load(self, parameters: dict[str, Any], name: str, tensor: Tensor) -> set[str]:
         """Load one tensor, or leave it to another stage, another rank or the other of the two models."""

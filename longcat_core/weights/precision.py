@@ -15,6 +15,7 @@ from longcat_core.quantization import PUBLISHED_BLOCK
 from longcat_core.weights.audit import CheckpointError
 from longcat_core.weights.blocks import FP8, dequantize_blocks
 from longcat_core.weights.names import MTP_PREFIX, SCALE_SUFFIX, all_tensors, is_mtp
+from longcat_core.weights.plan import Target
 
 _SPLIT_BY_ROWS = ("q_b_proj", "kv_b_proj", "gate_proj", "up_proj")
 _SPLIT_BY_COLUMNS = ("o_proj", "down_proj")
@@ -98,6 +99,13 @@ class Precision:
         if not self._layer:
             return module
         return module.replace(f"{self._layer}.", f"{MTP_PREFIX}layers.0.", 1)
+
+
+def is_kept(plan: Mapping[str, Target], parameters: Collection[str], weight: str) -> bool:
+    """Whether a published weight stays in FP8 in an engine's model, which then has a parameter for its scales, or
+    belongs to another stage or model and is not read. plan: as `load_plan`; parameters: the names of the model's."""
+    target, scales = plan.get(weight), plan.get(weight + SCALE_SUFFIX)
+    return target is None or scales is None or target.parameter not in parameters or scales.parameter in parameters
 
 
 def require_precision(name: str, tensor: Tensor, parameter: Tensor | None) -> None:
