@@ -12,12 +12,10 @@ from typing import Any, ClassVar
 import torch
 from sglang.srt.eplb.expert_distribution import get_global_expert_distribution_recorder
 from sglang.srt.eplb.expert_location import ModelConfigForExpertLocation
-from sglang.srt.layers.activation import SiluAndMul
 from sglang.srt.layers.dp_attention import is_dp_attention_enabled
 from sglang.srt.layers.layer_boundary import declare_attn, declare_ffn, make_stages
 from sglang.srt.layers.layer_boundary.residual import batch as residual_batch
 from sglang.srt.layers.layernorm import RMSNorm
-from sglang.srt.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from sglang.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.radix_attention import RadixAttention
@@ -41,6 +39,7 @@ from longcat_core.weights.precision import dequantized, is_kept, require_precisi
 from longcat_sglang import devices, hooks, quantization
 from longcat_sglang.config import LongcatFlashConfig
 from longcat_sglang.devices.cuda.rotary import LongcatRotaryEmbedding
+from longcat_sglang.ffn import LongcatFFN
 from longcat_sglang.moe import LongcatMoE
 from longcat_sglang.quantization import LongcatFp8Config
 
@@ -124,29 +123,6 @@ class LongcatAttention(DeepseekV2AttentionMLA):
         self.w_vc = bind_or_assign(self.w_vc, w_vc.contiguous().transpose(1, 2))
 
 
-class LongcatFFN(nn.Module):
-    """Dense SwiGLU."""
-
-    def __init__(self, hidden: int, intermediate: int, quant_config: QuantizationConfig | None, prefix: str) -> None:
-        super().__init__()
-        self.gate_up_proj = MergedColumnParallelLinear(
-            hidden,
-            [intermediate] * 2,
-            bias=False,
-            quant_config=quant_config,
-            prefix=add_prefix("gate_up_proj", prefix),
-        )
-        self.act_fn = SiluAndMul()
-        self.down_proj = RowParallelLinear(
-            intermediate, hidden, bias=False, quant_config=quant_config, prefix=add_prefix("down_proj", prefix)
-        )
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        gate_up, _ = self.gate_up_proj(hidden_states)
-        output, _ = self.down_proj(self.act_fn(gate_up))
-        return output
-
-
 class LongcatDecoderLayer(nn.Module):
     """Two attentions, two dense FFNs, and one MoE that reads after the first attention and is added at the end.
 
@@ -202,7 +178,8 @@ class LongcatDecoderLayer(nn.Module):
             hidden_states = self.self_attn[0](hidden_states=hidden_states, **attention_inputs)
         hidden_states = self._attention.finish(hidden_states, forward_batch)
         hidden_states = self._moe.prepare(hidden_states, forward_batch)
-        shortcut = self._moe.branch_output(self.mlp(hidden_states), forward_batch)
+        shortcut = self.mlp(hidden_states)
+        whole = self._moe.branch_output(shortcut.whole, forward_batch)
 
         hidden_states = self._first_ffn.branch_input(self._moe, hidden_states, forward_batch)
         with self._first_ffn.exit(forward_batch) as ffn:
@@ -215,9 +192,13 @@ class LongcatDecoderLayer(nn.Module):
         hidden_states = self._second_attention.finish(hidden_states, forward_batch)
         hidden_states = self._second_ffn.prepare(hidden_states, forward_batch)
         with self._second_ffn.exit(forward_batch) as ffn:
-            hidden_states = self.mlps[1](hidden_states)
+            hidden_states = self.mlps[1](hidden_states, shortcut.partial)
         hidden_states = ffn.finish(hidden_states)
-        return self._moe.merge_branch(shortcut, hidden_states, self._second_ffn, forward_batch)
+        if shortcut.partial is None:  # its rows may be others than the dense FFN's
+            return self._moe.merge_branch(whole, hidden_states, self._second_ffn, forward_batch)
+        stream = residual_batch.current(forward_batch)
+        stream.residual = stream.residual + whole
+        return hidden_states
 
 
 class LongcatModel(nn.Module):

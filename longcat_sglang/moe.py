@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from sglang.srt.distributed import tensor_model_parallel_all_reduce
 from sglang.srt.eplb.expert_distribution import get_global_expert_distribution_recorder
 from sglang.srt.layers.linear import ReplicatedLinear
 from sglang.srt.layers.moe.ep_moe.layer import get_moe_impl_class
@@ -18,7 +17,7 @@ from sglang.srt.utils import add_prefix, get_device
 from torch import Tensor, nn
 
 from longcat_core.config import LongcatConfig
-from longcat_core.layers.experts import add_identity
+from longcat_core.layers.experts import Shortcut, add_identity, identity_share
 from longcat_core.layers.routing import route
 from longcat_sglang import devices
 from longcat_sglang.quantization import LongcatFp8Config
@@ -48,8 +47,8 @@ class LongcatMoE(nn.Module):
         )
         _skip_zero_experts(self.experts, config)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """[T, H] -> [T, H], reduced over ranks; the identity term is added after the reduction, so once."""
+    def forward(self, hidden_states: Tensor) -> Shortcut:
+        """hidden_states: [T, H]."""
         logits = self.router(hidden_states)
         routing = route(
             logits,
@@ -60,9 +59,9 @@ class LongcatMoE(nn.Module):
         )
         self._report(routing.ids)
         routed = self.experts(hidden_states, StandardTopKOutput(routing.weights, routing.ids, logits))
-        if get_parallel().tp_size > 1 and get_moe_a2a_backend().is_none():
-            routed = tensor_model_parallel_all_reduce(routed)
-        return add_identity(routed, hidden_states, routing.identity)
+        if get_moe_a2a_backend().is_none():
+            return Shortcut(routed, identity_share(hidden_states, routing.identity))
+        return Shortcut(None, add_identity(routed, hidden_states, routing.identity))
 
     def _report(self, ids: Tensor) -> None:
         """Tell SGLang which experts were chosen, as its own `select_experts` does; to it too -1 is no expert."""

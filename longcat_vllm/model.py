@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
-from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import MLAAttention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
@@ -48,6 +47,7 @@ from longcat_core.weights.plan import Layout, Target, load_plan
 from longcat_core.weights.precision import dequantized, is_kept, require_precision
 from longcat_vllm import devices, hooks, quantization
 from longcat_vllm.adapters import AdapterNames
+from longcat_vllm.ffn import LongcatFFN
 from longcat_vllm.moe import LongcatMoE, ZeroExpertAwareExperts
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -134,25 +134,6 @@ def _leave_derived_weights_out(attention: nn.Module, state: dict[str, Tensor], p
         state.pop(f"{prefix}{name}", None)
 
 
-class LongcatFFN(nn.Module):
-    """Dense SwiGLU."""
-
-    def __init__(self, hidden: int, intermediate: int, quant_config: QuantizationConfig | None, prefix: str) -> None:
-        super().__init__()
-        self.gate_up_proj = MergedColumnParallelLinear(
-            hidden, [intermediate] * 2, bias=False, quant_config=quant_config, prefix=f"{prefix}.gate_up_proj"
-        )
-        self.act_fn = SiluAndMul()
-        self.down_proj = RowParallelLinear(
-            intermediate, hidden, bias=False, quant_config=quant_config, prefix=f"{prefix}.down_proj"
-        )
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        gate_up, _ = self.gate_up_proj(hidden_states)
-        output, _ = self.down_proj(self.act_fn(gate_up))
-        return output
-
-
 class LongcatDecoderLayer(nn.Module):
     """Two attentions, two dense FFNs, and one MoE that reads after the first attention and is added at the end."""
 
@@ -169,7 +150,7 @@ class LongcatDecoderLayer(nn.Module):
         )
         self.input_layernorm = nn.ModuleList(RMSNorm(hidden, eps=eps) for _ in range(2))
         self.post_attention_layernorm = nn.ModuleList(RMSNorm(hidden, eps=eps) for _ in range(2))
-        self.mlp = LongcatMoE(config, quant_config, f"{prefix}.mlp")
+        self.mlp = LongcatMoE(config, vllm_config.parallel_config, quant_config, f"{prefix}.mlp")
 
     def forward(
         self, hidden_states: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor
@@ -185,7 +166,7 @@ class LongcatDecoderLayer(nn.Module):
         hidden_states, residual = self.input_layernorm[1](self.mlps[0](hidden_states), residual)
         attended = self.self_attn[1](hidden_states, cos, sin)
         hidden_states, residual = self.post_attention_layernorm[1](attended, residual)
-        return self.mlps[1](hidden_states) + shortcut, residual
+        return self.mlps[1](hidden_states, shortcut.partial), residual + shortcut.whole
 
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "intermediate_tensors": 0, "inputs_embeds": 0})

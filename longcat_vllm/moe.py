@@ -8,15 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.config import ParallelConfig
+from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory, GateLinear
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, RoutingMethodType
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.layers.quantization import QuantizationConfig
+from vllm.model_executor.models.utils import sequence_parallel_chunk
 
 from longcat_core.config import LongcatConfig
-from longcat_core.layers.experts import add_identity
+from longcat_core.layers.experts import Shortcut, add_identity, identity_share
 from longcat_core.layers.routing import route
 from longcat_vllm import devices
 from longcat_vllm.quantization import LongcatFp8Config
@@ -25,9 +28,16 @@ from longcat_vllm.quantization import LongcatFp8Config
 class LongcatMoE(nn.Module):
     """Router, FFN experts and zero experts of one layer."""
 
-    def __init__(self, config: LongcatConfig, quant_config: QuantizationConfig | None, prefix: str) -> None:
+    def __init__(
+        self,
+        config: LongcatConfig,
+        parallel_config: ParallelConfig,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+    ) -> None:
         super().__init__()
         self.config = config
+        self.is_sequence_parallel = parallel_config.use_sequence_parallel_moe
         self.router = LongcatRouter(config, prefix=f"{prefix}.router")
         self.experts = FusedMoEFactory(
             num_experts=config.n_routed_experts,
@@ -39,10 +49,16 @@ class LongcatMoE(nn.Module):
             prefix=f"{prefix}.experts",
             router=PrecomputedRouting(config.moe_topk, config.n_routed_experts),
             routed_experts_cls=ZeroExpertAwareExperts,
+            is_sequence_parallel=self.is_sequence_parallel,
+            reduce_results=False,
         )
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """[T, H] -> [T, H], reduced over ranks; the identity term is added after the reduction, so once."""
+    def forward(self, hidden_states: Tensor) -> Shortcut:
+        """hidden_states: [T, H]. Where tokens of data-parallel ranks go to experts of others, the ranks of a tensor-
+        parallel group, which all have the same tokens, send a share of them each, as in vLLM's own models."""
+        num_tokens = hidden_states.shape[0]
+        if self.is_sequence_parallel:
+            hidden_states = sequence_parallel_chunk(hidden_states)
         routing = route(
             self.router(hidden_states),
             self.router.e_score_correction_bias,
@@ -51,7 +67,12 @@ class LongcatMoE(nn.Module):
             routed_scaling_factor=self.config.routed_scaling_factor,
         )
         routed = self.experts(hidden_states, PrecomputedRouting.pack(routing.weights, routing.ids))
-        return add_identity(routed, hidden_states, routing.identity)
+        if self.experts.moe_config.skip_final_all_reduce:
+            return Shortcut(routed, identity_share(hidden_states, routing.identity))
+        whole = add_identity(routed, hidden_states, routing.identity)
+        if self.is_sequence_parallel:
+            whole = tensor_model_parallel_all_gather(whole, 0)[:num_tokens]
+        return Shortcut(None, whole)
 
 
 class LongcatRouter(nn.Module):

@@ -27,6 +27,20 @@ class Rows(NamedTuple):
     """fp32 [R]."""
 
 
+class Shortcut(NamedTuple):
+    """What a layer's MoE adds at the end of the layer: `residual + sum over ranks of (dense FFN + partial) + whole`.
+
+    One sum over ranks serves the second dense FFN and the experts, and the zero experts, which every rank computes
+    alike, stay out of it. `whole` is added to the residual, so that the sum is read by the next norm and by nothing
+    else: engines have kernels for a sum, the residual and a norm in one.
+    """
+
+    partial: Tensor | None
+    """[T, H]: this rank's part of the FFN experts' share, or None where a transport brings back the whole of it."""
+    whole: Tensor
+    """[T, H]: the zero experts' share, and the FFN experts' if that is whole; added once, on every rank."""
+
+
 def moe(hidden_states: Tensor, routing: Routing, w13: Tensor, w2: Tensor) -> Tensor:
     """The whole MoE on one rank: `sum_k w_k FFN_k(x) + identity * x`, accumulated in fp32.
 
@@ -43,6 +57,11 @@ def add_identity(routed: Tensor, hidden_states: Tensor, identity: Tensor) -> Ten
     Under tensor or expert parallelism call it once, on the rank that owns the token, after the reduction.
     """
     return torch.addcmul(routed.float(), hidden_states.float(), identity.unsqueeze(-1)).to(hidden_states.dtype)
+
+
+def identity_share(hidden_states: Tensor, identity: Tensor) -> Tensor:
+    """`identity * x` in x's dtype, for fp32 `identity` [T]: the zero experts' whole contribution, by itself."""
+    return (hidden_states.float() * identity.unsqueeze(-1)).to(hidden_states.dtype)
 
 
 def routed_experts(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.cases import CASES, Case
+from tests.collectives import noted
 from tests.harness import ENGINE, engine
 from tests.oracle import CLEAR_MARGIN, Greedy, assert_greedy_equal, greedy, oracle, oracle_logits, relative_error
 
@@ -93,6 +94,16 @@ def test_bf16_batches_have_the_tokens_of_single_requests_where_the_choice_is_cle
 
 
 @pytest.mark.parametrize("expert_parallel", [False, True])
-def test_tensor_parallel_with_and_without_expert_parallel(expert_parallel: bool, directory: Path) -> None:
-    with engine.serving(directory, tensor_parallel=2, expert_parallel=expert_parallel) as served:
+def test_two_ranks_are_as_one_and_make_four_sums_a_layer_each_for_a_norm(
+    expert_parallel: bool, directory: Path, tmp_path: Path
+) -> None:
+    """Of either attention and of either dense FFN, the second with the experts'; one more is of the embedding. A norm
+    reads each of a layer's as it is, which an engine can do in the kernel that makes the sum."""
+    notes, sums = tmp_path / "notes", 4 * CASE.config.num_layers
+    parallel = {"tensor_parallel": 2, "expert_parallel": expert_parallel}
+    with engine.serving(directory, **parallel, **engine.noting_collectives(notes)) as served:
         assert_true(served)
+    assert noted(notes)
+    for each in noted(notes):
+        assert each.collectives == {"all_reduce": sums + 1}
+        assert each.sums_into_a_norm >= sums

@@ -12,16 +12,19 @@ from torch import Tensor
 
 def shortcut_added_early(monkeypatch: pytest.MonkeyPatch) -> None:
     """The MoE's output joins the stream before the second attention, as in a plain MoE layer."""
+    from longcat_core.layers.experts import Shortcut
     from longcat_sglang.model import LongcatFFN, LongcatMoE
 
     early: list[Tensor] = []
 
-    def moe(self: LongcatMoE, hidden: Tensor) -> Tensor:
-        early.append(route_and_compute(self, hidden))
-        return torch.zeros_like(hidden)
+    def moe(self: LongcatMoE, hidden: Tensor) -> Shortcut:
+        shortcut = route_and_compute(self, hidden)
+        assert shortcut.partial is not None, "no transport"
+        early.append(shortcut.partial + shortcut.whole)  # on one rank
+        return Shortcut(torch.zeros_like(hidden), torch.zeros_like(hidden))
 
-    def ffn(self: LongcatFFN, hidden: Tensor) -> Tensor:
-        return dense(self, hidden) + (early.pop() if early else 0)
+    def ffn(self: LongcatFFN, hidden: Tensor, partial: Tensor | None = None) -> Tensor:
+        return dense(self, hidden, early.pop() if early else partial)
 
     route_and_compute, dense = LongcatMoE.forward, LongcatFFN.forward
     monkeypatch.setattr(LongcatMoE, "forward", moe)

@@ -24,6 +24,7 @@ from torch import Tensor
 from longcat_core.config import LongcatConfig
 from longcat_core.drafting.gate import Step
 from longcat_sglang.engine import SGLANG
+from tests.collectives import note
 from tests.metrics import Metrics
 from tests.speculation import Speculated
 
@@ -173,6 +174,20 @@ def speculation_flags(draft_tokens: int) -> list[str]:
 def speculation_metrics(steps: Sequence[Step]) -> dict[str, float]:
     """What the server has to count for these verifications."""
     return {"sglang:spec_verify_calls_total": len(steps)}
+
+
+def _note_collectives(file: Path, patch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.distributed.parallel_state import GroupCoordinator
+    from sglang.srt.layers.layernorm import RMSNorm
+
+    from longcat_sglang.model import LongcatModel
+
+    note(file, GroupCoordinator, LongcatModel, RMSNorm, patch)
+
+
+def noting_collectives(file: Path) -> dict[str, Any]:
+    """Engine arguments: note each rank's forward passes in a file, as `tests/collectives.py` does."""
+    return {"broken": partial(_note_collectives, file)}
 
 
 @contextmanager

@@ -18,7 +18,8 @@ def shortcut_added_early(monkeypatch: pytest.MonkeyPatch) -> None:
         else:
             hidden, residual = self.input_layernorm[0](hidden, residual)
         hidden, residual = self.post_attention_layernorm[0](self.self_attn[0](hidden, cos, sin), residual)
-        hidden, residual = self.input_layernorm[1](self.mlps[0](hidden) + self.mlp(hidden), residual)
+        shortcut = self.mlp(hidden)
+        hidden, residual = self.input_layernorm[1](self.mlps[0](hidden, shortcut.partial), residual + shortcut.whole)
         hidden, residual = self.post_attention_layernorm[1](self.self_attn[1](hidden, cos, sin), residual)
         return self.mlps[1](hidden), residual
 

@@ -159,6 +159,15 @@ def speculation_metrics(steps: Sequence[Step]) -> dict[str, float]:
     }
 
 
+def noting_collectives(file: Path) -> dict[str, Any]:
+    """Engine arguments: note each rank's forward passes in a file, as `tests/collectives.py` does."""
+
+    def name_the_file(patch: pytest.MonkeyPatch) -> None:
+        patch.setenv("LONGCAT_TEST_COLLECTIVES", str(file))
+
+    return {"worker_extension_cls": "tests.vllm.noted_collectives.NotedCollectives", "broken": name_the_file}
+
+
 @contextmanager
 def serving(
     directory: Path,
