@@ -43,6 +43,9 @@ def settle(server_args: ServerArgs) -> None:
     check(server_args, settings, model_config)
     if (backend := devices.of(settings.device).attention_backend) is not None:
         declare_resolution(server_args, "longcat-serving", attention_backend=backend)
+    if settings.moe_a2a_backend == "deepep" and settings.moe_runner_backend == "auto":
+        # SGLang chooses DeepGEMM itself for experts in FP8, and for those in bf16 Triton, which fails (options.py).
+        declare_resolution(server_args, "longcat-serving", moe_runner_backend="deep_gemm")
     drafts_some = settings.speculative_num_steps is not None
     if drafts_with_mtp(settings) and drafts_some and settings.speculative_eagle_topk is None:
         # SGLang compares it with 1 even if it is None (arg_groups/speculative_hook.py).

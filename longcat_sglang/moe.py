@@ -96,8 +96,13 @@ def _skip_zero_experts(experts: Any, config: LongcatConfig) -> None:
     Its Triton runner filters ids only where a rank does not hold all experts: to the runner, the zero experts are
     experts that no rank holds (moe_runner/triton.py, `filter_expert`). Its dispatcher looks ids up in a table of the
     FFN experts, where -1 is the last entry: one more entry makes that -1 again (token_dispatcher/standard.py).
+
+    With --enable-torch-compile a step of one token would gather the weights of each id, of -1 those of the last expert
+    (moe/fused_moe_native.py): a product for each zero expert, and a wrong one for each expert of another rank.
     """
     experts.moe_runner_config.num_experts = config.num_experts
+    if hasattr(experts.quant_method, "_torch_compile_forward"):
+        experts.quant_method._torch_compile_forward = _kernel_as_without_torch_compile
     parallel = get_parallel()
     if parallel.moe_ep_size > 1 and get_moe_a2a_backend().is_none():
         local = config.n_routed_experts // parallel.moe_ep_size
@@ -105,3 +110,7 @@ def _skip_zero_experts(experts: Any, config: LongcatConfig) -> None:
         first = parallel.moe_ep_rank * local
         table[first : first + local] = torch.arange(local, dtype=torch.int32)
         experts.dispatcher.local_expert_mapping = table
+
+
+def _kernel_as_without_torch_compile(num_tokens: int) -> None:
+    """SGLang's answer for steps of more than one token: none but the kernel that is called anyway."""

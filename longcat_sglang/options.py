@@ -31,6 +31,10 @@ SKIP_ZERO_EXPERTS = ("auto", "triton", "deep_gemm")
 """SGLang's MoE runners that skip ids of -1, for experts in bf16 and in FP8: Triton's kernels by `filter_expert`, and
 DeepGEMM as its rows are counted, scattered and gathered without them (`fused_moe_dispatch_index`, `ep_scatter`,
 `deepep_post_reorder_triton_kernel`); auto is one of the two. Read in SGLang 0.5.21."""
+AS_DEEPEP = ("mooncake", "nixl", "mori", "pplx")
+"""Values of --moe-a2a-backend with which SGLang's experts are `DeepEPMoE`, as with deepep. Those in bf16 then need
+DeepGEMM, which SGLang gives them with deepep and pplx only: else they fail at the first prompt
+(`DeepEPMoE.run_moe_core`)."""
 DEEPEP_COLUMNS, RECORDED_COLUMNS = 11, 8
 """Experts a token can have in DeepEP's low-latency kernels (`kNumMaxTopK`), and in the recorder of single passes
 (`_DetailSinglePassGatherer._TOP_K_NUM`)."""
@@ -42,6 +46,13 @@ def _is(name: str, *values: Any) -> Concern:
 
 def _is_set(*names: str) -> Concern:
     return lambda settings, _: any(getattr(settings, name) for name in names)
+
+
+def _has_no_runner(settings: Any, longcat: LongcatConfig) -> bool:
+    """Whether neither class has a kernel for experts in bf16 behind this transport."""
+    runner, transport = settings.moe_runner_backend, settings.moe_a2a_backend
+    has_one = runner not in SKIP_ZERO_EXPERTS or (runner == "deep_gemm" and transport == "pplx")
+    return transport in AS_DEEPEP and longcat.quantization is None and not has_one
 
 
 def _refused(flag: str, why: str, known_by: str = READ) -> Option:
@@ -82,6 +93,26 @@ WRONG: tuple[Rule, ...] = (
             and longcat.moe_topk > DEEPEP_COLUMNS
         ),
         "give --deepep-mode normal",
+        device="cuda",
+    ),
+    Rule(
+        _refused(
+            "--moe-a2a-backend deepep --moe-runner-backend triton",
+            "DeepEP hands tokens over as DeepGEMM takes them, and Triton's runner fails at the first prompt",
+        ),
+        lambda settings, _: settings.moe_a2a_backend == "deepep" and settings.moe_runner_backend == "triton",
+        "give --moe-runner-backend deep_gemm",
+        device="cuda",
+    ),
+    Rule(
+        _refused(
+            "--moe-a2a-backend mooncake",
+            "neither class has a kernel for experts in bf16 behind it, nor behind nixl, mori and pplx, but for "
+            "--moe-runner-backend deep_gemm behind pplx: they fail at the first prompt",
+        ),
+        _has_no_runner,
+        "give --moe-a2a-backend deepep --deepep-mode normal",
+        device="cuda",
     ),
     Rule(
         _refused(
@@ -190,10 +221,13 @@ OWN: tuple[Rule, ...] = (
         Option(
             "--moe-a2a-backend",
             Outcome.OWN_CLASS,
-            "it is not known to take -1 for a zero expert, as none and deepep do",
+            "it is not known to take -1 for a zero expert, as none and deepep do; on a CPU all but none are refused",
             READ,
         ),
-        lambda settings, _: settings.moe_a2a_backend not in ("none", "deepep"),
+        lambda settings, longcat: (
+            settings.moe_a2a_backend not in ("none", "deepep") and not _has_no_runner(settings, longcat)
+        ),
+        device="cuda",
     ),
     Rule(
         Option(
@@ -234,7 +268,12 @@ CHECKED_BY_VALUE: tuple[Option, ...] = (
     _refused("--kv-cache-dtype", "on a CPU the cache cannot be in FP8", RUN),
     _refused("--page-size", "on a CPU pages have one token", RUN),
     _refused("--enable-dp-attention", "not supported on a CPU yet", RUN),
-    _refused("--enable-torch-compile", "not supported on a CPU yet", RUN),
+    _refused(
+        "--enable-torch-compile",
+        "not supported on a CPU yet. Not tried on a GPU, where a step of one token keeps the kernels of any other: "
+        "SGLang's products in PyTorch for it would compute every zero expert",
+        f"a CPU: {RUN}; a GPU: {READ}",
+    ),
     _refused("--pp-size", "SGLang's layer boundaries have no pipeline for LongCat", RUN),
     _refused("--tp-size", "it has to divide the attention heads", RUN),
     _refused("--ep-size", "it has to divide the FFN experts", RUN),
@@ -274,19 +313,26 @@ SERVED: tuple[Option, ...] = (
     Option("--expert-distribution-recorder-mode stat", Outcome.SERVED, "Only FFN experts are counted.", READ),
 )
 
-UNTRIED: tuple[Option, ...] = tuple(
-    Option(flag, Outcome.UNTRIED, "", "not tried")
-    for flag in (
+UNTRIED: tuple[Option, ...] = (
+    Option(
         "--moe-a2a-backend deepep --deepep-mode normal",
-        "--load-format runai_streamer",
-        "--load-format fastsafetensors",
-        "--load-format presharded",
-        "--load-format remote_instance",
-        "--disaggregation-mode",
-        "--enable-hierarchical-cache",
-        "--enable-deterministic-inference",
-        "--enable-memory-saver",
-    )
+        Outcome.UNTRIED,
+        "With DeepGEMM's runner, which is taken where none is given. DeepEP sends nothing for an expert of -1.",
+        READ,
+    ),
+    *(
+        Option(flag, Outcome.UNTRIED, "", "not tried")
+        for flag in (
+            "--load-format runai_streamer",
+            "--load-format fastsafetensors",
+            "--load-format presharded",
+            "--load-format remote_instance",
+            "--disaggregation-mode",
+            "--enable-hierarchical-cache",
+            "--enable-deterministic-inference",
+            "--enable-memory-saver",
+        )
+    ),
 )
 
 OPTIONS: tuple[Option, ...] = (

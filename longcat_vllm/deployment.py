@@ -14,16 +14,18 @@ from longcat_core.plugin.engine import leave_to_own_class, refuse, unserved_quan
 from longcat_core.plugin.gate import uses_gate
 from longcat_core.plugin.hooks import Stage
 from longcat_vllm import adapters, devices, hooks, loading
-from longcat_vllm.engine import OWN_ARCHITECTURE, mtp_speculation, shares_experts_over_a_transport
+from longcat_vllm.engine import (
+    OWN_ARCHITECTURE,
+    TRANSPORT_WITH_TOO_FEW_COLUMNS,
+    mtp_speculation,
+    shares_experts_over_a_transport,
+)
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
 
 logger = logging.getLogger(f"vllm.{__name__}")
 """Below vLLM's logger, whose handlers it uses."""
-
-TRANSPORT_WITH_TOO_FEW_COLUMNS = "deepep_low_latency"
-"""A value of --all2all-backend that has room for 11 experts a token, where LongCat has 12."""
 
 
 def check(vllm_config: VllmConfig) -> None:

@@ -23,6 +23,8 @@ OWN_ARCHITECTURE = "VllmLongcatFlashForCausalLM"
 """Our name for vLLM's own class of LongCat-Flash, for what ours cannot serve yet."""
 DRAFT_ARCHITECTURE = "LongCatFlashMTPModel"
 """What vLLM calls the MTP layer of any model whose model_type is longcat_flash (config/speculative.py)."""
+TRANSPORT_WITH_TOO_FEW_COLUMNS = "deepep_low_latency"
+"""A value of --all2all-backend that has room for 11 experts a token, where LongCat has 12."""
 
 
 def is_longcat(model: ModelConfig | None) -> bool:

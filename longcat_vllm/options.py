@@ -78,14 +78,31 @@ OPTIONS: tuple[Option, ...] = (
         "--all2all-backend",
         Outcome.REFUSED,
         "deepep_low_latency, where data-parallel ranks share experts: it has room for 11 experts a token where LongCat "
-        "has 12. nixl_ep and moonep, whose kernels are not known to skip zero experts, are left to vLLM's own class.",
-        f"the refusal in the tests; the reason {READ}",
+        "has 12. Others than it, allgather_reducescatter and deepep_high_throughput are left to vLLM's own class, as "
+        "they are not known to take zero experts.",
+        f"the outcome of every value in the tests; the reasons {READ}",
     ),
     Option(
         "--all2all-backend deepep_high_throughput",
         Outcome.UNTRIED,
         "It turns received choices of -1 into another rank's expert, which the expert map drops.",
         READ,
+    ),
+    Option(
+        "--moe-backend triton",
+        Outcome.UNTRIED,
+        "On a GPU. vLLM 0.32 has tuned tiles for H100, H200 and B200 where 8 or 16 ranks split every expert of "
+        "LongCat-Flash-Chat, and none where ranks share experts or one has all: it says so in its log, and takes "
+        "defaults.",
+        "the kernel run in Triton's interpreter, and compiled; the tiles are files of vLLM's",
+    ),
+    Option(
+        "--moe-backend flashinfer_cutlass",
+        Outcome.UNTRIED,
+        "vLLM's own choice on Blackwell, and on Hopper for experts in FP8 that ranks share. FlashInfer compiles it "
+        "while vLLM starts, in 248 files and with nvcc, unless `vllm download-kernels` was run. With `--moe-backend "
+        "triton` nothing is compiled by nvcc.",
+        f"the files counted; the rest {READ}",
     ),
     Option("--enable-eplb", Outcome.REFUSED, "Neither balancing nor copies of experts are supported yet.", TESTED),
     Option(
@@ -134,8 +151,10 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "--data-parallel-size",
         Outcome.REFUSED,
-        "On a CPU, where vLLM's ranks cannot exchange tokens; on a GPU it is vLLM's own, and not tried.",
-        TESTED,
+        "On a CPU, where vLLM's ranks cannot exchange tokens; on a GPU it is vLLM's own, and not tried. With "
+        "--tensor-parallel-size and --enable-expert-parallel each rank sends a share of the tokens that it has in "
+        "common with others, as in vLLM's models.",
+        "the refusal, and the shares of two ranks, in the tests",
     ),
     # -- how steps are run
     Option("--async-scheduling", Outcome.SERVED, "With drafts too.", RUN),

@@ -110,7 +110,7 @@ def test_sglangs_dispatcher_hands_zero_experts_on_where_ranks_share_experts(
     monkeypatch.setattr(moe, "get_parallel", lambda: parallel)
     monkeypatch.setattr(moe, "get_moe_a2a_backend", lambda: SimpleNamespace(is_none=lambda: True))
     monkeypatch.setattr(moe, "get_device", lambda: "cpu")
-    experts: Any = SimpleNamespace(moe_runner_config=SimpleNamespace(), dispatcher=SimpleNamespace())
+    experts: Any = SimpleNamespace(moe_runner_config=SimpleNamespace(), dispatcher=SimpleNamespace(), quant_method=None)
     moe._skip_zero_experts(experts, DEFAULT)
     half = DEFAULT.n_routed_experts // 2
     ids = torch.tensor([[-1, 0, half - 1, half], [DEFAULT.n_routed_experts - 1, -1, 1, -1]])
@@ -119,23 +119,60 @@ def test_sglangs_dispatcher_hands_zero_experts_on_where_ranks_share_experts(
     assert torch.equal(found.long(), torch.where(mine, ids - rank * half, -1))
 
 
-@pytest.mark.parametrize(("has_transport", "reduces"), [(False, 1), (True, 0)])
-def test_outputs_are_reduced_once(has_transport: bool, reduces: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A transport of tokens to experts, as DeepEP, brings them back whole."""
-    reduced: list[torch.Tensor] = []
-    monkeypatch.setattr(moe, "get_parallel", lambda: SimpleNamespace(tp_size=2))
+@pytest.mark.parametrize("has_transport", [False, True])
+def test_what_a_transport_has_brought_back_is_not_summed_again(
+    has_transport: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepEP brings back the whole output of a token's experts; else a rank has a part of it."""
     monkeypatch.setattr(moe, "get_moe_a2a_backend", lambda: SimpleNamespace(is_none=lambda: not has_transport))
-    monkeypatch.setattr(moe, "tensor_model_parallel_all_reduce", lambda x: reduced.append(x) or x)
     monkeypatch.setattr(moe.LongcatMoE, "_report", lambda *_: None)
     layer = moe.LongcatMoE.__new__(moe.LongcatMoE)
     torch.nn.Module.__init__(layer)
     layer.config = DEFAULT
     layer.router = torch.nn.Linear(DEFAULT.hidden_size, DEFAULT.num_experts)
     layer.router.e_score_correction_bias = torch.zeros(DEFAULT.num_experts)
-    layer.experts = lambda hidden_states, _: torch.zeros_like(hidden_states)
+    layer.experts = lambda hidden_states, _: torch.ones_like(hidden_states)
+    hidden_states = torch.randn(3, DEFAULT.hidden_size)
     with torch.no_grad():
-        layer(torch.randn(3, DEFAULT.hidden_size))
-    assert len(reduced) == reduces
+        partial, whole = layer(hidden_states)
+        layer.experts = lambda hidden_states, _: torch.zeros_like(hidden_states)
+        zero_experts = layer(hidden_states).whole
+    assert zero_experts.any()
+    torch.testing.assert_close(whole, zero_experts + 1 if has_transport else zero_experts)
+    assert (partial is None) is has_transport
+    assert partial is None or bool((partial == 1).all())
+
+
+def test_a_step_of_one_token_keeps_its_kernel_under_torch_compile() -> None:
+    """SGLang's products in PyTorch take an id of -1 for the last expert."""
+    from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
+
+    method = UnquantizedFusedMoEMethod()
+    experts: Any = SimpleNamespace(moe_runner_config=SimpleNamespace(), dispatcher=None, quant_method=method)
+    assert method._torch_compile_forward(1) is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moe, "get_parallel", lambda: SimpleNamespace(moe_ep_size=1))
+        moe._skip_zero_experts(experts, DEFAULT)
+    assert method._torch_compile_forward(1) is None
+
+
+def test_sglangs_products_for_one_token_still_take_an_id_of_minus_one_for_the_last_expert() -> None:
+    """If this fails, `_kernel_as_without_torch_compile` may have become unnecessary."""
+    from sglang.srt.layers.moe.fused_moe_native import fused_moe_forward_native
+
+    layer: Any = SimpleNamespace(
+        moe_runner_config=SimpleNamespace(apply_router_weight_on_input=False, activation="silu"),
+        w13_weight=torch.randn(3, 8, 6),
+        w2_weight=torch.randn(3, 6, 4),
+    )
+    hidden_states = torch.randn(1, 6)
+
+    def computed(expert: int) -> torch.Tensor:
+        topk_output = (torch.ones(1, 1), torch.tensor([[expert]]), None)
+        given: Any = SimpleNamespace(hidden_states=hidden_states, topk_output=topk_output)
+        return fused_moe_forward_native(layer, given).hidden_states
+
+    assert torch.equal(computed(-1), computed(2))
 
 
 def test_a_gpus_attention_is_sglangs_own_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,12 @@ ASKED: dict[str, dict[str, Any]] = {
     "--elastic-ep-backend": {"elastic_ep_backend": "mooncake"},
     "--enable-elastic-expert-backup": {"enable_elastic_expert_backup": True},
     "--moe-a2a-backend deepep": {"moe_a2a_backend": "deepep"},
+    "--moe-a2a-backend deepep --moe-runner-backend triton": {
+        "moe_a2a_backend": "deepep",
+        "moe_runner_backend": "triton",
+        "deepep_mode": "normal",
+    },
+    "--moe-a2a-backend mooncake": {"moe_a2a_backend": "mooncake"},
     "--enable-two-batch-overlap": {"enable_two_batch_overlap": True},
     "--moe-dense-tp-size": {"moe_dense_tp_size": 1},
     "--dwdp-size": {"dwdp_size": 2},
@@ -65,7 +71,7 @@ ASKED: dict[str, dict[str, Any]] = {
     "--speculative-draft-attention-backend": {"speculative_draft_attention_backend": "triton", **MTP},
     "--quantization": {"quantization": "fp8"},
     "--moe-runner-backend": {"moe_runner_backend": "flashinfer_cutlass"},
-    "--moe-a2a-backend": {"moe_a2a_backend": "mooncake"},
+    "--moe-a2a-backend": {"moe_a2a_backend": "flashinfer"},
     "--enable-fused-moe-sum-all-reduce": {"enable_fused_moe_sum_all_reduce": True},
     "--kt-weight-path": {"kt_weight_path": "/experts"},
     "--model-impl transformers": {"model_impl": "transformers"},
@@ -122,11 +128,67 @@ def test_what_is_left_on_a_gpu_is_refused_on_a_cpu_where_it_does_something(rule:
     assert bool(problems) is (rule.option.flag != "--moe-runner-backend"), "which a CPU does not ask for"
 
 
-def test_every_row_is_an_option_of_sglang() -> None:
+def actions() -> list[argparse.Action]:
+    """SGLang's options as its command line has them."""
     parser = argparse.ArgumentParser()
     ServerArgs.add_cli_args(parser)
-    flags = {flag for action in parser._actions for flag in action.option_strings}
+    return parser._actions
+
+
+def test_every_row_is_an_option_of_sglang() -> None:
+    flags = {flag for action in actions() for flag in action.option_strings}
     assert {option.name for option in OPTIONS} <= flags
+
+
+# -- transports of tokens to experts -----------------------------------------------------------------
+
+SERVED_BEHIND = ("none", "deepep")
+FAILS_IN_BF16 = ("mooncake", "nixl", "mori", "pplx")
+
+
+def test_every_transport_is_served_refused_or_left_to_sglangs_own_class_before_any_worker_starts() -> None:
+    """In bf16 neither class has a kernel for some. If this fails for a new one, read what it does with an id of -1."""
+    (transports,) = (action.choices for action in actions() if "--moe-a2a-backend" in action.option_strings)
+    assert transports is not None
+    assert set(transports) >= {*SERVED_BEHIND, *FAILS_IN_BF16}
+    for transport in transports:
+        given = settings("cuda", moe_a2a_backend=transport, deepep_mode="normal")
+        reasons, problems = deployment.reasons_for_sglangs_own_class(given, MODEL_CONFIG), refused(**vars(given))
+        assert bool(problems) is (transport in FAILS_IN_BF16)
+        assert bool(reasons) is (transport not in (*SERVED_BEHIND, *FAILS_IN_BF16))
+        assert bool(deployment.reasons_for_sglangs_own_class(given, in_fp8())) is (transport not in SERVED_BEHIND)
+        assert bool(refused(**vars(given) | {"device": "cpu"})) is (transport != "none")
+
+
+def test_experts_behind_pplx_have_deepgemms_kernels_if_these_are_asked_for() -> None:
+    given = settings("cuda", moe_a2a_backend="pplx", moe_runner_backend="deep_gemm")
+    assert refused(**vars(given)) == []
+    assert len(deployment.reasons_for_sglangs_own_class(given, MODEL_CONFIG)) == 1
+
+
+@pytest.mark.parametrize(
+    ("transport", "runner", "wanted"),
+    [
+        ("deepep", "auto", {"moe_runner_backend": "deep_gemm"}),
+        ("deepep", "deep_gemm", {}),
+        ("none", "auto", {}),
+    ],
+)
+def test_behind_deepep_experts_get_deepgemms_kernels(
+    transport: str, runner: str, wanted: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang's choice for experts in bf16, Triton's, fails there."""
+    from sglang.srt.arg_groups import overrides
+
+    declared: dict[str, str] = {}
+    given = settings("cuda", moe_a2a_backend=transport, moe_runner_backend=runner)
+    monkeypatch.setattr(deployment.hooks, "install", lambda _: None)
+    monkeypatch.setattr(deployment, "check", lambda *_: None)
+    monkeypatch.setattr(overrides, "resolving_view", lambda _: given)
+    monkeypatch.setattr(overrides, "model_config_of", lambda _: MODEL_CONFIG)
+    monkeypatch.setattr(overrides, "declare_resolution", lambda _, __, **fields: declared.update(fields))
+    deployment.settle(given)
+    assert declared == wanted
 
 
 def test_a_quantisation_that_sglang_finds_in_another_file_is_found() -> None:

@@ -110,6 +110,18 @@ def test_a_gate_is_not_for_the_second_model_runner() -> None:
     assert obstacles_to_gate(config) == []
 
 
+@pytest.mark.parametrize("chosen", ["TritonExperts", "FlashInferExperts", "TrtLlmExperts"])
+def test_doctor_says_of_which_deployment_it_speaks_and_what_has_to_be_compiled(
+    chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It asks vLLM for one rank; a transport may bring other kernels. vLLM's choice is taken if it is known."""
+    monkeypatch.setattr("longcat_vllm.devices.cuda.device.engine_choice", lambda *_: ("FLASH_ATTN_MLA", chosen))
+    (experts,) = (finding.value for finding in Cuda().implementations(None) if finding.subject == "MoE")
+    assert experts.startswith("TritonExperts" if chosen == "TrtLlmExperts" else chosen)
+    assert "on one rank, unless --moe-backend, or --all2all-backend of several, says otherwise" in experts
+    assert ("vllm download-kernels" in experts) is (chosen == "FlashInferExperts")
+
+
 def test_expert_load_balancing_is_refused() -> None:
     from longcat_vllm.deployment import _unsupported_parallelism
 

@@ -16,7 +16,7 @@ from longcat_core import spellings
 from longcat_core.quantization import Quantization
 from longcat_vllm.devices.base import MOE_BACKENDS
 from longcat_vllm.devices.cpu.device import Cpu
-from longcat_vllm.devices.cuda.device import TRANSPORTS_WITH_A_KERNEL, Cuda
+from longcat_vllm.devices.cuda.device import TRANSPORTS, Cuda
 from tests.cases import Case
 from tests.engines.test_bad_checkpoints import CASE, refusal
 from tests.vllm.engine import configure
@@ -183,17 +183,35 @@ def test_a_kernel_that_was_asked_for_and_is_not_known_to_skip_zero_experts(
 
 
 @pytest.mark.parametrize("where", [{}, {"data_parallel_size": 1}, {"enable_expert_parallel": False}])
-def test_a_transport_without_such_a_kernel_is_not_taken_where_it_would_be_used(where: dict[str, Any]) -> None:
+def test_every_transport_is_served_refused_or_left_to_vllms_own_class_before_any_worker_starts(
+    where: dict[str, Any],
+) -> None:
+    """Where it would be used. If this fails for a new one, read what it does with an id of -1."""
+    from typing import get_args
+
+    from vllm.config.parallel import All2AllBackend
+
     from longcat_vllm.deployment import _unsupported_parallelism
 
-    problems = _unsupported_parallelism(asked(all2all_backend="deepep_low_latency", **where).parallel_config)
-    assert [problem.partition(",")[0] for problem in problems] == ["all2all_backend: 'deepep_low_latency'"] * (
-        not where
-    )
-    for transport in TRANSPORTS_WITH_A_KERNEL:
-        reasons = Cuda().reasons_for_own_class(asked(all2all_backend=transport, **where))
-        assert len(reasons) == (not where)
-        assert _unsupported_parallelism(asked(all2all_backend=transport, **where).parallel_config) == []
+    transports = set(get_args(All2AllBackend)) - {"naive", "pplx"}  # for which vLLM takes its default
+    assert transports > {*TRANSPORTS, "deepep_low_latency"}
+    for transport in transports:
+        given = asked(all2all_backend=transport, **where)
+        problems, reasons = _unsupported_parallelism(given.parallel_config), Cuda().reasons_for_own_class(given)
+        assert bool(problems) is (transport == "deepep_low_latency" and not where)
+        assert bool(reasons) is (transport not in (*TRANSPORTS, "deepep_low_latency") and not where)
+        assert all(f"'{transport}'" in text for text in (*problems, *reasons))
+
+
+def test_vllm_still_takes_its_default_for_transports_that_it_no_longer_has(
+    checkpoint_of: Callable[[Case], Path],
+) -> None:
+    """If this fails, the test above has to look at them as well."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    for transport in ("naive", "pplx"):
+        arguments = EngineArgs(str(checkpoint_of(CASE)), skip_tokenizer_init=True, all2all_backend=transport)
+        assert arguments.create_engine_config().parallel_config.all2all_backend == "allgather_reducescatter"
 
 
 def test_on_a_platform_of_another_plugin_vllms_own_class_serves() -> None:

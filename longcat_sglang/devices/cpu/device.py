@@ -80,6 +80,11 @@ class Cpu(Device):
                 f"page_size: {server_args.page_size}, wanted 1 on a CPU, as SGLang's pages need Triton; "
                 "leave --page-size out"
             )
+        if settings.moe_a2a_backend != "none":
+            problems.append(
+                f"moe_a2a_backend: {settings.moe_a2a_backend!r}, wanted none on a CPU, as others move tokens between "
+                "GPUs; leave --moe-a2a-backend out"
+            )
         if settings.enable_dp_attention:
             problems.append("data-parallel attention on a CPU is not supported yet; leave --enable-dp-attention out")
         if settings.enable_torch_compile:

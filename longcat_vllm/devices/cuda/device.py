@@ -12,7 +12,7 @@ from longcat_core.plugin.engine import unserved_quantization
 from longcat_core.quantization import PUBLISHED_BLOCK
 from longcat_core.weights.precision import Fp8Kernels
 from longcat_vllm.devices.base import FP8_MOE_BACKENDS, MOE_BACKENDS, Device
-from longcat_vllm.engine import shares_experts_over_a_transport
+from longcat_vllm.engine import TRANSPORT_WITH_TOO_FEW_COLUMNS, shares_experts_over_a_transport
 
 if TYPE_CHECKING:
     import torch
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
-TRANSPORTS_WITH_A_KERNEL = ("nixl_ep", "moonep")
-"""Values of --all2all-backend that bind experts to a kernel."""
+TRANSPORTS = ("allgather_reducescatter", "deepep_high_throughput")
+"""Values of --all2all-backend of which it is known what they do with an id of -1: they hand it on, or make it an expert
+of another rank, which the expert map drops (prepare_finalize/naive_dp_ep.py and deepep_ht.py in vLLM 0.32)."""
 
 
 class Cuda(Device):
@@ -70,8 +71,11 @@ class Cuda(Device):
         backends = MOE_BACKENDS if model.quantization is None else FP8_MOE_BACKENDS
         if backend not in backends:
             reasons.append(f"moe_backend {backend!r} is not known to skip zero experts, {', '.join(backends)} are")
-        if shares_experts_over_a_transport(parallel) and transport in TRANSPORTS_WITH_A_KERNEL:
-            reasons.append(f"all2all_backend {transport!r} has a kernel that is not known to skip zero experts")
+        known = (*TRANSPORTS, TRANSPORT_WITH_TOO_FEW_COLUMNS)  # which is refused, as its room is no larger for vLLM's
+        if shares_experts_over_a_transport(parallel) and transport not in known:
+            reasons.append(
+                f"all2all_backend {transport!r} is not known to take zero experts, {', '.join(TRANSPORTS)} are"
+            )
         return reasons
 
     def unsupported(self, vllm_config: VllmConfig) -> list[str]:
@@ -84,9 +88,15 @@ class Cuda(Device):
 
         attention, experts = engine_choice(config, torch.bfloat16)
         kernel = experts if experts in SKIP_ZERO_EXPERTS else f"TritonExperts instead of vLLM's choice, {experts},"
+        if experts == "FlashInferExperts":
+            kernel += ", which FlashInfer compiles while vLLM starts, unless `vllm download-kernels` was run,"
         return [
             Finding("attention", f"{attention} in bfloat16, unless --attention-backend says otherwise"),
-            Finding("MoE", f"{kernel} in bfloat16, unless --moe-backend says otherwise; zero experts as id -1"),
+            Finding(
+                "MoE",
+                f"{kernel} in bfloat16 on one rank, unless --moe-backend, or --all2all-backend of several, says "
+                "otherwise; zero experts as id -1",
+            ),
             Finding("FP8", "vLLM's own kernels, with activations in FP8"),
         ]
 
