@@ -49,7 +49,7 @@ def main() -> None:
 def time_modules(times: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have each module of `PARTS` append its name, its start and its seconds to a file, a line a call."""
     lines = times.open("a", buffering=1)
-    for file in ("model", "moe"):
+    for file in ("model", "ffn", "moe"):
         module = import_module(f"{engine.PACKAGE}.{file}")
         for name in PARTS.keys() & vars(module).keys():
             cls = getattr(module, name)

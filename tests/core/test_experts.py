@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longcat_core.layers.experts import ExpertFFN, add_identity, combine, compact, grouped_ffn, moe, routed_experts
+from longcat_core.layers.experts import (
+    ExpertFFN,
+    add_identity,
+    combine,
+    compact,
+    grouped_ffn,
+    identity_share,
+    moe,
+    routed_experts,
+)
 from longcat_core.layers.routing import Routing, route
 from tests.oracle import relative_error
 
@@ -171,6 +180,13 @@ def test_identity_is_added_in_fp32() -> None:
     identity = torch.tensor([1 + 2**-8])
     routed = torch.full((1, 4), -1.0, dtype=torch.bfloat16)
     assert add_identity(routed, x, identity).tolist() == [[2**-8] * 4]
+
+
+def test_zero_experts_share_by_itself_is_rounded_once() -> None:
+    """0.3 x 3 in bf16 is another number if 0.3 is rounded to bf16 before."""
+    x, identity = torch.full((2, 4), 3.0, dtype=torch.bfloat16), torch.tensor([0.3, 0.0])
+    assert torch.equal(identity_share(x, identity), (x.double() * identity.double()[:, None]).bfloat16())
+    assert torch.equal(identity_share(x, identity), add_identity(torch.zeros_like(x), x, identity))
 
 
 def test_gradients_are_those_of_the_loop() -> None:

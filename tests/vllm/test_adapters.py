@@ -119,6 +119,18 @@ def test_adapters_and_the_model_itself_are_served_in_one_batch_with_drafts(
     assert_answers_are_the_references(updated[1::3], merged(tensors, both))
 
 
+def test_an_adapters_part_of_a_sum_over_ranks_is_in_it_once(
+    checkpoint_of: Callable[[Case], Path], tmp_path: Path
+) -> None:
+    """Two ranks; the second dense FFN's sum has the experts' as well."""
+    adapter = adapter_of(ATTENTION + DENSE, seed=1)
+    loaded = request(1, write_adapter(tmp_path / "adapter", adapter))
+    with serving(checkpoint_of(CASE), tensor_parallel=2, enable_lora=True, max_lora_rank=8) as served:
+        outputs = answers(served, [None, loaded])
+    assert_answers_are_the_references(outputs[0::2], CASE.published())
+    assert_answers_are_the_references(outputs[1::2], merged(CASE.published(), adapter))
+
+
 @pytest.mark.parametrize(
     ("tensor", "message"),
     [
