@@ -1,0 +1,150 @@
+"""Decode with FlashInfer's MLA: each query sees its request's tokens and no others, whatever was planned."""
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from longcat_vllm.devices.cuda.decode_plan import DecodePlans, DecodeSizes, DecodeStep, shorten
+from tests.vllm import flashinfer_mla
+
+LATENT, ROPE, PAGE, HEADS, DRAFTS, MAX_PAGES = 8, 4, 16, 64, 3, 64
+SCALE = 0.3
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = SimpleNamespace(
+        BatchMLAPagedAttentionWrapper=flashinfer_mla.Wrapper, MLAPlanMetadata=flashinfer_mla.MLAPlanMetadata
+    )
+    monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace(mla=module))
+    monkeypatch.setitem(sys.modules, "flashinfer.mla", module)
+
+
+def plans(num_heads: int = HEADS, max_requests: int = 16, num_drafts: int = DRAFTS) -> DecodePlans:
+    sizes = DecodeSizes(
+        num_heads, LATENT, ROPE, PAGE, max_requests, MAX_PAGES, SCALE, torch.float32, torch.float32, num_drafts
+    )
+    return DecodePlans(sizes, CPU)
+
+
+class Batch:
+    """Requests with random caches, in pages that are spread at random; every place without a token is NaN."""
+
+    def __init__(self, queries: Sequence[int], lengths: Sequence[int], num_heads: int = HEADS, seed: int = 0) -> None:
+        random = torch.Generator().manual_seed(seed)
+        self.queries, self.lengths, self.num_heads = list(queries), list(lengths), num_heads
+        n = len(queries)
+        self.table = torch.randperm(n * MAX_PAGES, generator=random).view(n, MAX_PAGES).int()
+        self.latents = torch.full((n * MAX_PAGES, PAGE, LATENT), float("nan"))
+        self.ropes = torch.full((n * MAX_PAGES, PAGE, ROPE), float("nan"))
+        self.contexts = []
+        for pages, length in zip(self.table.long(), lengths, strict=True):
+            latent, rope = torch.randn(length, LATENT, generator=random), torch.randn(length, ROPE, generator=random)
+            at = torch.arange(length)
+            self.latents[pages[at // PAGE], at % PAGE], self.ropes[pages[at // PAGE], at % PAGE] = latent, rope
+            self.contexts.append((latent, rope))
+        self.query = (
+            torch.randn(sum(queries), num_heads, LATENT, generator=random),
+            torch.randn(sum(queries), num_heads, ROPE, generator=random),
+        )
+
+    def step(self, rejected: Sequence[int] | None = None, padding: int = 0) -> DecodeStep:
+        """rejected: for each request, by how much the host believes it longer than it is; padding: requests."""
+        counts = torch.tensor([0, *self.queries, *[0] * padding], dtype=torch.int32)
+        lengths = torch.tensor(self.lengths + [0] * padding, dtype=torch.int32)
+        more = torch.tensor([*(rejected or [0] * len(self.lengths)), *[7] * padding], dtype=torch.int32)
+        wide = torch.cat((self.table, self.table.new_zeros(padding, MAX_PAGES))).repeat(1, 2)
+        return DecodeStep(
+            counts.cumsum(0, dtype=torch.int32),
+            sum(self.queries) + padding * self.queries[0],
+            lengths + more,
+            lengths,
+            wide[:, :MAX_PAGES],
+        )
+
+    def attend(self, wrapper: flashinfer_mla.Wrapper, padding: int = 0) -> Tensor:
+        nope, rope = (
+            torch.cat((part, part.new_zeros(padding * self.queries[0], *part.shape[1:]))) for part in self.query
+        )
+        return wrapper.run(query=(nope, rope), kv_cache=(self.latents, self.ropes))
+
+    def expected(self) -> Tensor:
+        rows, first = [], 0
+        for count, length, (latent, rope) in zip(self.queries, self.lengths, self.contexts, strict=True):
+            for index in range(count):
+                seen = length - count + index + 1
+                scores = self.query[0][first] @ latent[:seen].T + self.query[1][first] @ rope[:seen].T
+                rows.append((SCALE * scores).softmax(-1) @ latent[:seen])
+                first += 1
+        return torch.stack(rows)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("lengths", [[5], [4, 40, 700, 17, 16], [1000, 4, 64]], ids=str)
+def test_each_query_sees_its_request_up_to_itself(count: int, lengths: list[int]) -> None:
+    batch = Batch([count] * len(lengths), lengths)
+    torch.testing.assert_close(batch.attend(plans().plan(batch.step())), batch.expected())
+
+
+def test_requests_have_different_numbers_of_queries() -> None:
+    batch = Batch([1, 4, 2, 3], [9, 300, 33, 4])
+    torch.testing.assert_close(batch.attend(plans().plan(batch.step())), batch.expected())
+
+
+@pytest.mark.parametrize("num_heads", [8, 16, 32, 64])
+@pytest.mark.parametrize("rejected", [[0, 1, 3], [3, 3, 3], [16, 40, 0]], ids=str)
+def test_tokens_that_only_the_host_counts_are_not_read(num_heads: int, rejected: list[int]) -> None:
+    """Of 255 and 3 rejected tokens, a piece of work would have the tokens from 256 on."""
+    batch = Batch([2, 2, 2], [2, 255, 640], num_heads)
+    torch.testing.assert_close(batch.attend(plans(num_heads).plan(batch.step(rejected))), batch.expected())
+
+
+def test_a_plan_that_is_not_shortened_reads_them() -> None:
+    """What the two tests above would not see, if the bound were right by chance."""
+    batch = Batch([2], [33])
+    step = batch.step([3])
+    wrapper = plans().plan(DecodeStep(step.query_starts, 2, step.length_bounds, step.length_bounds, step.block_table))
+    assert batch.attend(wrapper).isnan().any()
+
+
+@pytest.mark.parametrize("drafts", [0, 1])
+@pytest.mark.parametrize(("requests", "padding"), [(1, 0), (3, 1), (5, 3), (9, 7), (12, 0)])
+def test_padding_of_a_graph_changes_neither_results_nor_launches(requests: int, padding: int, drafts: int) -> None:
+    """A graph keeps the grid, the tiles and all addresses of the step at which it was captured."""
+    shared = plans(num_drafts=drafts)
+    full = Batch([2] * (requests + padding), [3 + 50 * index for index in range(requests + padding)], seed=1)
+    captured = shared.plan(full.step())
+    kept = list(captured._planned_backend._plan_info), captured.buffers["kv_indices"].data_ptr()
+    batch = Batch([2] * requests, [900 - 70 * index for index in range(requests)])
+    wrapper = shared.plan(batch.step([drafts] * requests, padding))
+    assert wrapper is captured
+    assert (list(wrapper._planned_backend._plan_info), wrapper.buffers["kv_indices"].data_ptr()) == kept
+    output = batch.attend(wrapper, padding)
+    torch.testing.assert_close(output[: 2 * requests], batch.expected())
+    assert not output[2 * requests :].any()
+
+
+@pytest.mark.parametrize(("requests", "blocks"), [(1, 2), (2, 2), (3, 2), (96, 2), (128, 2)])
+def test_a_token_and_its_draft_fill_a_tile_of_128_rows(requests: int, blocks: int) -> None:
+    batch = Batch([2] * requests, [20] * requests)
+    assert plans(max_requests=256).plan(batch.step())._planned_backend._plan_info[0] == blocks
+
+
+def test_a_step_may_have_any_number_of_requests_up_to_the_limit() -> None:
+    shared = plans(num_heads=8)
+    for requests in (16, 1, 7, 16):
+        batch = Batch([1] * requests, [3 * index + 1 for index in range(requests)], num_heads=8, seed=requests)
+        torch.testing.assert_close(batch.attend(shared.plan(batch.step())), batch.expected())
+
+
+def test_another_layout_of_the_plan_is_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"plan has 19 fields, wanted 18 as in FlashInfer 0\.7"):
+        shorten([0] * 19, torch.zeros(8, dtype=torch.uint8), torch.zeros(2).int(), torch.zeros(1).int())
