@@ -28,10 +28,10 @@ def flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flashinfer.mla", module)
 
 
-def plans(num_heads: int = HEADS, max_requests: int = 16, num_drafts: int = DRAFTS) -> DecodePlans:
-    sizes = DecodeSizes(
-        num_heads, LATENT, ROPE, PAGE, max_requests, MAX_PAGES, SCALE, torch.float32, torch.float32, num_drafts
-    )
+def plans(
+    num_heads: int = HEADS, max_requests: int = 16, num_drafts: int = DRAFTS, dtype: torch.dtype = torch.float32
+) -> DecodePlans:
+    sizes = DecodeSizes(num_heads, LATENT, ROPE, PAGE, max_requests, MAX_PAGES, SCALE, dtype, dtype, num_drafts)
     return DecodePlans(sizes, CPU)
 
 
@@ -70,11 +70,14 @@ class Batch:
             wide[:, :MAX_PAGES],
         )
 
-    def attend(self, wrapper: flashinfer_mla.Wrapper, padding: int = 0) -> Tensor:
+    def with_padding(self, padding: int) -> tuple[Tensor, Tensor]:
         nope, rope = (
             torch.cat((part, part.new_zeros(padding * self.queries[0], *part.shape[1:]))) for part in self.query
         )
-        return wrapper.run(query=(nope, rope), kv_cache=(self.latents, self.ropes))
+        return nope, rope
+
+    def attend(self, wrapper: flashinfer_mla.Wrapper, padding: int = 0) -> Tensor:
+        return wrapper.run(query=self.with_padding(padding), kv_cache=(self.latents, self.ropes))
 
     def expected(self) -> Tensor:
         rows, first = [], 0
