@@ -17,7 +17,6 @@ from vllm.model_executor.layers.quantization import QuantizationConfig
 
 from longcat_core.config import LongcatConfig
 from longcat_core.layers.experts import add_identity
-from longcat_core.layers.routing import route
 from longcat_vllm import devices
 from longcat_vllm.quantization import LongcatFp8Config
 
@@ -29,6 +28,7 @@ class LongcatMoE(nn.Module):
         super().__init__()
         self.config = config
         self.router = LongcatRouter(config, prefix=f"{prefix}.router")
+        self.route = devices.current().router_functions().route
         self.experts = FusedMoEFactory(
             num_experts=config.n_routed_experts,
             top_k=config.moe_topk,
@@ -43,7 +43,7 @@ class LongcatMoE(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[T, H] -> [T, H], reduced over ranks; the identity term is added after the reduction, so once."""
-        routing = route(
+        routing = self.route(
             self.router(hidden_states),
             self.router.e_score_correction_bias,
             n_routed_experts=self.config.n_routed_experts,
@@ -66,9 +66,13 @@ class LongcatRouter(nn.Module):
         )
         bias = torch.zeros(config.num_experts, dtype=torch.float32)
         self.e_score_correction_bias = nn.Parameter(bias, requires_grad=False)
+        self.product = devices.current().router_functions().product
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """fp32 logits [T, FFN experts + zero experts]."""
+        if self.product is not None:
+            weight: Any = self.classifier.weight
+            return self.product(hidden_states, weight)
         logits, _ = self.classifier(hidden_states)
         return logits
 

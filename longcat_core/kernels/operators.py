@@ -13,7 +13,7 @@ from longcat_core.kernels import moe
 from longcat_core.kernels import route as routing
 from longcat_core.kernels import router_product as router
 from longcat_core.kernels.experts import ExpertWeights
-from longcat_core.layers.routing import Routing
+from longcat_core.layers.routing import RouterFunctions, Routing
 
 _LIBRARY = torch.library.Library("longcat", "FRAGMENT")
 
@@ -84,3 +84,6 @@ def routed_experts(hidden_states: Tensor, ids: Tensor, weights: Tensor, experts:
         hidden_states, ids, weights, experts.w13, experts.w2, experts.w13_scales, experts.w2_scales, device
     )
     return output
+
+
+ROUTER = RouterFunctions(route, router_product)
