@@ -13,7 +13,8 @@ from longcat_core import spellings
 from longcat_core.plugin.engine import leave_to_own_class, refuse, unserved_quantization
 from longcat_core.plugin.gate import uses_gate
 from longcat_core.plugin.hooks import Stage
-from longcat_sglang import devices, hooks, loading, options
+from longcat_core.plugin.requested import refuse_what_the_own_class_lacks
+from longcat_sglang import devices, hooks, loading, options, requested
 from longcat_sglang.engine import OWN_CLASS, drafts_with_mtp
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ def settle(server_args: ServerArgs) -> None:
     settings, model_config = resolving_view(server_args), model_config_of(server_args)
     hf_config = model_config.hf_config
     if reasons := reasons_for_sglangs_own_class(settings, model_config):
-        leave_to_own_class("SGLang", reasons, _LOST, GATE_OPTION, is_gate_requested(hf_config), logger)
+        refuse_what_the_own_class_lacks("SGLang", reasons, requested.of(settings), requested.OPTIONS)
+        leave_to_own_class("SGLang", reasons, _LOST, logger)
         # Every process of SGLang reads the configuration again, and these with it.
         overrides = {**json.loads(settings.json_model_override_args), OWN_CLASS: True}
         declare_resolution(server_args, "longcat-serving", json_model_override_args=json.dumps(overrides))
@@ -62,7 +64,8 @@ def check(server_args: Any, settings: Any, model_config: Any) -> None:
     directory = loading.local_directory(settings)
     loading.check(directory, settings, hf_config.longcat)
     of_gate = directory if drafts_with_mtp(settings) else None
-    uses_gate(of_gate, is_gate_requested(hf_config), obstacles_to_gate(settings), GATE_OPTION, logger)
+    asked, gate_option = requested.of(settings), requested.OPTIONS["draft_gate"]
+    uses_gate(of_gate, asked.draft_gate, obstacles_to_gate(settings), gate_option, logger)
 
 
 def reasons_for_sglangs_own_class(settings: Any, model_config: Any) -> list[str]:
@@ -98,6 +101,9 @@ def _unsupported(server_args: Any, settings: Any, model_config: Any) -> list[str
     problems += _unsupported_quantization(settings, model_config)
     device = devices.of(settings.device)
     problems += device.unsupported(server_args, settings)
+    if requested.of(settings).kernels:
+        obstacles = device.obstacles_to_kernels(settings, longcat, model_config.dtype)
+        problems += [f"{requested.OPTIONS['kernels']}: {obstacle}; or leave the kernels out" for obstacle in obstacles]
     if settings.pp_size > 1:
         problems.append(
             f"pp_size: {settings.pp_size}, wanted 1, as SGLang's layer boundaries have no pipeline for LongCat; "
@@ -181,17 +187,6 @@ def _impossible_tree(steps: int | None, branches: int | None, nodes: int | None)
             f"{branches} branches can have, its root included; give --speculative-num-draft-tokens such a number"
         )
     return problems
-
-
-GATE_OPTION = """--json-model-override-args '{"longcat_draft_gate": true}'"""
-"""The one option of SGLang that takes fields of any name, and that reaches all of its processes."""
-
-
-def is_gate_requested(hf_config: Any) -> bool:
-    asked = getattr(hf_config, "longcat_draft_gate", False)
-    if not isinstance(asked, bool):
-        refuse([f"longcat_draft_gate: {asked!r}, wanted true or false; correct --json-model-override-args"])
-    return bool(asked)
 
 
 def obstacles_to_gate(settings: Any) -> list[str]:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from longcat_core.config import LongcatConfig
 from longcat_core.layers.experts import Shortcut, add_identity, identity_share
-from longcat_core.layers.routing import route
 from longcat_sglang import devices
 from longcat_sglang.quantization import LongcatFp8Config
 
@@ -32,6 +31,7 @@ class LongcatMoE(nn.Module):
         super().__init__()
         self.config, self.layer_id = config, layer_id
         self.router = LongcatRouter(config, prefix=add_prefix("router", prefix))
+        self.route = devices.current().router_functions().route
         name = add_prefix("experts", prefix)
         quant_config = quant_config if quant_config is not None and quant_config.keeps_experts(name) else None
         self.experts = get_moe_impl_class(quant_config)(
@@ -43,14 +43,14 @@ class LongcatMoE(nn.Module):
             quant_config=quant_config,
             inplace=False,  # the dense branch reads the same input
             prefix=name,
-            **devices.current().expert_arguments(),
+            **devices.current().expert_arguments(quant_config),
         )
         _skip_zero_experts(self.experts, config)
 
     def forward(self, hidden_states: Tensor) -> Shortcut:
         """hidden_states: [T, H]."""
         logits = self.router(hidden_states)
-        routing = route(
+        routing = self.route(
             logits,
             self.router.e_score_correction_bias,
             n_routed_experts=self.config.n_routed_experts,
@@ -83,9 +83,13 @@ class LongcatRouter(nn.Module):
         )
         bias = torch.zeros(config.num_experts, dtype=torch.float32)
         self.e_score_correction_bias = nn.Parameter(bias, requires_grad=False)
+        self.product = devices.current().router_functions().product
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """fp32 logits [T, FFN experts + zero experts]."""
+        if self.product is not None:
+            weight: Any = self.classifier.weight
+            return self.product(hidden_states, weight)
         logits, _ = self.classifier(hidden_states.float())
         return logits
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from prometheus_client import Counter
-from sglang.srt.arg_groups.overrides import model_config_of
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.utils import GenerationBatchResult
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from longcat_core.drafting import gate as drafting
 from longcat_core.drafting.gate import draft_features
-from longcat_sglang import deployment, loading
+from longcat_sglang import loading, requested
 
 PRUNED = "sglang:spec_num_drafts_pruned"
 
@@ -142,6 +141,6 @@ def gated_worker(
     """On request, a worker that verifies only what passes the draft gate; `deployment.check` has made sure that there
     is a gate and that nothing prevents its use."""
     worker = original(algorithm, server_args, *args, **kwargs)
-    if not algorithm.is_eagle() or not deployment.is_gate_requested(model_config_of(server_args).hf_config):
+    if not algorithm.is_eagle() or not requested.of(server_args).draft_gate:
         return worker
     return GatedWorker

@@ -13,7 +13,8 @@ from longcat_core import spellings
 from longcat_core.plugin.engine import leave_to_own_class, refuse, unserved_quantization
 from longcat_core.plugin.gate import uses_gate
 from longcat_core.plugin.hooks import Stage
-from longcat_vllm import adapters, devices, hooks, loading
+from longcat_core.plugin.requested import refuse_what_the_own_class_lacks
+from longcat_vllm import adapters, devices, hooks, loading, requested
 from longcat_vllm.engine import (
     OWN_ARCHITECTURE,
     TRANSPORT_WITH_TOO_FEW_COLUMNS,
@@ -31,9 +32,10 @@ logger = logging.getLogger(f"vllm.{__name__}")
 def check(vllm_config: VllmConfig) -> None:
     """Raise for what LongCat-Flash cannot be served with: ValueError, or CheckpointError for a local checkpoint."""
     model = vllm_config.model_config
-    is_gate_requested = _is_gate_requested(vllm_config)
+    asked = requested.of(vllm_config)
     if reasons := devices.current().reasons_for_own_class(vllm_config):
-        leave_to_own_class("vLLM", reasons, _LOST, GATE_OPTION, is_gate_requested, logger)
+        refuse_what_the_own_class_lacks("vLLM", reasons, asked, requested.OPTIONS)
+        leave_to_own_class("vLLM", reasons, _LOST, logger)
         model.hf_config.architectures = [OWN_ARCHITECTURE]
         return
     hooks.install(Stage.DEPLOYMENT)
@@ -45,7 +47,8 @@ def check(vllm_config: VllmConfig) -> None:
     if (speculation := mtp_speculation(vllm_config)) is not None:
         _give_drafts_the_targets_context(speculation, model)
     obstacles, directory = obstacles_to_gate(vllm_config), Path(model.model) if speculation is not None else None
-    if uses_gate(directory, is_gate_requested, obstacles, GATE_OPTION, logger) and speculation is not None:
+    gate_option = requested.OPTIONS["draft_gate"]
+    if uses_gate(directory, asked.draft_gate, obstacles, gate_option, logger) and speculation is not None:
         _schedule_after_the_gate(vllm_config, speculation)
 
 
@@ -69,17 +72,6 @@ _LOST = (
     "q_a_proj or kv_a_proj_with_mqa"
 )
 """What LongCat-Flash does not have in vLLM's own class."""
-
-
-GATE_OPTION = """--additional-config '{"longcat": {"draft_gate": true}}'"""
-
-
-def _is_gate_requested(vllm_config: VllmConfig) -> bool:
-    given = vllm_config.additional_config
-    ours = given.get("longcat", {}) if isinstance(given, dict) else {}
-    if ours not in ({}, {"draft_gate": True}, {"draft_gate": False}):
-        refuse([f"additional_config: {ours!r} for longcat, wanted {{'draft_gate': true}}, or false, or nothing"])
-    return bool(ours.get("draft_gate"))
 
 
 def _schedule_after_the_gate(vllm_config: VllmConfig, speculation: SpeculativeConfig) -> None:
@@ -134,6 +126,9 @@ def _unsupported(vllm_config: VllmConfig) -> list[str]:
     problems += adapters.unsupported(vllm_config.lora_config)
     problems += loading.unsupported(vllm_config)
     problems += devices.current().unsupported(vllm_config)
+    if requested.of(vllm_config).kernels:
+        obstacles = devices.current().obstacles_to_kernels(vllm_config)
+        problems += [f"{requested.OPTIONS['kernels']}: {obstacle}; or leave the kernels out" for obstacle in obstacles]
     problems += _unsupported_parallelism(parallel)
     problems += _unsupported_experts(vllm_config)
     return problems

@@ -20,7 +20,6 @@ from vllm.model_executor.models.utils import sequence_parallel_chunk
 
 from longcat_core.config import LongcatConfig
 from longcat_core.layers.experts import Shortcut, add_identity, identity_share
-from longcat_core.layers.routing import route
 from longcat_vllm import devices
 from longcat_vllm.quantization import LongcatFp8Config
 
@@ -39,6 +38,7 @@ class LongcatMoE(nn.Module):
         self.config = config
         self.is_sequence_parallel = parallel_config.use_sequence_parallel_moe
         self.router = LongcatRouter(config, prefix=f"{prefix}.router")
+        self.route = devices.current().router_functions().route
         self.experts = FusedMoEFactory(
             num_experts=config.n_routed_experts,
             top_k=config.moe_topk,
@@ -59,7 +59,7 @@ class LongcatMoE(nn.Module):
         num_tokens = hidden_states.shape[0]
         if self.is_sequence_parallel:
             hidden_states = sequence_parallel_chunk(hidden_states)
-        routing = route(
+        routing = self.route(
             self.router(hidden_states),
             self.router.e_score_correction_bias,
             n_routed_experts=self.config.n_routed_experts,
@@ -87,9 +87,13 @@ class LongcatRouter(nn.Module):
         )
         bias = torch.zeros(config.num_experts, dtype=torch.float32)
         self.e_score_correction_bias = nn.Parameter(bias, requires_grad=False)
+        self.product = devices.current().router_functions().product
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """fp32 logits [T, FFN experts + zero experts]."""
+        if self.product is not None:
+            weight: Any = self.classifier.weight
+            return self.product(hidden_states, weight)
         logits, _ = self.classifier(hidden_states)
         return logits
 

@@ -32,11 +32,11 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from longcat_core.kernels.arrange import Arrangement, arrange
-from longcat_core.kernels.combine import combine
+from longcat_core.kernels.combine import combine, weighted_sum
 from longcat_core.kernels.experts import ExpertWeights, expert_outputs
 from longcat_core.kernels.quantize import quantize
 from longcat_core.kernels.route import route
-from longcat_core.kernels.router_product import SplitWeight, router_product
+from longcat_core.kernels.router_product import router_product
 from longcat_core.kernels.tiles import DEFAULT, TILES, Tile
 
 RESULTS = Path(__file__).with_name("compiled.json")
@@ -163,7 +163,7 @@ def _experts(precision: str, tile: Tile) -> None:
 
 
 def _router_product(dtype: torch.dtype) -> None:
-    router_product(_empty(64, H, dtype=dtype), SplitWeight(_empty(E + ZERO, H), _empty(E + ZERO, H)))
+    router_product(_empty(64, H, dtype=dtype), _fp32(E + ZERO, H))
 
 
 CASES: dict[str, Callable[[], object]] = {
@@ -173,6 +173,7 @@ CASES: dict[str, Callable[[], object]] = {
         _fp32(64, E + ZERO), _fp32(E + ZERO), n_routed_experts=E, top_k=K, routed_scaling_factor=6.0
     ),
     "combine by choice": lambda: _combine(64, _empty(64, K, H)),
+    "sum for an engine": lambda: weighted_sum(_empty(64, K, H), _ids(64), _fp32(64, K), _empty(64, H)),
     "combine by row": lambda: _combine(64, _empty(500, H)),
     "arrange 64 tokens": lambda: arrange(_ids(64), E, 16),
     "arrange 64 tokens, 8 ranks": lambda: arrange(_ids(64), LOCAL, 16, expert_map=_ids(512)),

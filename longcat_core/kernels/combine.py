@@ -24,6 +24,7 @@ def combine_kernel(
     hidden_size: tl.tensor,
     top_k: tl.constexpr,
     is_by_slot: tl.constexpr,
+    has_identity: tl.constexpr,
     has_dense: tl.constexpr,
     columns_of_a_program: tl.constexpr,
 ) -> None:
@@ -42,7 +43,8 @@ def combine_kernel(
         output = tl.load(outputs + row * hidden_size + columns, mask=exists & is_chosen, other=0.0)
         total += weight * output.to(tl.float32)
     own = token * hidden_size + columns
-    total += tl.load(identity + token) * tl.load(hidden_states + own, mask=exists, other=0.0).to(tl.float32)
+    if has_identity:
+        total += tl.load(identity + token) * tl.load(hidden_states + own, mask=exists, other=0.0).to(tl.float32)
     if has_dense:
         total += tl.load(dense + own, mask=exists, other=0.0).to(tl.float32)
     tl.store(result + own, total.to(result.dtype.element_ty), mask=exists)
@@ -64,18 +66,42 @@ def combine(
     Raises:
         ValueError: if outputs have other columns than x, or, by choice, not one row for each choice.
     """
-    tokens, hidden_size = hidden_states.shape
+    return _combine(outputs, rows, weights, torch.empty_like(hidden_states), hidden_states, identity, dense)
+
+
+def weighted_sum(outputs: Tensor, rows: Tensor, weights: Tensor, result: Tensor) -> Tensor:
+    """The FFN experts' part of `combine` alone, into `result` [T, H], contiguous, which is returned.
+
+    For an engine that sums the parts of ranks before it adds `identity * x`.
+
+    Raises:
+        ValueError: as `combine`.
+    """
+    return _combine(outputs, rows, weights, result, None, None, None)
+
+
+def _combine(
+    outputs: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    result: Tensor,
+    hidden_states: Tensor | None,
+    identity: Tensor | None,
+    dense: Tensor | None,
+) -> Tensor:
+    tokens, hidden_size = result.shape
     is_by_slot = outputs.dim() == 3
     wanted = (*rows.shape, hidden_size) if is_by_slot else (outputs.shape[0], hidden_size)
     if outputs.shape != wanted or rows.shape[0] != tokens:
         raise ValueError(
             f"outputs of shape {tuple(outputs.shape)} for {tuple(rows.shape)} choices of hidden states "
-            f"{tuple(hidden_states.shape)}: wanted ({', '.join(map(str, wanted))})"
+            f"{tuple(result.shape)}: wanted ({', '.join(map(str, wanted))})"
         )
-    given = [outputs, rows, weights, hidden_states, identity, *([] if dense is None else [dense])]
+    given = [
+        tensor for tensor in (outputs, rows, weights, result, hidden_states, identity, dense) if tensor is not None
+    ]
     if not all(tensor.is_contiguous() for tensor in given):
         raise ValueError(f"strides {[tensor.stride() for tensor in given]}: wanted contiguous tensors")
-    result = torch.empty_like(hidden_states)
     columns = min(_COLUMNS, triton.next_power_of_2(hidden_size))
     combine_kernel[(tokens, triton.cdiv(hidden_size, columns))](
         outputs,
@@ -83,11 +109,12 @@ def combine(
         weights,
         hidden_states,
         identity,
-        hidden_states if dense is None else dense,
+        dense,
         result,
         hidden_size,
         top_k=rows.shape[1],
         is_by_slot=is_by_slot,
+        has_identity=identity is not None,
         has_dense=dense is not None,
         columns_of_a_program=columns,
         num_warps=4,

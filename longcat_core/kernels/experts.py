@@ -66,6 +66,26 @@ def _tile(numbers: tl.tensor, rows: tl.tensor, is_row: tl.tensor, depths: tl.ten
 
 
 @triton.jit
+def _block(slots: tl.tensor, experts: tl.tensor, n_choices: tl.tensor, block_rows: tl.constexpr) -> tl.tuple:
+    """The rows of this program's block, which of them are choices, and the expert of all of them."""
+    block = tl.program_id(0)
+    own = tl.load(slots + block * block_rows + tl.arange(0, block_rows)).to(tl.int64)
+    is_row = own < n_choices
+    expert = tl.load(experts + block).to(tl.int64)
+    return own, is_row, expert
+
+
+@triton.jit
+def _zeros(block_rows: tl.constexpr, block_columns: tl.constexpr, is_swapped: tl.constexpr) -> tl.tensor:
+    """fp32 [R, C], or [C, R] where swapped."""
+    if is_swapped:
+        total = tl.zeros([block_columns, block_rows], dtype=tl.float32)
+    else:
+        total = tl.zeros([block_rows, block_columns], dtype=tl.float32)
+    return total
+
+
+@triton.jit
 def _add_product(
     total: tl.tensor,
     rows: tl.tensor,
@@ -111,21 +131,15 @@ def gate_up_kernel(
     block_depth: tl.constexpr,
 ) -> None:
     """silu(gate) * up of one block of rows and some columns a program; in FP8, quantised for the next product."""
-    block = tl.program_id(0)
-    if block * block_rows >= tl.load(used_rows):
+    if tl.program_id(0) * block_rows >= tl.load(used_rows):
         return
-    own = tl.load(slots + block * block_rows + tl.arange(0, block_rows)).to(tl.int64)
-    is_row = own < n_choices
+    own, is_row, expert = _block(slots, experts, n_choices, block_rows)
     tokens = own // top_k
-    expert = tl.load(experts + block).to(tl.int64)
     columns = tl.program_id(1) * block_columns + tl.arange(0, block_columns)
     is_column = columns < inner_size
     weights = w13 + expert * 2 * inner_size * hidden_size
     n_groups = tl.cdiv(hidden_size, block_depth)
-    if is_swapped:
-        gate = tl.zeros([block_columns, block_rows], dtype=tl.float32)
-    else:
-        gate = tl.zeros([block_rows, block_columns], dtype=tl.float32)
+    gate = _zeros(block_rows, block_columns, is_swapped)
     up = tl.zeros_like(gate)
     row_scales = tl.zeros([block_rows], dtype=tl.float32)
     gate_scale = 0.0
@@ -174,20 +188,14 @@ def down_kernel(
     block_depth: tl.constexpr,
 ) -> None:
     """The second product of one block of rows and some columns a program."""
-    block = tl.program_id(0)
-    if block * block_rows >= tl.load(used_rows):
+    if tl.program_id(0) * block_rows >= tl.load(used_rows):
         return
-    own = tl.load(slots + block * block_rows + tl.arange(0, block_rows)).to(tl.int64)
-    is_row = own < n_choices
-    expert = tl.load(experts + block).to(tl.int64)
+    own, is_row, expert = _block(slots, experts, n_choices, block_rows)
     columns = tl.program_id(1) * block_columns + tl.arange(0, block_columns)
     is_column = columns < hidden_size
     weights = w2 + expert * hidden_size * inner_size
     n_groups = tl.cdiv(inner_size, block_depth)
-    if is_swapped:
-        total = tl.zeros([block_columns, block_rows], dtype=tl.float32)
-    else:
-        total = tl.zeros([block_rows, block_columns], dtype=tl.float32)
+    total = _zeros(block_rows, block_columns, is_swapped)
     row_scales = tl.zeros([block_rows], dtype=tl.float32)
     weight_scale = 0.0
     for group in range(n_groups):
@@ -205,19 +213,36 @@ def down_kernel(
     tl.store(places, total.to(outputs.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
 
 
-def expert_outputs(hidden_states: Tensor, arrangement: Arrangement, weights: ExpertWeights, tile: Tile) -> Tensor:
+def inner_bytes(choices: int, dtype: torch.dtype, weights: ExpertWeights) -> int:
+    """Memory between the products for so many choices: in x's dtype, or in FP8 with the scales behind the codes."""
+    inner_size = weights.w2.shape[2]
+    bytes_of_a_choice = inner_size + inner_size // GROUP * 4 if weights.is_fp8 else inner_size * dtype.itemsize
+    return choices * bytes_of_a_choice
+
+
+def expert_outputs(
+    hidden_states: Tensor,
+    arrangement: Arrangement,
+    weights: ExpertWeights,
+    tile: Tile,
+    inner: Tensor | None = None,
+    outputs: Tensor | None = None,
+) -> Tensor:
     """FFN_e(x) of each choice: [T, K, H] in x's dtype, unweighted; undefined for choices that are not arranged.
 
     Products are summed in fp32, for one tile in the same order whatever the batch. What is between the products is
     rounded once, to x's dtype or to FP8 with a scale for each 128. In FP8, x is quantised the same way first.
 
     hidden_states: [T, H], contiguous, in the weights' dtype unless they are in FP8; arrangement: of ids [T, K] in
-    blocks of `tile.rows`.
+    blocks of `tile.rows`; inner: at least `inner_bytes` of memory between the products, of any contiguous dtype;
+    outputs: what is returned, [T, K, H], contiguous. Both are allocated if they are not given.
 
     Raises:
-        ValueError: if hidden states have another shape or dtype, or the tile suits neither the arrangement nor FP8.
+        ValueError: if hidden states have another shape or dtype, the tile suits neither the arrangement nor FP8, or
+            memory that is given is too little.
     """
     tokens, top_k = arrangement.local_ids.shape
+    choices = tokens * top_k
     _, hidden_size, inner_size = weights.w2.shape
     if arrangement.slots.numel() != arrangement.experts.numel() * tile.rows:
         found = f"{arrangement.slots.numel()} rows in {arrangement.experts.numel()} blocks"
@@ -229,12 +254,21 @@ def expert_outputs(hidden_states: Tensor, arrangement: Arrangement, weights: Exp
         raise ValueError(f"{tile} for FP8: wanted {GROUP} columns and a depth of {GROUP}")
     if not weights.is_fp8 and hidden_states.dtype != weights.w13.dtype:
         raise ValueError(f"hidden states in {hidden_states.dtype}: wanted {weights.w13.dtype}, as the weights are in")
+    wanted = inner_bytes(choices, hidden_states.dtype, weights)
+    if inner is None:
+        inner = hidden_states.new_empty(wanted, dtype=torch.uint8)
+    if outputs is None:
+        outputs = hidden_states.new_empty(tokens, top_k, hidden_size)
+    if inner.nbytes < wanted or outputs.shape != (tokens, top_k, hidden_size) or outputs.dtype != hidden_states.dtype:
+        found = f"{inner.nbytes} bytes, and outputs {tuple(outputs.shape)} in {outputs.dtype}"
+        raise ValueError(f"{found}: wanted {wanted}, and {(tokens, top_k, hidden_size)} in {hidden_states.dtype}")
     rows, row_scales, inner_scales = hidden_states, None, None
+    inner = inner.view(-1).view(torch.uint8)
     if weights.is_fp8:
         rows, row_scales = quantize(hidden_states)
-        inner_scales = row_scales.new_empty(tokens * top_k, inner_size // GROUP)
-    inner = rows.new_empty(tokens * top_k, inner_size)
-    outputs = hidden_states.new_empty(tokens, top_k, hidden_size)
+        inner_scales = inner[choices * inner_size : wanted].view(torch.float32)
+        inner = inner[: choices * inner_size]
+    inner = inner[:wanted].view(rows.dtype)
     blocks = arrangement.experts.numel()
     of_blocks = (arrangement.slots, arrangement.experts, arrangement.used_rows)
     options = {
@@ -254,7 +288,7 @@ def expert_outputs(hidden_states: Tensor, arrangement: Arrangement, weights: Exp
         *of_blocks,
         inner,
         inner_scales,
-        tokens * top_k,
+        choices,
         top_k,
         hidden_size,
         inner_size,
@@ -267,7 +301,7 @@ def expert_outputs(hidden_states: Tensor, arrangement: Arrangement, weights: Exp
         weights.w2_scales,
         *of_blocks,
         outputs,
-        tokens * top_k,
+        choices,
         hidden_size,
         inner_size,
         **options,

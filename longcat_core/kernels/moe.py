@@ -1,12 +1,13 @@
-"""The whole MoE on one rank, from the kernels for NVIDIA GPUs. Reference: `layers.experts.moe`."""
+"""The whole MoE on one rank, from the kernels for NVIDIA GPUs. Reference: `layers.experts`."""
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from longcat_core.kernels.arrange import arrange
-from longcat_core.kernels.combine import combine
+from longcat_core.kernels.combine import combine, weighted_sum
 from longcat_core.kernels.experts import ExpertWeights, expert_outputs
 from longcat_core.kernels.tiles import tile_for
 from longcat_core.layers.routing import Routing
@@ -20,7 +21,7 @@ def moe(
     expert_map: Tensor | None = None,
     dense: Tensor | None = None,
 ) -> Tensor:
-    """`sum_k w_k FFN_k(x) + identity * x`, and `dense` if there is one: [T, H] in x's dtype.
+    """`sum_k w_k FFN_k(x) + identity * x`, and `dense` if there is one: [T, H] in x's dtype. Reference: `moe`.
 
     Four launches in 16 bit and up to 1,024 choices: arrange, two products, combine; FP8 has one more. The tile depends
     on T alone, so a graph can be captured.
@@ -32,9 +33,46 @@ def moe(
     Raises:
         ValueError: for shapes, dtypes and strides that do not fit, as the kernels say.
     """
-    num_experts = weights.w2.shape[0]
+    outputs, local_ids = _outputs(hidden_states, routing.ids, weights, device, expert_map)
+    return combine(outputs, local_ids, routing.weights, hidden_states, routing.identity, dense)
+
+
+def routed_experts(
+    hidden_states: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    experts: ExpertWeights,
+    device: str,
+    expert_map: Tensor | None = None,
+    *,
+    inner: Tensor | None = None,
+    outputs: Tensor | None = None,
+    result: Tensor | None = None,
+) -> Tensor:
+    """The FFN experts' share, `sum_k w_k FFN_k(x)`: [T, H] in x's dtype. Reference: `routed_experts`.
+
+    For engines, which sum the parts of ranks before `identity * x` is added. As `moe` otherwise; inner, outputs:
+    memory, as `expert_outputs` takes it; result: [T, H], which may lie in `inner`.
+
+    Raises:
+        ValueError: as `moe`.
+    """
+    outputs, local_ids = _outputs(hidden_states, ids, experts, device, expert_map, inner, outputs)
+    return weighted_sum(outputs, local_ids, weights, torch.empty_like(hidden_states) if result is None else result)
+
+
+def _outputs(
+    hidden_states: Tensor,
+    ids: Tensor,
+    experts: ExpertWeights,
+    device: str,
+    expert_map: Tensor | None,
+    inner: Tensor | None = None,
+    outputs: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Each choice's output, unweighted, and the local ids, -1 for choices without one."""
+    num_experts = experts.w2.shape[0]
     of_all_ranks = num_experts if expert_map is None else expert_map.shape[0]
-    tile = tile_for(device, weights.precision, -(-routing.ids.numel() // of_all_ranks))
-    arrangement = arrange(routing.ids, num_experts, tile.rows, expert_map)
-    outputs = expert_outputs(hidden_states, arrangement, weights, tile)
-    return combine(outputs, arrangement.local_ids, routing.weights, hidden_states, routing.identity, dense)
+    tile = tile_for(device, experts.precision, -(-ids.numel() // of_all_ranks))
+    arrangement = arrange(ids, num_experts, tile.rows, expert_map)
+    return expert_outputs(hidden_states, arrangement, experts, tile, inner, outputs), arrangement.local_ids

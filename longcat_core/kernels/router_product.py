@@ -7,8 +7,6 @@ out. What is left out and rounded is about 2^-16 of each term, where products in
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -17,24 +15,17 @@ from torch import Tensor
 _ROWS, _COLUMNS, _DEPTH = 64, 32, 64
 
 
-class SplitWeight(NamedTuple):
-    """A weight as the sum of two in bf16, [experts, H] each, contiguous."""
-
-    high: Tensor
-    low: Tensor
-
-
-def split(weight: Tensor) -> SplitWeight:
-    """Of an fp32 weight, once when it is loaded: high + low differs from it by at most 2^-17 of each number."""
-    high = weight.bfloat16().contiguous()
-    return SplitWeight(high, (weight.float() - high.float()).bfloat16())
+@triton.jit
+def _split(numbers: tl.tensor) -> tl.tuple:
+    """A tile as the sum of two in bf16; that of what is in bf16 has no low part."""
+    high = numbers.to(tl.bfloat16)
+    return high, (numbers.to(tl.float32) - high.to(tl.float32)).to(tl.bfloat16)
 
 
 @triton.jit
 def router_product_kernel(
     hidden_states: tl.tensor,
-    weight_high: tl.tensor,
-    weight_low: tl.tensor,
+    weight: tl.tensor,
     logits: tl.tensor,
     tokens: tl.tensor,
     experts: tl.tensor,
@@ -56,38 +47,40 @@ def router_product_kernel(
         is_depth = depths < hidden_size
         x = tl.load(x_rows + depths, mask=(rows < tokens)[:, None] & is_depth, other=0.0)
         is_weight = (columns < experts)[:, None] & is_depth
-        high = tl.trans(tl.load(weight_high + places + depths, mask=is_weight, other=0.0))
-        low = tl.trans(tl.load(weight_low + places + depths, mask=is_weight, other=0.0))
-        x_high = x.to(tl.bfloat16)
+        high, low = _split(tl.trans(tl.load(weight + places + depths, mask=is_weight, other=0.0)))
+        x_high, x_low = _split(x)
         total = tl.dot(x_high, high, total)
         small = tl.dot(x_high, low, small)
         if is_split:
-            small = tl.dot((x - x_high.to(tl.float32)).to(tl.bfloat16), high, small)
+            small = tl.dot(x_low, high, small)
     total += small
     is_logit = (rows < tokens)[:, None] & (columns < experts)[None, :]
     tl.store(logits + rows.to(tl.int64)[:, None] * experts + columns[None, :], total, mask=is_logit)
 
 
-def router_product(hidden_states: Tensor, weight: SplitWeight) -> Tensor:
-    """Logits fp32 [T, experts] of hidden states [T, H] in bf16 or fp32, contiguous.
+def router_product(hidden_states: Tensor, weight: Tensor) -> Tensor:
+    """Logits fp32 [T, experts] of hidden states [T, H] in bf16 or fp32, and a weight fp32 [experts, H]; contiguous.
 
-    A token's logits have the same bits in whatever batch it is.
+    A token's logits have the same bits in whatever batch it is. The weight is taken apart in the kernel, so that there
+    is nothing to prepare after it is loaded, or loaded anew.
 
     Raises:
-        ValueError: if hidden states are in another dtype, of another width than the weight, or not contiguous.
+        ValueError: if hidden states or the weight are in another dtype, of different widths, or not contiguous.
     """
     tokens, hidden_size = hidden_states.shape
-    experts = weight.high.shape[0]
+    experts = weight.shape[0]
     if hidden_states.dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"hidden states in {hidden_states.dtype}: wanted torch.bfloat16 or torch.float32")
-    if weight.high.shape[1] != hidden_size:
-        raise ValueError(f"hidden states of width {hidden_size}: wanted {weight.high.shape[1]}, as the weight has")
-    if not hidden_states.is_contiguous():
-        raise ValueError(f"hidden states of strides {hidden_states.stride()}: wanted a contiguous tensor")
+    if weight.dtype != torch.float32 or weight.shape[1] != hidden_size:
+        found = f"{tuple(weight.shape)} in {weight.dtype}"
+        raise ValueError(f"weight of {found}: wanted width {hidden_size}, as hidden states have, in torch.float32")
+    if not (hidden_states.is_contiguous() and weight.is_contiguous()):
+        found = f"{hidden_states.stride()} and {weight.stride()}"
+        raise ValueError(f"hidden states and weight of strides {found}: wanted contiguous tensors")
     logits = hidden_states.new_empty(tokens, experts, dtype=torch.float32)
     router_product_kernel[(triton.cdiv(tokens, _ROWS), triton.cdiv(experts, _COLUMNS))](
         hidden_states,
-        *weight,
+        weight,
         logits,
         tokens,
         experts,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,15 @@ def route(logits: Tensor, bias: Tensor, *, n_routed_experts: int, top_k: int, ro
         weights=weights.masked_fill(is_zero, 0.0),
         identity=(weights * is_zero).sum(dim=-1),
     )
+
+
+class RouterFunctions(NamedTuple):
+    """What computes a router on a device."""
+
+    route: Callable[..., Routing]
+    """`route`, or what equals it."""
+    product: Callable[[Tensor, Tensor], Tensor] | None = None
+    """(hidden states [T, H], weight fp32 [experts, H]) -> logits, fp32 [T, experts]; None for the engine's own."""
 
 
 def expert_rows(ids: Tensor, num_experts: int) -> Tensor:

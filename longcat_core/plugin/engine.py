@@ -135,17 +135,9 @@ def unserved_quantization(method: str | None, hf_config: Any, any_block: bool) -
     return [f"quantization_config.{problem}" for problem in problems]
 
 
-def leave_to_own_class(
-    engine: str, reasons: Sequence[str], lost: str, gate_option: str, is_gate_requested: bool, log: logging.Logger
-) -> None:
-    """Warn that a LongCat model is left to the engine's own class, why, and what that lacks.
-
-    Raises:
-        ValueError: if a draft gate is requested, which that class does not have.
-    """
+def leave_to_own_class(engine: str, reasons: Sequence[str], lost: str, log: logging.Logger) -> None:
+    """Warn that a LongCat model is left to the engine's own class, why, and what that lacks."""
     why = "; ".join(reasons)
-    if is_gate_requested:
-        refuse([f"{gate_option}: {engine}'s own class, which serves here as {why}, has no draft gate; leave it out"])
     log.warning("LongCat-Flash is served by %s's own class: %s. It lacks: %s.", engine, why, lost)
 
 

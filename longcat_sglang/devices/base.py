@@ -7,16 +7,18 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from longcat_core.config import LongcatConfig
+from longcat_core.layers.routing import RouterFunctions
 from longcat_core.plugin.diagnosis import Finding
 from longcat_core.weights.precision import Fp8Kernels
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.utils import BumpAllocator
-    from torch import Tensor
+    from torch import Tensor, dtype
 
     from longcat_sglang.devices.cuda.rotary import LongcatRotaryEmbedding
     from longcat_sglang.model import LongcatAttention
+    from longcat_sglang.quantization import LongcatFp8Config
 
 
 class Device(ABC):
@@ -53,8 +55,12 @@ class Device(ABC):
         """What is in FP8 here; every other FP8 weight is dequantised when loaded. None where all of them are."""
 
     @abstractmethod
-    def expert_arguments(self) -> dict[str, Any]:
-        """Arguments of SGLang's FusedMoE besides the model's sizes."""
+    def router_functions(self) -> RouterFunctions:
+        """What computes the router of a model that is built now."""
+
+    @abstractmethod
+    def expert_arguments(self, quant_config: LongcatFp8Config | None) -> dict[str, Any]:
+        """Arguments of SGLang's FusedMoE besides the model's sizes. quant_config: of experts in FP8."""
 
     @abstractmethod
     def restore_experts(self, experts: Any) -> None:
@@ -73,6 +79,10 @@ class Device(ABC):
     @abstractmethod
     def obstacles_to_gate(self) -> list[str]:
         """Why no draft gate can be used here."""
+
+    @abstractmethod
+    def obstacles_to_kernels(self, settings: Any, config: LongcatConfig, activations: dtype) -> list[str]:
+        """Why core's kernels cannot be used here, with these options."""
 
     @abstractmethod
     def implementations(self) -> list[Finding]:

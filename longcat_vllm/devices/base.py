@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from longcat_core.config import LongcatConfig
+from longcat_core.layers.routing import RouterFunctions
 from longcat_core.plugin.diagnosis import Finding
 from longcat_core.weights.precision import Fp8Kernels
 
@@ -44,6 +45,10 @@ class Device(ABC):
         """The kernel of a linear layer that is in FP8. `choose` makes vLLM's own choice."""
 
     @abstractmethod
+    def router_functions(self) -> RouterFunctions:
+        """What computes the router of a model that is built now."""
+
+    @abstractmethod
     def experts_method(
         self, choose: Callable[[], FusedMoEMethodBase], moe_config: FusedMoEConfig, is_fp8: bool
     ) -> FusedMoEMethodBase:
@@ -69,6 +74,10 @@ class Device(ABC):
     @abstractmethod
     def unsupported(self, vllm_config: VllmConfig) -> list[str]:
         """Options that vLLM would accept on this device and then get wrong, each with what to do."""
+
+    @abstractmethod
+    def obstacles_to_kernels(self, vllm_config: VllmConfig) -> list[str]:
+        """Why core's kernels cannot be used here, with these options."""
 
     @abstractmethod
     def implementations(self, config: LongcatConfig | None) -> list[Finding]:

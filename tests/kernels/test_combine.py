@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longcat_core.kernels.combine import combine
+from longcat_core.kernels.combine import combine, weighted_sum
 from longcat_core.layers import experts as reference
 
 UNIT = {torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}
@@ -83,6 +83,16 @@ def test_the_reference_sums_the_same() -> None:
     routed = reference.combine(outputs, rows.tokens, 6)
     theirs = reference.add_identity(routed, given["hidden_states"], given["identity"])
     torch.testing.assert_close(combine(**given), theirs)
+
+
+@pytest.mark.parametrize("is_by_row", [False, True])
+def test_the_sum_of_the_experts_alone_is_written_where_it_is_asked_for(is_by_row: bool) -> None:
+    given = choices(2, 5, 12, 0.5, 40, torch.float32)
+    truth, _ = loop({**given, "identity": torch.zeros(5), "dense": None})
+    given = by_row(given, 2) if is_by_row else given
+    result = torch.full((5, 40), float("nan"))
+    assert weighted_sum(given["outputs"], given["rows"], given["weights"], result) is result
+    torch.testing.assert_close(result.double(), truth, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("is_by_row", [False, True])

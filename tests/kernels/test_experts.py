@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from longcat_core.kernels.arrange import arrange
-from longcat_core.kernels.experts import ExpertWeights, expert_outputs
-from longcat_core.kernels.moe import moe
+from longcat_core.kernels.experts import ExpertWeights, expert_outputs, inner_bytes
+from longcat_core.kernels.moe import moe, routed_experts
 from longcat_core.kernels.route import route
 from longcat_core.kernels.tiles import DEFAULT, TILES, Tile, tile_for
 from longcat_core.layers import experts as reference
@@ -123,6 +123,30 @@ def test_fp8_is_that_of_a_loop_that_rounds_alike(hidden: int, inner: int, is_swa
         # Where fp32 and fp64 differ, a number between the products may be rounded to the next of e4m3.
         assert (ours[token, column].double() - wanted).abs().max() < 2**-7 * wanted.abs().max()
         assert (ours[token, column].double() - wanted).abs().median() < 2**-10 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("is_fp8", [False, True])
+def test_memory_may_be_given_and_the_result_lie_where_the_first_product_was(is_fp8: bool) -> None:
+    """As vLLM gives it: the result shares the memory between the products, and what is there before is NaN."""
+    generator = torch.Generator().manual_seed(4)
+    w13, w2 = random_weights(generator, 3, 128, 128)
+    weights = ExpertWeights(w13.half(), w2.half())
+    if is_fp8:
+        (w13, w13_scales), (w2, w2_scales) = quantized(w13), quantized(w2)
+        weights = ExpertWeights(w13, w2, w13_scales, w2_scales)
+    x, ids = torch.randn(7, 128, generator=generator).half(), random_ids(generator, 7, 4, 3, 0.6)
+    given = torch.rand(7, 4, generator=generator)
+    inner = torch.full((7, 4, 128), float("nan"), dtype=torch.float16)
+    assert inner.nbytes >= inner_bytes(28, torch.float16, weights)
+    outputs, result = torch.full_like(inner, float("nan")), inner.view(-1)[: 7 * 128].view(7, 128)
+    ours = routed_experts(x, ids, given, weights, "NVIDIA X", inner=inner, outputs=outputs, result=result)
+    assert ours is result
+    assert torch.equal(outputs.isnan().all(dim=2), ids < 0)
+    assert torch.equal(ours, routed_experts(x, ids, given, weights, "NVIDIA X"))
+    with pytest.raises(ValueError, match=f"wanted {inner_bytes(28, torch.float16, weights)}"):
+        routed_experts(x, ids, given, weights, "NVIDIA X", inner=inner[:1])
+    with pytest.raises(ValueError, match=r"outputs \(7, 4, 64\) .* \(7, 4, 128\) in torch.float16"):
+        routed_experts(x, ids, given, weights, "NVIDIA X", outputs=outputs[:, :, :64])
 
 
 @pytest.mark.parametrize("zero_bias", [0.0, 9.0])

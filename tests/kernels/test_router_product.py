@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longcat_core.kernels.router_product import SplitWeight, router_product, split
+from longcat_core.kernels.router_product import router_product
 
 
 def problem(seed: int, tokens: int, experts: int, hidden: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -33,7 +33,7 @@ def error(logits: Tensor, x: Tensor, weight: Tensor) -> float:
 )
 def test_logits_are_those_of_fp64(seed: int, tokens: int, experts: int, hidden: int, dtype: torch.dtype) -> None:
     x, weight = problem(seed, tokens, experts, hidden, dtype)
-    logits = router_product(x, split(weight))
+    logits = router_product(x, weight)
     assert (logits.dtype, logits.shape) == (torch.float32, (tokens, experts))
     if tokens:
         # Twice the two parts' own rounding of 2^-17, their product of at most 2^-16 that is left out, and fp32's sums.
@@ -44,7 +44,7 @@ def test_logits_are_those_of_fp64(seed: int, tokens: int, experts: int, hidden: 
 def test_at_the_published_width_it_is_a_hundred_times_better_than_bf16(dtype: torch.dtype) -> None:
     x, weight = problem(0, 3, 40, 6144, dtype)
     in_bf16 = error((x.bfloat16().double() @ weight.bfloat16().double().T).float(), x, weight)
-    logits, truth = router_product(x, split(weight)), x.double() @ weight.double().T
+    logits, truth = router_product(x, weight), x.double() @ weight.double().T
     assert error(logits, x, weight) < in_bf16 / 100
     assert (logits.double() - truth).abs().max() < 1e-5 * truth.abs().max()
 
@@ -53,32 +53,26 @@ def test_each_of_the_three_products_counts() -> None:
     """Numbers that are nothing but a high or a low part."""
     low = 2.0**-12
     x, weight = torch.tensor([[1.0 + low]]), torch.tensor([[1.0 + low], [1.0]])
-    assert router_product(x, split(weight)).tolist() == [[1.0 + 2 * low, 1.0 + low]]
+    assert router_product(x, weight).tolist() == [[1.0 + 2 * low, 1.0 + low]]
 
 
 def test_a_token_has_the_same_logits_in_any_batch() -> None:
     x, weight = problem(1, 70, 40, 200, torch.float32)
-    parts = split(weight)
-    batch = router_product(x, parts)
+    batch = router_product(x, weight)
     for token in (0, 3, 69):
-        assert torch.equal(router_product(x[token : token + 1], parts)[0], batch[token])
-
-
-def test_a_weight_is_the_sum_of_its_parts() -> None:
-    _, weight = problem(2, 1, 50, 60, torch.float32)
-    parts = split(weight)
-    assert {part.dtype for part in parts} == {torch.bfloat16}
-    assert ((parts.high.double() + parts.low.double() - weight).abs() <= 2**-17 * weight.abs()).all()
+        assert torch.equal(router_product(x[token : token + 1], weight)[0], batch[token])
 
 
 @pytest.mark.parametrize(
-    ("x", "message"),
+    ("x", "weight", "message"),
     [
-        (torch.zeros(1, 8, dtype=torch.float16), "hidden states in torch.float16: wanted torch.bfloat16"),
-        (torch.zeros(1, 7), "hidden states of width 7: wanted 8"),
-        (torch.zeros(8, 2).T, "wanted a contiguous tensor"),
+        (torch.zeros(1, 8, dtype=torch.float16), torch.zeros(4, 8), "hidden states in torch.float16: wanted"),
+        (torch.zeros(1, 7), torch.zeros(4, 8), r"weight of \(4, 8\) in torch.float32: wanted width 7"),
+        (torch.zeros(1, 8), torch.zeros(4, 8).bfloat16(), "in torch.bfloat16: wanted width 8, .* in torch.float32"),
+        (torch.zeros(8, 2).T, torch.zeros(4, 8), "wanted contiguous tensors"),
+        (torch.zeros(2, 8), torch.zeros(8, 4).T, "wanted contiguous tensors"),
     ],
 )
-def test_hidden_states_that_do_not_fit_are_an_error(x: Tensor, message: str) -> None:
+def test_tensors_that_do_not_fit_are_an_error(x: Tensor, weight: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        router_product(x, SplitWeight(*torch.zeros(2, 4, 8, dtype=torch.bfloat16)))
+        router_product(x, weight)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from longcat_core.config import LongcatConfig
+from longcat_core.layers.routing import RouterFunctions, route
 from longcat_core.plugin.diagnosis import Finding
 from longcat_core.plugin.engine import unsupported_cpu_cache
 from longcat_sglang.devices.base import Device
@@ -14,9 +15,10 @@ from longcat_sglang.engine import CPU_ATTENTION, MTP_ALGORITHMS, algorithm_of, d
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.utils import BumpAllocator
-    from torch import Tensor
+    from torch import Tensor, dtype
 
     from longcat_sglang.model import LongcatAttention
+    from longcat_sglang.quantization import LongcatFp8Config
 
 
 class Cpu(Device):
@@ -48,7 +50,10 @@ class Cpu(Device):
     def fp8_kernels(self) -> None:
         """Without `sgl_kernel` a weight in FP8 would be dequantised for each product, which takes longer."""
 
-    def expert_arguments(self) -> dict[str, Any]:
+    def router_functions(self) -> RouterFunctions:
+        return RouterFunctions(route)
+
+    def expert_arguments(self, quant_config: LongcatFp8Config | None) -> dict[str, Any]:
         from longcat_sglang.devices.cpu.experts import CompactedRowsMethod
 
         return {"quant_method": CompactedRowsMethod()}
@@ -99,6 +104,9 @@ class Cpu(Device):
 
     def obstacles_to_gate(self) -> list[str]:
         return []
+
+    def obstacles_to_kernels(self, settings: Any, config: LongcatConfig, activations: dtype) -> list[str]:
+        return ["they are for NVIDIA GPUs, and this is a CPU"]
 
     def implementations(self) -> list[Finding]:
         import torch

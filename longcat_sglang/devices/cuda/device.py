@@ -7,18 +7,25 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from longcat_core.config import LongcatConfig
+from longcat_core.layers.routing import RouterFunctions, route
 from longcat_core.plugin.diagnosis import Finding
+from longcat_core.plugin.kernels import obstacles_to_kernels
 from longcat_core.quantization import PUBLISHED_BLOCK
 from longcat_core.weights.precision import Fp8Kernels
+from longcat_sglang import requested
 from longcat_sglang.devices.base import Device
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.utils import BumpAllocator
-    from torch import Tensor
+    from torch import Tensor, dtype
 
     from longcat_sglang.devices.cuda.rotary import LongcatRotaryEmbedding
     from longcat_sglang.model import LongcatAttention
+    from longcat_sglang.quantization import LongcatFp8Config
+
+BACKENDS_BESIDE_KERNELS = (None, "auto", "triton")
+"""Values of --moe-runner-backend with which weights stay as they are loaded."""
 
 
 class Cuda(Device):
@@ -51,8 +58,19 @@ class Cuda(Device):
     def fp8_kernels(self) -> Fp8Kernels:
         return SglangFp8Kernels()
 
-    def expert_arguments(self) -> dict[str, Any]:
-        return {}
+    def router_functions(self) -> RouterFunctions:
+        if not requested.current().kernels:
+            return RouterFunctions(route)
+        from longcat_core.kernels import operators
+
+        return operators.ROUTER
+
+    def expert_arguments(self, quant_config: LongcatFp8Config | None) -> dict[str, Any]:
+        if not requested.current().kernels:
+            return {}
+        from longcat_sglang.devices.cuda.kernels import experts_method
+
+        return {"quant_method": experts_method(quant_config)}
 
     def restore_experts(self, experts: Any) -> None:
         """SGLang does so itself."""
@@ -66,6 +84,22 @@ class Cuda(Device):
     def obstacles_to_gate(self) -> list[str]:
         return ["CUDA graphs verify a fixed number of drafts"]
 
+    def obstacles_to_kernels(self, settings: Any, config: LongcatConfig, activations: dtype) -> list[str]:
+        ranks = settings.tp_size // settings.ep_size
+        obstacles = obstacles_to_kernels(config, activations, capability(), ranks)
+        for option in ("moe_runner_backend", "speculative_moe_runner_backend"):
+            value = getattr(settings, option)
+            if value not in BACKENDS_BESIDE_KERNELS:
+                flag = option.replace("_", "-")
+                obstacles.append(f"{option} is {value!r}, which is another kernel; leave --{flag} out")
+        if settings.moe_a2a_backend != "none":
+            obstacles.append(
+                f"moe_a2a_backend is {settings.moe_a2a_backend!r}, wanted none; leave --moe-a2a-backend out"
+            )
+        if settings.enable_deterministic_inference:
+            obstacles.append("tiles depend on the batch; leave --enable-deterministic-inference out")
+        return obstacles
+
     def implementations(self) -> list[Finding]:
         from longcat_sglang.options import SKIP_ZERO_EXPERTS
 
@@ -74,6 +108,13 @@ class Cuda(Device):
             Finding("MoE", f"zero experts as id -1, skipped by one of {', '.join(SKIP_ZERO_EXPERTS)}"),
             Finding("FP8", "SGLang's own kernels, with activations in FP8"),
         ]
+
+
+def capability() -> tuple[int, int] | None:
+    """Of NVIDIA's GPU; None if there is none."""
+    import torch
+
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() and torch.version.hip is None else None
 
 
 class SglangFp8Kernels(Fp8Kernels):

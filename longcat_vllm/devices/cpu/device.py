@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from longcat_core.config import LongcatConfig
+from longcat_core.layers.routing import RouterFunctions, route
 from longcat_core.plugin.diagnosis import Finding
 from longcat_core.plugin.engine import unsupported_cpu_cache
 from longcat_core.weights.precision import Fp8Kernels
@@ -37,6 +38,9 @@ class Cpu(Device):
         from longcat_vllm.devices.cpu.fp8 import CpuFp8LinearMethod
 
         return CpuFp8LinearMethod()
+
+    def router_functions(self) -> RouterFunctions:
+        return RouterFunctions(route)
 
     def experts_method(
         self, choose: Callable[[], FusedMoEMethodBase], moe_config: FusedMoEConfig, is_fp8: bool
@@ -80,6 +84,9 @@ class Cpu(Device):
                 "every rank attends to the whole context; leave --decode-context-parallel-size out"
             )
         return problems
+
+    def obstacles_to_kernels(self, vllm_config: VllmConfig) -> list[str]:
+        return ["they are for NVIDIA GPUs, and this is a CPU"]
 
     def implementations(self, config: LongcatConfig | None) -> list[Finding]:
         import torch

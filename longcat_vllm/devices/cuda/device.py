@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from longcat_core import spellings
 from longcat_core.config import LongcatConfig
+from longcat_core.layers.routing import RouterFunctions, route
 from longcat_core.plugin.diagnosis import Finding
 from longcat_core.plugin.engine import unserved_quantization
+from longcat_core.plugin.kernels import obstacles_to_kernels
 from longcat_core.quantization import PUBLISHED_BLOCK
 from longcat_core.weights.precision import Fp8Kernels
+from longcat_vllm import requested
 from longcat_vllm.devices.base import FP8_MOE_BACKENDS, MOE_BACKENDS, Device
 from longcat_vllm.engine import TRANSPORT_WITH_TOO_FEW_COLUMNS, shares_experts_over_a_transport
 
@@ -27,6 +31,9 @@ TRANSPORTS = ("allgather_reducescatter", "deepep_high_throughput")
 """Values of --all2all-backend of which it is known what they do with an id of -1: they hand it on, or make it an expert
 of another rank, which the expert map drops (prepare_finalize/naive_dp_ep.py and deepep_ht.py in vLLM 0.32)."""
 
+TRANSPORT_OF_KERNELS = "allgather_reducescatter"
+"""The value of --all2all-backend with which our kernels get choices as the router makes them: vLLM's default."""
+
 
 class Cuda(Device):
     def attention_backend(self) -> None:
@@ -38,19 +45,31 @@ class Cuda(Device):
     def fp8_linear_method(self, choose: Callable[[], QuantizeMethodBase | None]) -> QuantizeMethodBase | None:
         return choose()
 
+    def router_functions(self) -> RouterFunctions:
+        if not requested.current().kernels:
+            return RouterFunctions(route)
+        from longcat_core.kernels import operators
+
+        return operators.ROUTER
+
     def experts_method(
         self, choose: Callable[[], FusedMoEMethodBase], moe_config: FusedMoEConfig, is_fp8: bool
     ) -> FusedMoEMethodBase:
+        moe_config.is_lora_enabled = False  # adapters.py: no adapter changes experts, so any kernel will do
+        if requested.current().kernels:
+            from longcat_vllm.devices.cuda.kernels import with_our_kernels
+
+            return with_our_kernels(choose, moe_config)
         from longcat_vllm.devices.cuda.experts import skipping_zero_experts
 
-        moe_config.is_lora_enabled = False  # adapters.py: no adapter changes experts, so any kernel will do
         return skipping_zero_experts(choose, moe_config)
 
-    def expert_map(self, num_experts: int, device: torch.device | str) -> Tensor:
+    def expert_map(self, num_experts: int, device: torch.device | str) -> Tensor | None:
         """The identity. With a map, vLLM's Triton experts drop an id of -1 (`moe_align_block_size`, `moe_sum`);
-        without one, they sum its uninitialised output. The price is vLLM's shortcut for batches of very few tokens
-        (`naive_block_assignment`), which it takes only without a map.
+        without one, they sum its uninitialised output. Our kernels need none.
         """
+        if requested.current().kernels:
+            return None
         import torch
 
         return torch.arange(num_experts, dtype=torch.int32, device=device)
@@ -81,6 +100,24 @@ class Cuda(Device):
     def unsupported(self, vllm_config: VllmConfig) -> list[str]:
         return []
 
+    def obstacles_to_kernels(self, vllm_config: VllmConfig) -> list[str]:
+        from vllm import envs
+
+        model: Any = vllm_config.model_config
+        parallel = vllm_config.parallel_config
+        all_ranks = parallel.tensor_parallel_size * parallel.data_parallel_size * parallel.prefill_context_parallel_size
+        ranks = 1 if parallel.enable_expert_parallel else all_ranks
+        obstacles = obstacles_to_kernels(spellings.read(model.hf_config), model.dtype, capability(), ranks)
+        backend, transport = vllm_config.kernel_config.moe_backend, parallel.all2all_backend
+        if backend not in ("auto", "triton"):
+            obstacles.append(f"moe_backend is {backend!r}, which is another kernel; leave --moe-backend out")
+        if shares_experts_over_a_transport(parallel) and transport != TRANSPORT_OF_KERNELS:
+            wanted = f"wanted {TRANSPORT_OF_KERNELS!r}; leave --all2all-backend out"
+            obstacles.append(f"all2all_backend is {transport!r}, {wanted}")
+        if envs.VLLM_BATCH_INVARIANT:
+            obstacles.append("VLLM_BATCH_INVARIANT is set, and tiles depend on the batch; unset it")
+        return obstacles
+
     def implementations(self, config: LongcatConfig | None) -> list[Finding]:
         import torch
 
@@ -99,6 +136,14 @@ class Cuda(Device):
             ),
             Finding("FP8", "vLLM's own kernels, with activations in FP8"),
         ]
+
+
+def capability() -> tuple[int, int] | None:
+    """Of NVIDIA's GPU; None if there is none."""
+    from vllm.platforms import current_platform
+
+    found = current_platform.get_device_capability() if current_platform.is_cuda() else None
+    return None if found is None else (found.major, found.minor)
 
 
 class VllmFp8Kernels(Fp8Kernels):

@@ -1,0 +1,59 @@
+"""What a user requests of longcat-serving itself, among the options of an engine: nothing of it is on by default."""
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from longcat_core.plugin.engine import refuse
+
+
+@dataclass(frozen=True)
+class Requested:
+    draft_gate: bool = False
+    """Drafts are verified only where the checkpoint's draft gate lets them pass."""
+    kernels: bool = False
+    """On a GPU, router and experts are computed by `longcat_core.kernels`."""
+
+    @classmethod
+    def read(cls, given: Any, prefix: str, option: str) -> Requested:
+        """
+        given: what was requested, by field; prefix: before a field's name, as typed; option: that the fields are in.
+
+        Raises:
+            ValueError: for another name or value.
+        """
+        names = [field.name for field in fields(cls)]
+        wanted = " or ".join(f"{prefix}{name}" for name in names)
+        if not isinstance(given, Mapping):
+            refuse([f"{option}: {given!r} for longcat, wanted {wanted} in it, each true or false"])
+        problems = [f"{prefix}{name}: wanted {wanted}; correct {option}" for name in given if name not in names]
+        problems += [
+            f"{prefix}{name}: {value!r}, wanted true or false; correct {option}"
+            for name, value in given.items()
+            if name in names and not isinstance(value, bool)
+        ]
+        refuse(problems)
+        return cls(**given)
+
+
+def refuse_what_the_own_class_lacks(
+    engine: str, reasons: Sequence[str], requested: Requested, options: Mapping[str, str]
+) -> None:
+    """A request must not be lost where a model is left to the engine's own class.
+
+    options: of each field of `Requested`, as typed.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    why = "; ".join(reasons)
+    refuse(
+        [
+            f"{option}: {engine}'s own class, which serves here as {why}, does not have it; leave it out"
+            for name, option in options.items()
+            if getattr(requested, name)
+        ]
+    )

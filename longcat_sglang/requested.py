@@ -1,0 +1,37 @@
+"""What a user requests of longcat-serving itself, in SGLang's option that takes fields of any name."""
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from longcat_core.plugin.requested import Requested
+from longcat_sglang.engine import OWN_CLASS
+
+OPTIONS = {
+    "draft_gate": """--json-model-override-args '{"longcat_draft_gate": true}'""",
+    "kernels": """--json-model-override-args '{"longcat_kernels": true}'""",
+}
+"""As typed, by field of `Requested`. No other option of SGLang takes fields of any name, and reaches all processes."""
+_PREFIX = "longcat_"
+
+
+def of(settings: Any) -> Requested:
+    """
+    settings: SGLang's `ServerArgs`, or what it has made of them.
+
+    Raises:
+        ValueError: for another name or value.
+    """
+    given = json.loads(settings.json_model_override_args)
+    ours = {name: given[name] for name in given if name.startswith(_PREFIX) and name != OWN_CLASS}
+    ours = {name.removeprefix(_PREFIX): value for name, value in ours.items()}
+    return Requested.read(ours, _PREFIX, "--json-model-override-args")
+
+
+def current() -> Requested:
+    """Of the model that is built now."""
+    from sglang.srt.runtime_context import get_server_args
+
+    return of(get_server_args())
