@@ -27,7 +27,7 @@ def of(settings: Any) -> Requested:
     given = json.loads(settings.json_model_override_args)
     ours = {name: given[name] for name in given if name.startswith(_PREFIX) and name != OWN_CLASS}
     ours = {name.removeprefix(_PREFIX): value for name, value in ours.items()}
-    return Requested.read(ours, _PREFIX, "--json-model-override-args")
+    return Requested.read(ours, OPTIONS, _PREFIX, "--json-model-override-args")
 
 
 def current() -> Requested:

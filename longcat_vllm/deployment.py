@@ -126,9 +126,13 @@ def _unsupported(vllm_config: VllmConfig) -> list[str]:
     problems += adapters.unsupported(vllm_config.lora_config)
     problems += loading.unsupported(vllm_config)
     problems += devices.current().unsupported(vllm_config)
-    if requested.of(vllm_config).kernels:
-        obstacles = devices.current().obstacles_to_kernels(vllm_config)
+    asked, device = requested.of(vllm_config), devices.current()
+    if asked.kernels:
+        obstacles = device.obstacles_to_kernels(vllm_config)
         problems += [f"{requested.OPTIONS['kernels']}: {obstacle}; or leave the kernels out" for obstacle in obstacles]
+    if asked.flashinfer_mla:
+        obstacles = device.obstacles_to_flashinfer_mla(vllm_config)
+        problems += [f"{requested.OPTIONS['flashinfer_mla']}: {obstacle}; or leave it out" for obstacle in obstacles]
     problems += _unsupported_parallelism(parallel)
     problems += _unsupported_experts(vllm_config)
     return problems

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 OPTIONS = {
     "draft_gate": """--additional-config '{"longcat": {"draft_gate": true}}'""",
     "kernels": """--additional-config '{"longcat": {"kernels": true}}'""",
+    "flashinfer_mla": """--additional-config '{"longcat": {"flashinfer_mla": true}}'""",
 }
 """As typed, by field of `Requested`."""
 
@@ -24,7 +25,7 @@ def of(vllm_config: VllmConfig) -> Requested:
     """
     given = vllm_config.additional_config
     ours = given.get("longcat", {}) if isinstance(given, dict) else {}
-    return Requested.read(ours, "longcat.", "--additional-config")
+    return Requested.read(ours, OPTIONS, "longcat.", "--additional-config")
 
 
 def current() -> Requested:

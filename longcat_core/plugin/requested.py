@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from longcat_core.plugin.engine import refuse
@@ -16,16 +16,18 @@ class Requested:
     """Drafts are verified only where the checkpoint's draft gate lets them pass."""
     kernels: bool = False
     """On a GPU, router and experts are computed by `longcat_core.kernels`."""
+    flashinfer_mla: bool = False
+    """On Hopper, decode steps attend by FlashInfer's MLA. SGLang has an option of its own for that."""
 
     @classmethod
-    def read(cls, given: Any, prefix: str, option: str) -> Requested:
+    def read(cls, given: Any, names: Collection[str], prefix: str, option: str) -> Requested:
         """
-        given: what was requested, by field; prefix: before a field's name, as typed; option: that the fields are in.
+        given: what was requested, by field; names: of the fields that the engine knows; prefix: before a field's name,
+        as typed; option: that the fields are in.
 
         Raises:
             ValueError: for another name or value.
         """
-        names = [field.name for field in fields(cls)]
         wanted = " or ".join(f"{prefix}{name}" for name in names)
         if not isinstance(given, Mapping):
             refuse([f"{option}: {given!r} for longcat, wanted {wanted} in it, each true or false"])

@@ -80,5 +80,9 @@ class Device(ABC):
         """Why core's kernels cannot be used here, with these options."""
 
     @abstractmethod
+    def obstacles_to_flashinfer_mla(self, vllm_config: VllmConfig) -> list[str]:
+        """Why FlashInfer's MLA cannot be used here, with these options."""
+
+    @abstractmethod
     def implementations(self, config: LongcatConfig | None) -> list[Finding]:
         """Which attention and experts a model gets here, for `longcat doctor`; without `config`, with Chat's sizes."""

@@ -4,14 +4,23 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import vllm.utils.flashinfer
 from torch import Tensor
 
+from longcat_core import spellings
+from longcat_core.plugin.requested import Requested
+from longcat_vllm import requested
+from longcat_vllm.devices.cuda import device
 from longcat_vllm.devices.cuda.decode_plan import DecodePlans, DecodeSizes, DecodeStep, shorten
+from tests.cases import DEFAULT, Case
+from tests.engines.test_bad_checkpoints import CASE, refusal
 from tests.vllm import flashinfer_mla
 
 LATENT, ROPE, PAGE, HEADS, DRAFTS, MAX_PAGES = 8, 4, 16, 64, 3, 64
@@ -151,3 +160,55 @@ def test_a_step_may_have_any_number_of_requests_up_to_the_limit() -> None:
 def test_another_layout_of_the_plan_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"plan has 19 fields, wanted 18 as in FlashInfer 0\.7"):
         shorten([0] * 19, torch.zeros(8, dtype=torch.uint8), torch.zeros(2).int(), torch.zeros(1).int())
+
+
+# -- the option --------------------------------------------------------------------------------------------
+
+
+HOPPER, BLACKWELL = (9, 0), (10, 0)
+
+
+def obstacles(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None, is_installed: bool = True, **options: object
+) -> list[str]:
+    config = replace(DEFAULT, kv_lora_rank=512, qk_rope_head_dim=64)
+    monkeypatch.setattr(device, "capability", lambda: capability)
+    monkeypatch.setattr(vllm.utils.flashinfer, "has_flashinfer", lambda: is_installed)
+    hf_config = spellings.published(options.pop("config", config))
+    asked = SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=hf_config),
+        attention_config=SimpleNamespace(backend=options.pop("backend", None)),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=options.pop("dcp", 1)),
+    )
+    return device.Cuda().obstacles_to_flashinfer_mla(asked)
+
+
+def test_the_backend_is_used_on_request_on_hopper_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from longcat_vllm.devices.cuda.attention import FlashInferPagedMLABackend
+
+    assert device.Cuda().attention_backend() is None
+    monkeypatch.setattr(requested, "current", lambda: Requested(flashinfer_mla=True))
+    assert device.Cuda().attention_backend() is FlashInferPagedMLABackend
+    assert obstacles(monkeypatch, HOPPER) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"capability": BLACKWELL}, "compute capability 10.0, wanted Hopper's"),
+        ({"capability": None}, "no GPU of NVIDIA's, wanted Hopper's"),
+        ({"is_installed": False}, "vLLM finds no FlashInfer; install flashinfer-python"),
+        ({"config": DEFAULT}, f"latent {DEFAULT.kv_lora_rank} and rope {DEFAULT.qk_rope_head_dim}, wanted 512 and 64"),
+        ({"backend": SimpleNamespace(name="FLASHMLA")}, "attention_backend is FLASHMLA; leave --attention-backend out"),
+        ({"dcp": 2}, "decode_context_parallel_size is 2, wanted 1"),
+    ],
+    ids=lambda value: value[:20] if isinstance(value, str) else "",
+)
+def test_what_it_cannot_serve_is_said(given: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (problem,) = obstacles(monkeypatch, **{"capability": HOPPER, **given})
+    assert message in problem
+
+
+def test_on_a_cpu_it_is_refused(checkpoint_of: Callable[[Case], Path]) -> None:
+    message = refusal(checkpoint_of(CASE), additional_config={"longcat": {"flashinfer_mla": True}})
+    assert '"flashinfer_mla": true}}\': it is for NVIDIA GPUs, and this is a CPU; or leave it out' in message

@@ -231,7 +231,7 @@ def test_a_gate_that_the_own_class_does_not_have_is_not_lost_without_a_word(
     arguments = {"additional_config": {"longcat": {"draft_gate": asks_for_gate}}}
     if asks_for_gate:
         message = refusal(checkpoint_of(CASE), **arguments)
-        assert "vLLM's own class, which serves here as it is quantised, has no draft gate; leave it out" in message
+        assert "vLLM's own class, which serves here as it is quantised, does not have it; leave it out" in message
     else:
         with caplog.at_level("WARNING"):
             configure(checkpoint_of(CASE), **arguments)

@@ -88,6 +88,9 @@ class Cpu(Device):
     def obstacles_to_kernels(self, vllm_config: VllmConfig) -> list[str]:
         return ["they are for NVIDIA GPUs, and this is a CPU"]
 
+    def obstacles_to_flashinfer_mla(self, vllm_config: VllmConfig) -> list[str]:
+        return ["it is for NVIDIA GPUs, and this is a CPU"]
+
     def implementations(self, config: LongcatConfig | None) -> list[Finding]:
         import torch
 

@@ -25,7 +25,7 @@ from vllm.model_executor.layers.attention.mla_attention import (
 from vllm.platforms.interface import DeviceCapability
 from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionLayer, CommonAttentionMetadata, MultipleOf
-from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
 from longcat_core.weights.blocks import FP8
 from longcat_vllm.devices.cuda.decode_plan import DecodePlans, DecodeSizes, DecodeStep
@@ -36,7 +36,7 @@ class FlashInferPagedMLABackend(MLACommonBackend):
     supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = ["auto", "float16", "bfloat16", "fp8", "fp8_e4m3"]
 
     @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: AttentionSpec | None = None) -> list[int | MultipleOf]:
+    def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list[int | MultipleOf]:
         return [MultipleOf(16)]
 
     @staticmethod
@@ -80,7 +80,8 @@ class FlashInferPagedMLABuilder(MLACommonMetadataBuilder[MLACommonMetadata[Decod
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
         captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
-        drafts, dtype = vllm_config.num_speculative_tokens, vllm_config.model_config.dtype
+        drafts = vllm_config.num_speculative_tokens
+        dtype: Any = vllm_config.model_config.dtype
         self._plans = DecodePlans(
             DecodeSizes(
                 num_heads=self.num_heads,

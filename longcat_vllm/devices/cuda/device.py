@@ -26,18 +26,27 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+    from vllm.v1.attention.backend import AttentionBackend
 
 TRANSPORTS = ("allgather_reducescatter", "deepep_high_throughput")
 """Values of --all2all-backend of which it is known what they do with an id of -1: they hand it on, or make it an expert
 of another rank, which the expert map drops (prepare_finalize/naive_dp_ep.py and deepep_ht.py in vLLM 0.32)."""
+
+HOPPER = 9
+FLASHINFER_MLA_DIMS = (512, 64)
+"""Latent and rope dimension for which FlashInfer's kernels for Hopper were compiled."""
 
 TRANSPORT_OF_KERNELS = "allgather_reducescatter"
 """The value of --all2all-backend with which our kernels get choices as the router makes them: vLLM's default."""
 
 
 class Cuda(Device):
-    def attention_backend(self) -> None:
-        return None
+    def attention_backend(self) -> type[AttentionBackend] | None:
+        if not requested.current().flashinfer_mla:
+            return None
+        from longcat_vllm.devices.cuda.attention import FlashInferPagedMLABackend
+
+        return FlashInferPagedMLABackend
 
     def fp8_kernels(self, dtype: torch.dtype) -> Fp8Kernels:
         return VllmFp8Kernels()
@@ -116,6 +125,32 @@ class Cuda(Device):
             obstacles.append(f"all2all_backend is {transport!r}, {wanted}")
         if envs.VLLM_BATCH_INVARIANT:
             obstacles.append("VLLM_BATCH_INVARIANT is set, and tiles depend on the batch; unset it")
+        return obstacles
+
+    def obstacles_to_flashinfer_mla(self, vllm_config: VllmConfig) -> list[str]:
+        from vllm import envs
+        from vllm.utils.flashinfer import has_flashinfer
+
+        model: Any = vllm_config.model_config
+        config = spellings.read(model.hf_config)
+        obstacles = []
+        found = capability()
+        if found is None or found[0] != HOPPER:
+            name = "no GPU of NVIDIA's" if found is None else f"compute capability {found[0]}.{found[1]}"
+            obstacles.append(
+                f"{name}, wanted Hopper's, 9.0; on Blackwell vLLM's own choice is FlashInfer's MLA already"
+            )
+        if not has_flashinfer():
+            obstacles.append("vLLM finds no FlashInfer; install flashinfer-python in the version that vLLM requires")
+        if (config.kv_lora_rank, config.qk_rope_head_dim) != FLASHINFER_MLA_DIMS:
+            found_dims = f"latent {config.kv_lora_rank} and rope {config.qk_rope_head_dim}"
+            obstacles.append(f"{found_dims}, wanted {FLASHINFER_MLA_DIMS[0]} and {FLASHINFER_MLA_DIMS[1]}")
+        if (backend := vllm_config.attention_config.backend) is not None:
+            obstacles.append(f"attention_backend is {backend.name}; leave --attention-backend out")
+        if (ranks := vllm_config.parallel_config.decode_context_parallel_size) > 1:
+            obstacles.append(f"decode_context_parallel_size is {ranks}, wanted 1")
+        if envs.VLLM_BATCH_INVARIANT:
+            obstacles.append("VLLM_BATCH_INVARIANT is set, and the work is split by the batch; unset it")
         return obstacles
 
     def implementations(self, config: LongcatConfig | None) -> list[Finding]:

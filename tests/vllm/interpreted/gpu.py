@@ -70,9 +70,7 @@ def moe_align_block_size(
         experts_ids[start // block_size : end // block_size] = expert
 
 
-def moe_sum(
-    outputs: Tensor, result: Tensor, topk_ids: Tensor | None = None, expert_map: Tensor | None = None
-) -> None:
+def moe_sum(outputs: Tensor, result: Tensor, topk_ids: Tensor | None = None, expert_map: Tensor | None = None) -> None:
     """Rows of other choices are not read: NaN in them does not reach the sum."""
     if topk_ids is not None:
         is_skipped = local_experts(topk_ids, expert_map, 1 << 30 if expert_map is None else len(expert_map)) < 0
