@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sglang.srt.layers.moe.moe_runner.base import DispatchMoeRunnerCore, MoeQuantInfo, MoeRunnerConfig
 from sglang.srt.layers.moe.moe_runner.runner import MoeRunner, register_moe_runner_core
@@ -19,7 +19,9 @@ from sglang.srt.utils import get_device_name
 
 from longcat_core.kernels import operators
 from longcat_core.kernels.experts import ExpertWeights
-from longcat_sglang.quantization import LongcatFp8Config
+
+if TYPE_CHECKING:
+    from longcat_sglang.quantization import LongcatFp8Config
 
 BACKEND = RegisteredMoeRunnerBackend("longcat")
 
