@@ -25,7 +25,6 @@ class MissingError(RuntimeError):
     """Something that a case needs is not here: it is measured when the record is gone on with where it is."""
 
 
-
 @dataclass(frozen=True)
 class Case:
     """One row of a stage."""

@@ -22,7 +22,7 @@ class WrongResultError(ValueError):
 
 
 def truth(batch: Batch, weights: ExpertWeights) -> Tensor:
-    """fp32 [R, H]: the layer, with activations rounded to FP8 where the kernels round them, and nothing else rounded."""
+    """fp32 [R, H]: the layer, with activations rounded to FP8 where the kernels round them, and nothing else."""
     rounded = _rounded_to_fp8 if weights.is_fp8 else torch.Tensor.float
     ffn = ffn_by_expert(
         weights.w2.shape[0],

@@ -15,9 +15,8 @@ from longcat_core.layers.routing import Routing, route
 from longcat_core.weights.blocks import FP8, quantize_blocks, scale_shape
 
 ROUTINGS = ("random", "skewed")
-SKEW = 1.0
-"""Standard deviation of what a skewed router adds to the logits of an expert, whatever the token: with it the busiest of
-512 experts has about 15 times the mean."""
+SKEW = 0.5
+"""Standard deviation of what a skewed router adds to the logits of an expert, whatever the token."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def random_weights(config: LongcatConfig, experts: int, precision: str, device: 
 def random_batch(
     config: LongcatConfig, deployment: Deployment, tokens: int, kind: str, is_remapped: bool, device: torch.device
 ) -> Batch:
-    """is_remapped: each choice of a zero expert is one of some FFN expert, whose weight is 0, so that it is computed."""
+    """is_remapped: each choice of a zero expert is one of some FFN expert with the weight 0, so that it is computed."""
     generator = torch.Generator(device).manual_seed(tokens)
     experts, local = config.n_routed_experts, deployment.local_experts
     ranks = experts // local
@@ -138,11 +137,6 @@ def spread(ids: Tensor, experts: int) -> Tensor:
     """ids of -1 replaced by FFN experts in turn, so that all of them get as many."""
     in_turn = (torch.arange(ids.numel(), device=ids.device, dtype=torch.int32) * 5 % experts).view_as(ids)
     return torch.where(ids >= 0, ids, in_turn)
-
-
-def to_expert_0(ids: Tensor) -> Tensor:
-    """ids of -1 replaced by expert 0, as vLLM's own class does."""
-    return ids.clamp(min=0)
 
 
 def cost(batch: Batch, weights: ExpertWeights) -> Cost:

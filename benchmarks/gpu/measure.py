@@ -4,8 +4,8 @@
     python -m benchmarks.gpu.report h100.json
 
 Stages run in order of value, each in a process of its own with a limit of time. What is measured is in the file at
-once; a stage that fails or is cut off leaves its rows, and the next one starts. Called again with the same file, it goes
-on where it ended. It needs torch, Triton and this repository; what needs vLLM says so where there is none.
+once; a stage that fails or is cut off leaves its rows, and the next one starts. Called again with the same file, it
+goes on where it ended. It needs torch, Triton and this repository; what needs vLLM says so where there is none.
 """
 # SPDX-License-Identifier: Apache-2.0
 
@@ -28,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+PRELOADED = ["benchmarks.gpu.worker"]
+"""Imported once, by the process that the stages' processes are forked from: it never touches the device."""
 _LEAST_SECONDS = 5.0
 """A stage is not started with less."""
 
@@ -64,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
         record["stages"].pop(name, None)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["benchmarks.gpu.worker"])
+    processes.set_forkserver_preload(PRELOADED)
     for stage in STAGES:
         if options.only and stage.name not in options.only:
             continue
@@ -138,7 +140,7 @@ def kernels_digest() -> str:
 
 
 def _run(name: str, end: float, record: dict[str, Any], path: Path, processes: ForkServerContext) -> None:
-    """Run a stage until it is complete or its time is up; after an error that lost the device, go on in a new process."""
+    """Run a stage until it is complete or its time is up; after an error that lost the device, in a new process."""
     of_stage, started = record["stages"][name], time.monotonic()
     before = of_stage["seconds"]
     of_stage["state"] = "cut off"

@@ -1,9 +1,10 @@
-"""vLLM end to end, once, in this process: the rate of decoding at some batch sizes, and of prefill, with random weights.
+"""vLLM end to end, once, in this process, with random weights: the rates of decoding at some sizes, and of prefill.
 
     python -m benchmarks.gpu.serve DIR plugin
-    python -m benchmarks.gpu.serve DIR in-tree
+    python -m benchmarks.gpu.serve DIR in-tree '{"dtype": "bfloat16"}'
 
-DIR has a config.json. The last line of the output is the figures as JSON. Started by the stage `vllm`.
+DIR has a config.json, the last argument is for vLLM's `LLM`. The last line of the output is the figures as JSON.
+Started by the stage `vllm`.
 """
 # SPDX-License-Identifier: Apache-2.0
 
@@ -22,7 +23,7 @@ PREFILL = 4096
 ROUNDS = 3
 
 
-def main(directory: str, which: str) -> None:
+def main(directory: str, which: str, settings: dict[str, Any]) -> None:
     os.environ.update(VLLM_PLUGINS="", VLLM_ENABLE_V1_MULTIPROCESSING="0")
     if which == "plugin":
         import longcat_vllm
@@ -31,7 +32,6 @@ def main(directory: str, which: str) -> None:
     started = time.perf_counter()
     from vllm import LLM, SamplingParams
 
-    settings: dict[str, Any] = json.loads(os.environ.get("LONGCAT_SERVE", "{}"))
     batches: list[int] = settings.pop("batches", list(BATCHES))
     prefill: int = settings.pop("prefill", PREFILL)
     served = LLM(
@@ -65,4 +65,4 @@ def main(directory: str, which: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]) if sys.argv[3:] else {})

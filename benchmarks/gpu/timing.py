@@ -45,9 +45,9 @@ class GraphTimer:
     back while the call runs. Both graphs have the reads, and their difference is the calls'.
     """
 
-    def __init__(self, read_bytes: int) -> None:
-        self._read = torch.zeros(read_bytes // 4, dtype=torch.float32, device="cuda")
-        self._sum = torch.empty((), dtype=torch.float32, device="cuda")
+    def __init__(self, read_bytes: int, device: torch.device) -> None:
+        self._read = torch.zeros(read_bytes // 4, dtype=torch.float32, device=device)
+        self._sum = torch.empty((), dtype=torch.float32, device=device)
         self._without = cache(self._graph_without)
 
     def __call__(self, call: Callable[[], object]) -> Timing:
@@ -97,7 +97,7 @@ class ClockTimer:
 
 
 def timer(device: torch.device, read_bytes: int) -> Timer:
-    return GraphTimer(read_bytes) if device.type == "cuda" else ClockTimer()
+    return GraphTimer(read_bytes, device) if device.type == "cuda" else ClockTimer()
 
 
 def _summary(us: list[float], calls: int) -> Timing:

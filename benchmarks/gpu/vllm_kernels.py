@@ -19,7 +19,6 @@ from longcat_core.kernels.experts import ExpertWeights
 from longcat_core.layers.experts import add_identity
 from longcat_core.layers.routing import Routing
 
-
 _CACHE_BLOCK = 64
 """Tokens of a block of the cache."""
 
@@ -29,6 +28,8 @@ def require() -> None:
     Raises:
         MissingError: if vLLM's MoE kernels cannot be used here.
     """
+    if not torch.cuda.is_available():
+        raise MissingError("vLLM's kernels are measured on a GPU alone")
     if find_spec("vllm") is None:
         raise MissingError("vLLM is not installed here: put it on PYTHONPATH to measure its kernels")
     try:

@@ -1,4 +1,4 @@
-"""Which device this is, and what it reaches: memory, tensor cores, a launch. The floors of other stages are from these."""
+"""Which device this is, and what memory, tensor cores and a launch reach: what the floors are made of."""
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations

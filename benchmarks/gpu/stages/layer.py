@@ -17,7 +17,7 @@ from benchmarks.gpu.layer_moe import our_moe, reference_moe, vllm_moe
 from benchmarks.gpu.vllm_kernels import FlashAttention3
 
 LIMIT = 0.1
-"""Of the worst token's error: where two experts are nearly alike, a router in another precision may choose the other."""
+"""Of the worst token's error: of two experts that are nearly alike, another router may choose the other one."""
 
 
 def stage(context: Context) -> Iterator[Row]:

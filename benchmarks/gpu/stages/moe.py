@@ -1,4 +1,4 @@
-"""The MoE layer after its router: our kernels, and vLLM's Triton with zero experts' slots dropped and with all computed."""
+"""The MoE layer after its router: our kernels, and vLLM's Triton with slots dropped and with all computed."""
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations

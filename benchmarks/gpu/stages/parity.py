@@ -20,7 +20,7 @@ ENGINE_TESTS = ("tests/engines/test_cuda.py",)
 
 
 def kernels(context: Context) -> Iterator[Row]:
-    """`tests/kernels` on the device, in as many processes as there is pytest-xdist for: most of their time is compiling."""
+    """`tests/kernels` on the device, in several processes where pytest-xdist is: most of their time is compiling."""
     where = "LONGCAT_KERNELS_ON_GPU" if context.device.type == "cuda" else "TRITON_INTERPRET"
     folder = ROOT / "tests/kernels"
     spread = ["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") and context.device.type == "cuda" else []

@@ -27,14 +27,16 @@ from longcat_core.layers.routing import Routing
 _BLOCK_ROWS = 16
 Kernels = dict[str, Callable[[], Any]]
 """By name: a call that gives the result in one form for all kernels of a piece."""
+Piece = Callable[[str], tuple[Callable[[], Any], Callable[[Any], None]]]
+"""A kernel's name to its call, and to what raises WrongResultError for a wrong result."""
 
 
 def stage(context: Context) -> Iterator[Row]:
     for tokens in context.sizes.tokens:
-        yield from rows(_cases(context, tokens), context)
+        yield from rows(cases(context, tokens), context)
 
 
-def _cases(context: Context, tokens: int) -> Iterator[Case]:
+def cases(context: Context, tokens: int) -> Iterator[Case]:
     for piece, of_piece in PIECES.items():
         make = partial(of_piece, context, tokens)
         for kernel in KERNELS[piece]:
@@ -43,7 +45,7 @@ def _cases(context: Context, tokens: int) -> Iterator[Case]:
                 yield Case(fields, partial(_timed, context, make, kernel))
 
 
-def _timed(context: Context, make: Callable[[str], tuple[Callable[[], Any], Callable[[Any], None]]], kernel: str) -> Any:
+def _timed(context: Context, make: Piece, kernel: str) -> dict[str, Any]:
     call, check = make(kernel)
     check(call())
     return asdict(context.timer(call))

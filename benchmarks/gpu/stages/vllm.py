@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -33,9 +32,8 @@ def _run(context: Context, model: str) -> dict[str, Any]:
     require()
     with tempfile.TemporaryDirectory() as directory:
         write_config(config, Path(directory))
-        command = [sys.executable, "-m", "benchmarks.gpu.serve", directory, model]
-        environment = {**os.environ, "LONGCAT_SERVE": json.dumps({"dtype": "bfloat16"})}
-        run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        command = [sys.executable, "-m", "benchmarks.gpu.serve", directory, model, json.dumps({"dtype": "bfloat16"})]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if run.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {run.returncode}: {run.stderr[-2500:]}")
     figures: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
