@@ -1,29 +1,21 @@
-"""vLLM's side of the benchmarks in Triton's interpreter, in a process of its own: what is asked of vLLM is what it takes.
+"""vLLM's side of the benchmarks in Triton's interpreter, in a process of its own: is vLLM called as it wants to be?
 
-Prints, as JSON, the worst token's error of each case. vLLM's compiled operators are stood in for by torch's, as the
-CPU build has none of them; its Triton kernels and the Python around them are its own.
+Prints, as JSON, the worst token's error of each case, what came of small kernels, and tiles. vLLM's compiled operators
+are stood in for by torch's, as its CPU build has none of them; its Triton kernels and the Python around them are its
+own. Wants `ENVIRONMENT`.
 """
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
 import json
-import os
 import sys
+from dataclasses import replace
 from types import ModuleType
-
-os.environ.update(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="", VLLM_PLUGINS="", VLLM_LOGGING_LEVEL="ERROR")
 
 import torch
 import torch.nn.functional as F
-import vllm.platforms
 from torch import Tensor
-
-vllm.platforms.vllm_version_matches_substr = lambda _: False  # "cpu" in its version has vLLM leave Triton out
-sys.modules["vllm._C"] = ModuleType("vllm._C")  # operators for a CPU, which may be none that this one runs
-
-from vllm.model_executor.layers.fused_moe import fused_moe
-from vllm.triton_utils import HAS_TRITON
 
 from benchmarks.gpu import vllm_kernels
 from benchmarks.gpu.cases import Context, rows
@@ -37,6 +29,12 @@ from longcat_core.kernels.arrange import arrange_reference
 from longcat_core.weights.blocks import quantize_blocks
 from tests.kernels import interpreter
 
+ENVIRONMENT = {
+    "TRITON_INTERPRET": "1",
+    "CUDA_VISIBLE_DEVICES": "",  # vLLM keeps Triton although no driver is active
+    "VLLM_PLUGINS": "",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
 CPU = torch.device("cpu")
 LIBRARIES = [torch.library.Library(name, "FRAGMENT") for name in ("_moe_C", "_C")]
 """Kept, as operators are gone with their library."""
@@ -48,8 +46,8 @@ def local_experts(ids: Tensor, expert_map: Tensor | None) -> Tensor:
 
 
 def moe_align_block_size(
-    ids: Tensor, experts: int, block: int, slots: Tensor, blocks: Tensor, used: Tensor, expert_map: Tensor | None = None,
-    scatter: Tensor | None = None,
+    ids: Tensor, experts: int, block: int, slots: Tensor, blocks: Tensor, used: Tensor,
+    expert_map: Tensor | None = None, scatter: Tensor | None = None,
 ) -> None:  # fmt: skip
     found, of_blocks, rows = arrange_reference(local_experts(ids, expert_map).int(), experts, block)
     slots.fill_(ids.numel())
@@ -131,7 +129,9 @@ def errors() -> dict[str, float]:
 
 def pieces_of_vllm() -> dict[str, str]:
     """What comes of vLLM's kernel for each piece: "result", or what went wrong."""
-    context = Context(TINY, CPU, "interpreter", ClockTimer(), frozenset())
+    # vLLM's kernel of zero experts does 256 columns at a time, and leaves out what is over.
+    sizes = replace(TINY, config=replace(TINY.config, hidden_size=256))
+    context = Context(sizes, CPU, "interpreter", ClockTimer(), frozenset())
     cases = [case for case in pieces.cases(context, 3) if case.fields["kernel"] == "vLLM"]
     return {
         row["case"]["piece"]: "result" if "result" in row else (row.get("wrong") or row["error"])
@@ -139,22 +139,36 @@ def pieces_of_vllm() -> dict[str, str]:
     }
 
 
-def main() -> None:
-    assert HAS_TRITON
-    interpreter.repair()
-    torch.set_num_threads(1)
-    define()
-    vllm_kernels.require = lambda: None  # it asks for a GPU
-    fused_moe.get_device_name_as_file_name = lambda *_: "NVIDIA_H100_80GB_HBM3"
-    tiles = {}
+def tiles() -> dict[str, list[tuple[int, int]]]:
+    """Rows and columns: those that times are computed with, and vLLM's."""
+    from vllm.model_executor.layers.fused_moe.fused_moe import get_default_config
+
+    found = {}
     for precision, dtype, block in (("16 bit", None, None), ("fp8", "fp8_w8a8", [128, 128])):
         for tokens in (1, 8, 9, 32, 33, 64, 65, 96, 97, 512, 513, 8192):
-            theirs = fused_moe.get_default_config(tokens, 64, 2048, 6144, 12, dtype, block)
-            tiles[f"{precision}, {tokens} tokens"] = [
-                list(vllm_tile(precision, tokens)), [theirs["BLOCK_SIZE_M"], theirs["BLOCK_SIZE_N"]]
-            ]  # fmt: skip
-    print(json.dumps({"errors": errors(), "tiles": tiles, "pieces": pieces_of_vllm()}))
+            theirs = get_default_config(tokens, 64, 2048, 6144, 12, dtype, block)
+            both = [vllm_tile(precision, tokens), (theirs["BLOCK_SIZE_M"], theirs["BLOCK_SIZE_N"])]
+            found[f"{precision}, {tokens} tokens"] = both
+    return found
+
+
+def prepare() -> None:
+    """Before anything else of vLLM is imported."""
+    import vllm.platforms
+
+    vllm.platforms.vllm_version_matches_substr = lambda _: False  # "cpu" in its version has vLLM leave Triton out
+    sys.modules["vllm._C"] = ModuleType("vllm._C")  # operators for a CPU, which may be none that this one runs
+    define()
+    from vllm.model_executor.layers.fused_moe import fused_moe
+    from vllm.triton_utils import HAS_TRITON
+
+    assert HAS_TRITON
+    fused_moe.get_device_name_as_file_name = lambda *_: "NVIDIA_H100_80GB_HBM3"
+    vllm_kernels.require = lambda: None  # it asks for a GPU
+    interpreter.repair()
+    torch.set_num_threads(1)
 
 
 if __name__ == "__main__":
-    main()
+    prepare()
+    print(json.dumps({"errors": errors(), "tiles": tiles(), "pieces": pieces_of_vllm()}))

@@ -15,6 +15,7 @@ import pytest
 from benchmarks.gpu import vllm_kernels
 from benchmarks.gpu.cases import MissingError
 from benchmarks.gpu.checks import LIMITS
+from tests.benchmarks.interpreted_vllm import ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 def interpreted() -> dict[str, Any]:
     """A process of its own, as Triton is told of its interpreter, and vLLM of no platform, before they are imported."""
     command = [sys.executable, "-m", "tests.benchmarks.interpreted_vllm"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
