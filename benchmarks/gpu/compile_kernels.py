@@ -4,8 +4,8 @@
     .venv-sglang/bin/python -m benchmarks.gpu.compile_kernels
 
 write what the environment's Triton makes into compiled.json beside this file, or into a file that is named. Nothing is
-timed: registers, spills and shared memory say how many programs fit on a multiprocessor at once, and the instructions
-whether the tensor cores are used.
+timed: registers, spills and shared memory say how many programs fit on a multiprocessor at once, the instructions
+whether the tensor cores are used, and a tile's bytes and operations whether memory or arithmetic bounds it.
 """
 # SPDX-License-Identifier: Apache-2.0
 
@@ -38,6 +38,8 @@ from longcat_core.kernels.quantize import quantize
 from longcat_core.kernels.route import route
 from longcat_core.kernels.router_product import router_product
 from longcat_core.kernels.tiles import DEFAULT, TILES, Tile
+from longcat_core.planning.hardware import architecture
+from longcat_core.planning.occupancy import programs_at_once
 
 RESULTS = Path(__file__).with_name("compiled.json")
 ARCHITECTURES = (90, 100)
@@ -49,6 +51,8 @@ LOCAL = 64
 
 _BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
 _TENSOR_CORE = re.compile(r"\b(HMMA|QMMA|HGMMA|QGMMA|UTCHMMA|UTCQMMA)\b")
+_WEIGHT = {"gate_up_kernel": 2, "down_kernel": 2, "router_product_kernel": 1}
+"""Which argument of a product is a weight. gate_up multiplies by gate and up, the router by a high and a low part."""
 _TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -68,18 +72,34 @@ class Launch:
 
 
 @dataclass(frozen=True)
+class TileWork:
+    """One step along the depth of a product's tile."""
+
+    bytes: int
+    """That a step reads: rows and weights."""
+    operations: int
+    """Multiplications and additions on the tensor cores."""
+
+
+@dataclass(frozen=True)
 class MachineCode:
     """What the compiler made of a launch."""
 
+    warps: int
+    """Of a program."""
     registers: int
     """Of a thread; 255 is the most."""
     spilled_bytes: int
     """Of a thread: stack and local memory."""
     shared_bytes: int
     """Of a program."""
+    programs_at_once: int
+    """On a multiprocessor."""
     tensor_core: dict[str, int]
     """Instructions of tensor cores in the code, by name: HGMMA and QGMMA on sm_90, UTCHMMA and UTCQMMA on sm_100; HMMA
     and QMMA are those of older architectures, with less throughput."""
+    tile: TileWork | None
+    """None of what is no product."""
 
 
 @contextmanager
@@ -98,7 +118,7 @@ def recorded() -> Iterator[list[Launch]]:
         JITFunction.run = real
 
 
-def compiled(launch: Launch, architecture: int) -> MachineCode:
+def compiled(launch: Launch, target: int) -> MachineCode:
     """As the launch would compile it on such a GPU: integers of 1 are constants, divisors of 16 are known."""
     names = launch.kernel.arg_names
     given = dict(zip(names, launch.arguments, strict=False))
@@ -114,7 +134,7 @@ def compiled(launch: Launch, architecture: int) -> MachineCode:
                 divisible[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, divisible)
     options = {name: value for name, value in launch.options.items() if name in ("num_warps", "num_stages")}
-    kernel = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    kernel = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -122,7 +142,27 @@ def compiled(launch: Launch, architecture: int) -> MachineCode:
         code = _output("nvdisasm", "-c", file.name)
     assert usage is not None, "cuobjdump says nothing of registers"
     registers, stack, local = map(int, usage.groups())
-    return MachineCode(registers, stack + local, kernel.metadata.shared, dict(Counter(_TENSOR_CORE.findall(code))))
+    warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
+    return MachineCode(
+        warps=warps,
+        registers=registers,
+        spilled_bytes=stack + local,
+        shared_bytes=shared,
+        programs_at_once=programs_at_once(architecture(f"sm_{target}"), warps, registers, shared),
+        tensor_core=dict(Counter(_TENSOR_CORE.findall(code))),
+        tile=_tile_work(launch),
+    )
+
+
+def _tile_work(launch: Launch) -> TileWork | None:
+    if "block_depth" not in launch.options:
+        return None
+    rows, columns, depth = (launch.options[f"block_{side}"] for side in ("rows", "columns", "depth"))
+    of_rows, of_weights = launch.arguments[0].element_size(), launch.arguments[_WEIGHT[launch.kernel.__name__]]
+    weights = 1 if launch.kernel.__name__ == "down_kernel" else 2
+    products = weights + int(launch.options.get("is_split", False))  # rows in fp32 have a low part as well
+    read = rows * of_rows + columns * weights * of_weights.element_size()
+    return TileWork(bytes=read * depth, operations=2 * products * rows * columns * depth)
 
 
 def _type(value: Any) -> str:

@@ -120,6 +120,10 @@ def test_the_wheel_has_of_nano_what_is_served(files: set[str]) -> None:
     assert [name for name in files if name.endswith((".png", "record.json"))] == []
 
 
+def test_the_wheel_has_what_is_known_of_hardware(files: set[str]) -> None:
+    assert "longcat_core/planning/hardware.json" in files
+
+
 def test_a_source_distribution_can_be_tested(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
