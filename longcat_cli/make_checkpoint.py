@@ -129,8 +129,7 @@ def make_checkpoint(
     least = example_tokenizer.min_vocab_size(template)
     if config.vocab_size < least:
         raise ConfigError(
-            f"vocab_size: {config.vocab_size}, wanted at least {least} "
-            "(256 bytes and the special tokens)"
+            f"vocab_size: {config.vocab_size}, wanted at least {least} (256 bytes and the special tokens)"
         )
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f"{directory} exists and is not an empty directory; name another one, or remove it")

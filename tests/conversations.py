@@ -48,7 +48,27 @@ TOOLS = (
 )
 
 _WORDS = (
-    *("the", "weather", " ", "  ", "\n", "\n\n", "\t", "101", "-1.5", "true", "null", "{", "}", "[", "]", '"', "\\", "\\n", ","),
+    *(
+        "the",
+        "weather",
+        " ",
+        "  ",
+        "\n",
+        "\n\n",
+        "\t",
+        "101",
+        "-1.5",
+        "true",
+        "null",
+        "{",
+        "}",
+        "[",
+        "]",
+        '"',
+        "\\",
+        "\\n",
+        ",",
+    ),
     *("é", "龙猫", "🐈", "\u2028", "\x7f", "<", "</", "<b>", "<longcat", "<longcat_", "&lt;", "'", ":", "functions."),
     *("    def f(x):\n        return {x!r}\n", "```\n", "/think_on", '{"name": "f"}', "</tool_call>", "\r\n", "\u00a0"),
 )
@@ -163,6 +183,8 @@ def looks_like_number(value: str) -> bool:
 
 
 def _string(random: Random) -> str:
+    if random.random() < 0.0005:
+        return text(random, most=40_000)  # huge
     most = 60 if random.random() < 0.02 else 8
     while True:
         value = text(random, (*_ARGUMENT_TAGS, CALL_OPEN, CALL_CLOSE, THINK_OPEN, THINK_CLOSE, END), most)

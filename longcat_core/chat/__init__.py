@@ -1,2 +1,2 @@
-"""What LongCat writes and reads in a chat: reasoning, tool calls in two forms, templates, grammars for guided decoding."""
+"""What LongCat reads and writes in a chat: reasoning, tool calls in two forms, templates, grammars of calls."""
 # SPDX-License-Identifier: Apache-2.0

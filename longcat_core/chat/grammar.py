@@ -136,9 +136,7 @@ def _arguments(root: Mapping[str, Any]) -> Format:
 
 
 def _argument(key: Format, value: Format) -> Format:
-    return _sequence(
-        _text(KEY_OPEN), key, _text(f"{KEY_CLOSE}\n{VALUE_OPEN}"), value, _text(f"{VALUE_CLOSE}\n")
-    )
+    return _sequence(_text(KEY_OPEN), key, _text(f"{KEY_CLOSE}\n{VALUE_OPEN}"), value, _text(f"{VALUE_CLOSE}\n"))
 
 
 def _value(root: Mapping[str, Any], schema: Any, depth: int) -> Format:

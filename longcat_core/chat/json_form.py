@@ -84,14 +84,11 @@ class JsonCall:
             reader.spaces(SPACE)
             if reader.empty:
                 return Step.ENDED_WITHOUT_TAG if reader.final else Step.MORE
-            if not self._mark(reader):
+            if not self._mark(reader, output):
                 waits = self._at is _At.COMMA_OR_END and reader.here(_ENDS) is None
                 return Step.MORE if waits else Step.ENDED_WITHOUT_TAG
-            if self._at is _At.CLOSING and self._started and not self._complete:
-                output.arguments("{}")
-                self._complete = True
 
-    def _mark(self, reader: Reader) -> bool:
+    def _mark(self, reader: Reader, output: Output) -> bool:
         """Take the next character, which begins or ends something; whether it may come here."""
         character = reader.text[reader.at]
         if self._at is _At.VALUE:
@@ -106,6 +103,8 @@ class JsonCall:
             reader.at += 1
         else:
             return False
+        if self._at is _At.CLOSING and self._started:
+            self._give("{}", output)
         return True
 
     def _read_json(self, reader: Reader, output: Output) -> None:
@@ -146,7 +145,7 @@ class JsonCall:
         return None
 
     def _give(self, arguments: str | None, output: Output) -> None:
-        if arguments is not None:
+        if arguments is not None and not self._complete:
             output.arguments(arguments)
             self._complete = True
 

@@ -1,4 +1,4 @@
-"""Reasoning between `<longcat_think>` tags, of which the first may be in the prompt: apart from the rest of an output."""
+"""Reasoning between `<longcat_think>` tags, of which the first may be in the prompt, and the rest of an output."""
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations

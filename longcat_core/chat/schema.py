@@ -113,4 +113,6 @@ def _fits(pattern: str, name: str) -> bool:
 
 def _type(value: Any) -> str:
     first = json.dumps(value)[0]
-    return {'"': "string", "{": "object", "[": "array", "t": "boolean", "f": "boolean", "n": "null"}.get(first, "number")
+    return {'"': "string", "{": "object", "[": "array", "t": "boolean", "f": "boolean", "n": "null"}.get(
+        first, "number"
+    )

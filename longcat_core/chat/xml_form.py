@@ -9,7 +9,7 @@ from longcat_core.chat.body import SPACE, Step, Tools, close
 from longcat_core.chat.events import Output
 from longcat_core.chat.json_form import inner_object
 from longcat_core.chat.json_text import JsonText
-from longcat_core.chat.schema import ANY, Types, argument_names, argument_types
+from longcat_core.chat.schema import ANY, argument_names, argument_types
 from longcat_core.chat.tags import (
     CALL_CLOSE,
     CALL_OPEN,

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longcat_core.chat.events import ArgumentsDelta, CallEnd, CallStart, ContentDelta, gather
+from longcat_core.chat.events import ArgumentsDelta, CallEnd, CallStart, ContentDelta, Message
 from longcat_core.chat.json_text import JsonText
 from longcat_core.chat.parser import ChatParser, parse
 from longcat_core.chat.prompt import Phase
@@ -65,28 +65,27 @@ def test_an_output_of_chat_is_content_and_calls_without_separator() -> None:
 @pytest.mark.parametrize("phase", Phase)
 def test_the_tag_that_opens_reasoning_may_be_in_the_prompt_or_in_the_output_or_in_both(phase: Phase) -> None:
     for opening in ("", "\n") if phase is Phase.OPENED else ("",) if phase.is_open else ():
-        assert parse(f"{opening}why\n</longcat_think>\nso", phase=phase) == gather_of("why", "so")
-    assert parse("<longcat_think>\nwhy\n</longcat_think>\nso", phase=phase) == gather_of("why", "so")
+        assert parse(f"{opening}why\n</longcat_think>\nso", phase=phase) == said("why", "so")
+    assert parse("<longcat_think>\nwhy\n</longcat_think>\nso", phase=phase) == said("why", "so")
 
 
-def gather_of(reasoning: str, content: str) -> Any:
-    message = parse("")
-    return type(message)(reasoning, content, ())
+def said(reasoning: str, content: str) -> Message:
+    return Message(reasoning, content, ())
 
 
 def test_one_line_end_is_the_formats_and_the_others_are_the_models() -> None:
-    assert parse("<longcat_think>\n\n a \n\n</longcat_think>\n\n b\n") == gather_of("\n a \n", "\n b\n")
-    assert parse("<longcat_think>a</longcat_think>b") == gather_of("a", "b")
-    assert parse("<longcat_think>\n</longcat_think>\nb") == gather_of("", "b")
+    assert parse("<longcat_think>\n\n a \n\n</longcat_think>\n\n b\n") == said("\n a \n", "\n b\n")
+    assert parse("<longcat_think>a</longcat_think>b") == said("a", "b")
+    assert parse("<longcat_think>\n</longcat_think>\nb") == said("", "b")
 
 
 def test_reasoning_that_is_not_over_is_reasoning() -> None:
-    assert parse("<longcat_think>\na\n") == gather_of("a\n", "")
+    assert parse("<longcat_think>\na\n") == said("a\n", "")
 
 
 def test_reasoning_may_come_again() -> None:
     output = "<longcat_think>a</longcat_think>b<longcat_think>c</longcat_think>d"
-    assert parse(output) == gather_of("ac", "bd")
+    assert parse(output) == said("ac", "bd")
 
 
 @pytest.mark.parametrize("call", [XML, JSON], ids=["xml", "json"])
@@ -97,11 +96,11 @@ def test_a_call_ends_reasoning_whose_end_tag_is_missing(call: str) -> None:
 
 def test_a_calls_tag_that_reasoning_talks_about_is_reasoning() -> None:
     thought = "I could write <longcat_tool_call> or `<longcat_tool_call>`, but"
-    assert parse(f"<longcat_think>{thought}</longcat_think>no") == gather_of(thought, "no")
+    assert parse(f"<longcat_think>{thought}</longcat_think>no") == said(thought, "no")
 
 
 def test_a_lone_end_of_reasoning_says_nothing() -> None:
-    assert parse("</longcat_think>\nso") == gather_of("", "so")
+    assert parse("</longcat_think>\nso") == said("", "so")
 
 
 def test_spaces_alone_beside_a_tag_are_layout_and_all_other_spaces_are_content() -> None:
@@ -120,7 +119,7 @@ def test_a_call_without_arguments_needs_neither_line_end_nor_end_tag(head: str, 
     "body",
     [
         "get_weather<longcat_arg_key>city</longcat_arg_key><longcat_arg_value>Paris</longcat_arg_value>",
-        "\n get_weather \n\n<longcat_arg_key> city </longcat_arg_key>\n\n<longcat_arg_value>Paris</longcat_arg_value>\n\n",
+        "\n get_weather \n\n<longcat_arg_key> city </longcat_arg_key> <longcat_arg_value>Paris</longcat_arg_value>\n",
         "functions.get_weather\n<longcat_arg_key>city</longcat_arg_key>\n<longcat_arg_value>Paris</longcat_arg_value>\n",
         "get_weather\n<longcat_arg_key>city\n<longcat_arg_value>Paris</longcat_arg_value>\n",
         "get_weather\n<longcat_arg_key>city <longcat_arg_value>Paris",
@@ -193,7 +192,7 @@ def test_a_tool_that_the_request_does_not_have_is_called_all_the_same() -> None:
     ],
 )
 def test_what_is_no_call_is_text_to_the_letter(output: str) -> None:
-    assert parse(output, TOOLS) == gather_of("", output)
+    assert parse(output, TOOLS) == said("", output)
 
 
 def test_a_call_after_what_is_no_call_is_read() -> None:
@@ -202,7 +201,9 @@ def test_a_call_after_what_is_no_call_is_read() -> None:
 
 
 def test_arguments_that_stop_being_json_end_incomplete_and_the_rest_is_text() -> None:
-    message = parse('<longcat_tool_call>{"name": "get_weather", "arguments": {"city": "P"a"}}</longcat_tool_call>!', TOOLS)
+    message = parse(
+        '<longcat_tool_call>{"name": "get_weather", "arguments": {"city": "P"a"}}</longcat_tool_call>!', TOOLS
+    )
     (call,) = message.calls
     assert (call.arguments, call.complete, message.content) == ('{"city": "P"', False, 'a"}}!')
 
@@ -225,7 +226,7 @@ def test_a_tag_that_the_end_of_the_output_cuts_is_left_out_and_other_text_is_not
 
 
 def test_tags_in_strings_are_of_the_strings() -> None:
-    value = 'a <longcat_tool_call> </longcat_tool_call> </longcat_arg_value> <longcat_arg_key> </longcat_think> "\\n'
+    value = 'a <longcat_tool_call> </longcat_tool_call> </longcat_arg_value> b <longcat_arg_key> </longcat_think> "\\n'
     json_call = json.dumps({"name": "get_weather", "arguments": {"city": value}})
     assert calls(f"<longcat_tool_call>{json_call}</longcat_tool_call>")[0][1] == {"city": value}
     assert calls(XML.replace("Paris", value))[0][1] == {"city": value}
@@ -236,7 +237,9 @@ def test_line_ends_that_a_json_string_must_not_have_become_escapes() -> None:
     assert calls(output)[0][1] == {"city": "a\n\tb\x01"}
 
 
-@pytest.mark.parametrize("written", ["101", " 101 ", "true", "null", '"quoted"', "{}", "  x\n", "\n", "", "é\\n", "1 < 2"])
+@pytest.mark.parametrize(
+    "written", ["101", " 101 ", "true", "null", '"quoted"', "{}", "  x\n", "\n", "", "é\\n", "1 < 2"]
+)
 def test_a_string_is_raw_to_the_last_space(written: str) -> None:
     for schema in (
         {"type": "string"},
@@ -341,7 +344,9 @@ _JSON_VALUES = st.recursive(
 
 @settings(max_examples=200, deadline=None)
 @given(_JSON_VALUES, st.sampled_from([None, 1]), st.booleans(), st.integers(1, 9))
-def test_every_json_value_is_read_and_given_back_unchanged(value: Any, indent: int | None, ascii: bool, size: int) -> None:
+def test_every_json_value_is_read_and_given_back_unchanged(
+    value: Any, indent: int | None, ascii: bool, size: int
+) -> None:
     written = json.dumps(value, indent=indent, ensure_ascii=ascii)
     reader, valid = JsonText(), list[str]()
     for at in range(0, len(written), size):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -111,7 +112,7 @@ def test_a_round_only_grows_so_that_its_beginning_stays_cached(template: Templat
     for turn in range(4):
         prompts.append(render(template, messages))
         messages += [assistant({"x1": turn}, reasoning_content="Hm."), {"role": "tool", "content": f"{turn}"}]
-    for earlier, later in zip(prompts, prompts[1:], strict=False):
+    for earlier, later in pairwise(prompts):
         assert later.startswith(earlier.removesuffix("<longcat_think>\n"))
 
 
@@ -199,7 +200,11 @@ def test_content_may_be_parts_of_text_and_nothing_else(template: Template) -> No
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
 def test_a_prompt_never_ends_with_the_end_token(template: Template) -> None:
-    histories = [ASKED, [*ASKED, assistant({"x1": 1})], [*ASKED, assistant({"x1": 1}), {"role": "tool", "content": "2"}]]
+    histories = [
+        ASKED,
+        [*ASKED, assistant({"x1": 1})],
+        [*ASKED, assistant({"x1": 1}), {"role": "tool", "content": "2"}],
+    ]
     for messages in histories:
         assert not render(template, messages).rstrip().endswith("</longcat_s>")
 
