@@ -1,31 +1,43 @@
-"""A byte-level BPE tokenizer with LongCat-Flash's special tokens and chat template, trained on text at hand."""
+"""A byte-level BPE tokenizer with LongCat-Flash's special tokens and a chat template, trained on text at hand."""
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
 import json
-import shutil
 import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from longcat_core.chat.templates import CHAT, Template
+
 SPECIAL_TOKENS = ("<longcat_unk>", "<longcat_s>", "</longcat_s>", "<longcat_pad>")
 """Left out of decoded text; their ids are their places here."""
-MARKERS = ("<longcat_tool_call>", "</longcat_tool_call>", "<longcat_think>", "</longcat_think>")
-"""One token each, but kept in decoded text: parsers of tool calls and of reasoning look for them there."""
+MARKERS = CHAT.markers
+"""One token each, but kept in decoded text: parsers of tool calls and of reasoning look for them there. Other templates
+have others."""
 TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
 """The fields of `config.json` that name special tokens."""
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS) + len(MARKERS)
-"""Every byte is a token, so that any text can be encoded."""
+"""With Chat's template. Every byte is a token, so that any text can be encoded."""
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 """What `write` writes."""
 
-_CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 _CHARACTERS = 1_000_000
 
 
-def write(directory: Path, vocab_size: int, model_max_length: int, text: Iterable[str] | None = None) -> None:
+def min_vocab_size(template: Template) -> int:
+    """Tokens of the smallest tokenizer that has the markers of `template`."""
+    return MIN_VOCAB_SIZE - len(MARKERS) + len(template.markers)
+
+
+def write(
+    directory: Path,
+    vocab_size: int,
+    model_max_length: int,
+    text: Iterable[str] | None = None,
+    template: Template = CHAT,
+) -> None:
     """Write `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`.
 
     The tokenizer has at most `vocab_size` tokens; fewer where the text has no more pairs to merge. It is trained on
@@ -37,13 +49,13 @@ def write(directory: Path, vocab_size: int, model_max_length: int, text: Iterabl
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(MARKERS),
+        vocab_size=vocab_size - len(template.markers),
         special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(_text() if text is None else text, trainer)
-    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in MARKERS])
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in template.markers])
     tokenizer.save(str(directory / "tokenizer.json"))
 
     unknown, bos, eos, pad = SPECIAL_TOKENS
@@ -57,7 +69,7 @@ def write(directory: Path, vocab_size: int, model_max_length: int, text: Iterabl
         "model_max_length": model_max_length,
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
-    shutil.copyfile(_CHAT_TEMPLATE, directory / "chat_template.jinja")
+    (directory / "chat_template.jinja").write_text(template.text)
 
 
 def _text() -> Iterator[str]:

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from longcat_cli import example_tokenizer
 from longcat_core import spellings
+from longcat_core.chat.templates import CHAT, TEMPLATES, Template
 from longcat_core.config import ConfigError, LongcatConfig
 
 if TYPE_CHECKING:
@@ -25,6 +26,12 @@ if TYPE_CHECKING:
 class Dtype(StrEnum):
     bfloat16 = "bfloat16"
     float32 = "float32"
+
+
+class ChatTemplate(StrEnum):
+    chat = "chat"
+    thinking = "thinking"
+    thinking_2601 = "thinking-2601"
 
 
 def command(
@@ -42,11 +49,12 @@ def command(
     routed_experts: Annotated[int, typer.Option(help="FFN experts.")] = 16,
     zero_experts: Annotated[int, typer.Option(help="Experts that return their input and cost nothing.")] = 8,
     top_k: Annotated[int, typer.Option(help="Experts of either kind that a token takes.")] = 6,
-    vocab_size: Annotated[int, typer.Option(help="At least 264: the bytes and the special tokens.")] = 2048,
+    vocab_size: Annotated[int, typer.Option(help="At least 264, or 276: the bytes and the special tokens.")] = 2048,
     max_position_embeddings: Annotated[int, typer.Option(help="Longest context, in tokens.")] = 4096,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed and sizes, same weights.")] = 0,
     dtype: Annotated[Dtype, typer.Option(help="Of all weights but the router's, which are float32.")] = Dtype.bfloat16,
     tie_embeddings: Annotated[bool, typer.Option("--tie-embeddings", help="Use the embedding as output head.")] = False,
+    chat_template: Annotated[ChatTemplate, typer.Option(help="Whose format it has.")] = ChatTemplate.chat,
     no_mtp: Annotated[bool, typer.Option("--no-mtp", help="Leave out the draft layer (MTP).")] = False,
 ) -> None:
     """Write a small random LongCat-Flash checkpoint with a tokenizer and a chat template.
@@ -84,6 +92,7 @@ def command(
                 seed=seed,
                 dtype=getattr(torch, dtype.value),
                 with_mtp=not no_mtp,
+                template=TEMPLATES[chat_template],
                 report=status.update,
             )
     except (ConfigError, OSError) as error:
@@ -104,6 +113,7 @@ def make_checkpoint(
     seed: int,
     dtype: torch.dtype,
     with_mtp: bool = True,
+    template: Template = CHAT,
     report: Callable[[str], object] = lambda step: None,
 ) -> None:
     """Write `config.json`, sharded safetensors with their index, tokenizer and chat template.
@@ -116,10 +126,10 @@ def make_checkpoint(
         FileExistsError: if `directory` exists and is anything but an empty directory.
     """
     directory = directory.absolute()
-    if config.vocab_size < example_tokenizer.MIN_VOCAB_SIZE:
+    least = example_tokenizer.min_vocab_size(template)
+    if config.vocab_size < least:
         raise ConfigError(
-            f"vocab_size: {config.vocab_size}, wanted at least {example_tokenizer.MIN_VOCAB_SIZE} "
-            "(256 bytes and the special tokens)"
+            f"vocab_size: {config.vocab_size}, wanted at least {least} (256 bytes and the special tokens)"
         )
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f"{directory} exists and is not an empty directory; name another one, or remove it")
@@ -127,7 +137,7 @@ def make_checkpoint(
     unfinished = directory.with_name(f".{directory.name}.unfinished-{os.getpid()}")
     unfinished.mkdir(parents=True)
     try:
-        _write(unfinished, config, seed, dtype, with_mtp, report)
+        _write(unfinished, config, seed, dtype, with_mtp, template, report)
         unfinished.rename(directory)
     except BaseException:  # an interrupt as well: nothing half-made stays
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -140,13 +150,14 @@ def _write(
     seed: int,
     dtype: torch.dtype,
     with_mtp: bool,
+    template: Template,
     report: Callable[[str], object],
 ) -> None:
     from longcat_cli import random_weights
     from longcat_core.weights import checkpoint
 
     report("training the tokenizer")
-    example_tokenizer.write(directory, config.vocab_size, config.max_position_embeddings)
+    example_tokenizer.write(directory, config.vocab_size, config.max_position_embeddings, template=template)
     ids = example_tokenizer.TOKEN_IDS
     _write_json(
         directory / "config.json",

@@ -12,14 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from longcat_cli import example_tokenizer
 from longcat_cli.commands import app
 from longcat_cli.make_checkpoint import make_checkpoint
+from longcat_core.chat.templates import TEMPLATES, Template, choose
 from longcat_core.config import ConfigError, LongcatConfig, RopeConfig
 from longcat_core.reference import LongcatForCausalLM
+from longcat_core.tokenization import leave_open
 from longcat_core.weights import checkpoint, names
 
 CONFIG = LongcatConfig(
@@ -41,14 +44,6 @@ CONFIG = LongcatConfig(
     rope=RopeConfig(theta=1e7),
     routed_scaling_factor=6.0,
 )
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "The weather of a place.",
-        "parameters": {"type": "object", "properties": {"place": {"type": "string"}}},
-    },
-}
 
 
 @pytest.fixture(scope="module")
@@ -167,20 +162,6 @@ def test_rounds_after_a_system_prompt_are_rendered_as_documented(tokenizer: Any)
     assert prompt == ("SYSTEM:Be brief. [Round 0] USER:Hi ASSISTANT:Hello.</longcat_s> [Round 1] USER:Bye ASSISTANT:")
 
 
-def test_tools_are_declared_ahead_of_the_messages(tokenizer: Any) -> None:
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Rain?"}]
-    prompt = tokenizer.apply_chat_template(messages, tools=[WEATHER], tokenize=False, add_generation_prompt=True)
-    declared, said = prompt.split("## Messages\n")
-    assert said == "SYSTEM:Be brief. [Round 0] USER:Rain? ASSISTANT:"
-    assert declared.startswith("## Tools\n")
-    schema = json.dumps(WEATHER["function"]["parameters"], indent=2)
-    assert (
-        "### Tool namespace: function\n\n#### Tool name: weather\n\n"
-        f"Description: The weather of a place.\n\nInputSchema:\n{schema}\n" in declared
-    )
-    assert '<longcat_tool_call>\n{"name": <function-name>, "arguments": <args-dict>}\n</longcat_tool_call>' in declared
-
-
 @pytest.mark.parametrize("arguments", [{"place": "Köln"}, '{"place": "Köln"}'], ids=["mapping", "text"])
 def test_tool_calls_and_results_stay_within_their_round(tokenizer: Any, arguments: Any) -> None:
     call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
@@ -193,8 +174,52 @@ def test_tool_calls_and_results_stay_within_their_round(tokenizer: Any, argument
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     written_call = '<longcat_tool_call>\n{"name": "weather", "arguments": {"place": "Köln"}}\n</longcat_tool_call>'
     assert prompt == (
-        f"[Round 0] USER:Rain? ASSISTANT:{written_call}{written_call}</longcat_s> TOOL:dry TOOL:wet ASSISTANT:"
+        f"[Round 0] USER:Rain? ASSISTANT:{written_call}{written_call}</longcat_s> "
+        "TOOL:Tool weather:\ndry</longcat_s> TOOL:Tool weather:\nwet</longcat_s> ASSISTANT:"
     )
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_each_template_has_its_tokens_and_a_prompt_gains_no_end(tmp_path: Path, template: Template) -> None:
+    make_checkpoint(tmp_path / "tiny", CONFIG, seed=0, dtype=torch.float32, template=template)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tiny")
+    assert [len(tokenizer.encode(marker)) for marker in template.markers] == [1] * len(template.markers)
+    assert choose(tokenizer.get_vocab()).form is template.form
+    text = "".join(template.markers)
+    assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) == text
+
+    # As published: the file of the tokenizer ends every text.
+    end = TemplateProcessing(single="$A </longcat_s>", special_tokens=[("</longcat_s>", 2)])
+    tokenizer._tokenizer.post_processor = end
+    assert tokenizer.encode("a")[-1] == 2
+    leave_open(tokenizer)
+    messages = [{"role": "user", "content": "Hi"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    for prompt in (tokenizer.encode(text), tokenizer.encode(text, add_special_tokens=False)):
+        assert 2 not in prompt
+        assert tokenizer.decode(prompt) == text
+
+
+def test_the_command_writes_the_template_that_is_named(tmp_path: Path) -> None:
+    sizes = [
+        "--hidden-size",
+        "64",
+        "--vocab-size",
+        "276",
+        "--layers",
+        "1",
+        "--routed-experts",
+        "4",
+        "--zero-experts",
+        "2",
+    ]
+    arguments = ["make-checkpoint", str(tmp_path / "tiny"), *sizes, "--top-k", "2", "--chat-template", "thinking-2601"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "tiny/chat_template.jinja").read_text() == TEMPLATES["thinking-2601"].text
+    refused = CliRunner().invoke(app, [*arguments[:1], str(tmp_path / "small"), *arguments[2:5], "275", *arguments[6:]])
+    assert refused.exit_code == 1
+    assert "vocab_size: 275, wanted at least 276" in refused.stderr
 
 
 def test_a_directory_with_something_in_it_is_refused_by_name_and_left_alone(tmp_path: Path) -> None:

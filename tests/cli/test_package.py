@@ -20,6 +20,7 @@ import pytest
 
 import longcat_cli
 import longcat_core
+from longcat_core.chat.templates import TEMPLATES
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -122,6 +123,10 @@ def test_the_wheel_has_of_nano_what_is_served(files: set[str]) -> None:
 
 def test_the_wheel_has_what_is_known_of_hardware(files: set[str]) -> None:
     assert "longcat_core/planning/hardware.json" in files
+
+
+def test_the_wheel_has_the_chat_templates(files: set[str]) -> None:
+    assert {f"longcat_core/chat/templates/{name}.jinja" for name in TEMPLATES} <= files
 
 
 def test_a_source_distribution_can_be_tested(sdist: Path) -> None:

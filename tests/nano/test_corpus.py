@@ -9,9 +9,9 @@ import jinja2
 import pytest
 import torch
 
-import longcat_cli
 from examples.nano.chats import chat, chats
 from examples.nano.corpus import Batches, Corpus, is_held_out, standard_library
+from longcat_core.chat.templates import CHAT
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_a_library_without_sources_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_conversation_is_what_the_chat_template_writes() -> None:
-    template = jinja2.Environment().from_string((Path(longcat_cli.__file__).parent / "chat_template.jinja").read_text())
+    template = jinja2.Environment().from_string(CHAT.text)
     turns = [{"role": "user", "content": "Add one."}, {"role": "assistant", "content": "def f(): ..."}]
     assert template.render(messages=turns) == chat("Add one.", "def f(): ...") + "</longcat_s>"
 
