@@ -21,8 +21,8 @@ PACKAGES = ("torch", "torchvision", "vllm", "sgl_kernel", "tvm_ffi", "deep_gemm"
 """Whose extensions are looked at for functions of NVIDIA's libraries that they call."""
 
 _OF_NVIDIA = re.compile(
-    r"(__cuda|cuda|cublas|cublasLt|cu|cudnn|cufft|cupti|curand|cusolver|cusparse|cusparseLt|nccl|nvml|nvrtc|nvshmemx?_?)"
-    r"(Lt)?[A-Z_]\w*"
+    r"(__cuda|cuda|cu|cublas|cudnn|cufft|cupti|curand|cusolver|cusparse|nvrtc)[A-Z]\w*"
+    r"|cublasLt\w+|cusparseLt\w+|(nccl|nvml)[A-Z]\w*|nvshmem\w+"
 )
 _SONAME = re.compile(r"lib(cu\w+|nccl|nvidia-ml|nvrtc|nvshmem_host|nvJitLink)\.so\.\d+")
 _OUR_OWN_NAMES = ("libcuda.so.1", "libnvidia-ml.so.1", "libcudart.so.13", "libnccl.so.2")
@@ -118,7 +118,9 @@ def _compile(directory: Path, headers: Path, extensions: Iterable[Path]) -> None
         needed |= _needed(extension)
     defaults = directory / "defaults.c"
     functions = "".join(f"int {name}(void) {{ return 0; }}\n" for name in sorted(called - defined))
-    defaults.write_text(f"/* What the extensions here call, and the null GPU has no answer of its own to. */\n{functions}")
+    defaults.write_text(
+        f"/* What the extensions here call, and the null GPU has no answer of its own to. */\n{functions}"
+    )
     _run([*command, "-fno-builtin", *sources, str(defaults), "-o", str(library), "-ldl", "-lpthread"])
     for name in sorted(needed):
         (directory / name).symlink_to(LIBRARY)

@@ -1,4 +1,4 @@
-"""Counts of launches: of registered CUDA kernels, of products and collectives of NVIDIA's libraries, of Triton's kernels."""
+"""Counts launches: of CUDA kernels, of products and collectives in NVIDIA's libraries, of Triton's kernels."""
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def counted() -> Counter[str]:
     return launches
 
 
-_AROUND = re.compile(r"^(void |\(anonymous namespace\)::|cutlass::device_kernel<|\w*::enable_sm\w+<|cutlass::Kernel\d?<)")
+_AROUND = re.compile(
+    r"^(void |\(anonymous namespace\)::|cutlass::device_kernel<|\w*::enable_sm\w+<|cutlass::Kernel\d?<)"
+)
 _FUNCTOR = re.compile(r"(\w+?)_kernel_cuda|CUDAFunctor_(\w+)|(\w+?)Functor|(\w+?)_kernel_impl|(\w+)_outer")
 
 

@@ -18,7 +18,7 @@ LAUNCHES: Counter[str] = Counter()
 """By kernel, since the process started."""
 
 
-class NullDriver(GPUDriver):
+class NullDriver(GPUDriver):  # type: ignore[misc]  # Triton has no types
     """Everything takes a millisecond, so that an autotuner takes its first configuration."""
 
     utils = None

@@ -33,12 +33,16 @@ class Done(Work):
         return future
 
 
+# PyTorch's stubs have overloads that it does not call.
+# mypy: disable-error-code="override"
+
+
 class Mirror(ProcessGroup):
     """What others gather, sum and broadcast is what this rank would. It is rank 0 of its groups, or has what their
     rank 0 sends: nothing is received."""
 
     def __init__(self, rank: int, size: int) -> None:
-        super().__init__(rank, size)
+        super().__init__(rank, size)  # type: ignore[call-arg]  # as PyTorch's own groups in Python do
         self._rank, self._size = rank, size
 
     def rank(self) -> int:
@@ -117,6 +121,6 @@ def join(rank: int, size: int) -> None:
     def mirrored(ranks: Any = None, timeout: Any = None, backend: Any = None, **options: Any) -> Any:
         return new_group(ranks, backend=BACKEND, group_desc=options.get("group_desc"))
 
-    dist.new_group = mirrored
-    dist.broadcast_object_list = _broadcast_object_list
+    dist.new_group = mirrored  # type: ignore[assignment]
+    dist.broadcast_object_list = _broadcast_object_list  # type: ignore[assignment]
     dist.init_process_group(BACKEND, rank=rank, world_size=size, store=FakeStore())

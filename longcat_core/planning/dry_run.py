@@ -20,6 +20,8 @@ class Request:
     """A directory with a `config.json`, or a name that the engine finds."""
     options: tuple[str, ...] = ()
     """The engine's own."""
+    environment: tuple[tuple[str, str], ...] = ()
+    """Variables of the engine's that are set while it is built."""
     rank: int = 0
     """Of all ranks; it is the first of its tensor-parallel group, as nothing is received from others."""
     prompt_tokens: int = 2048
@@ -143,6 +145,12 @@ def write(reports: Sequence[Report], path: Path) -> None:
     path.write_text(json.dumps([asdict(report) for report in reports], indent=1))
 
 
+def request_of(raw: Mapping[str, Any]) -> Request:
+    """From JSON."""
+    pairs = tuple((name, value) for name, value in raw["environment"])
+    return Request(**{**raw, "options": tuple(raw["options"]), "environment": pairs})
+
+
 def read(path: Path) -> list[Report]:
     return [_report(raw) for raw in json.loads(path.read_text())]
 
@@ -163,7 +171,7 @@ def _report(raw: dict[str, Any]) -> Report:
     return Report(
         **{
             **raw,
-            "request": Request(**{**raw["request"], "options": tuple(raw["request"]["options"])}),
+            "request": request_of(raw["request"]),
             "tensors": tuple(Tensors(**{**row, "shape": tuple(row["shape"])}) for row in raw["tensors"]),
             "memory": Memory(**raw["memory"]) if raw["memory"] is not None else None,
             "steps": steps,

@@ -9,11 +9,20 @@ import os
 import sys
 from pathlib import Path
 
-from longcat_core.null_gpu import flashinfer_modules, triton_driver
-from longcat_core.planning.dry_run import Report, Request, write
+from longcat_core.null_gpu import flashinfer_modules, process, triton_driver
+from longcat_core.planning.dry_run import Report, request_of, write
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_SKIP_P2P_CHECK": "1",  # which copies between GPUs in processes of its own
+    "VLLM_NCCL_SO_PATH": process.library("libnccl.so.2"),
+    "VLLM_CUDART_SO_PATH": process.library("libcudart.so.13"),
+}
 
 
 def main(requests: Path, reports: Path) -> None:
+    os.environ.update(ENVIRONMENT)
     triton_driver.install()
     flashinfer_modules.install()
     from vllm.plugins import load_general_plugins
@@ -21,10 +30,10 @@ def main(requests: Path, reports: Path) -> None:
     load_general_plugins()
     from longcat_vllm.dry_run.build import dry_run
 
-    machine = f"{os.environ['NULL_GPU_COUNT']} x {os.environ['NULL_GPU_NAME']}"
+    gpus, name = int(os.environ["NULL_GPU_COUNT"]), os.environ["NULL_GPU_NAME"]
     done: list[Report] = []
     for raw in json.loads(requests.read_text()):
-        done.append(dry_run(Request(**{**raw, "options": tuple(raw["options"])}), machine))
+        done.append(dry_run(request_of(raw), gpus, name))
         write(done, reports)
 
 

@@ -9,10 +9,12 @@ import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import NoReturn
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+import vllm
 from vllm import SamplingParams, envs
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
@@ -29,27 +31,26 @@ from longcat_vllm.dry_run.rank import OneRank, become
 TRACED_LAYERS = 2
 """Of the model that is compiled: each layer adds the same operators."""
 
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_SKIP_P2P_CHECK": "1",  # which copies between GPUs in processes of its own
-}
+STEPS = 3
+"""The last one decodes, with drafts of the one before it where there are drafts."""
+
 _TOLD = ("backend", "Using ", "kernel", "Config file not found", "KV cache", "memory")
 """Words in lines of vLLM's log that tell a choice or its consequence."""
 
 
-def dry_run(request: Request, machine: str) -> Report:
+def dry_run(request: Request, gpus: int, gpu_name: str) -> Report:
     """Build the engine and step it, as far as it goes; whatever stops it is in the report."""
-    os.environ.update(ENVIRONMENT)
-    envs.disable_envs_cache()
-    report = Report(request, engine="vLLM", machine=machine)
+    report = Report(request, engine=f"vLLM {vllm.__version__}", machine=f"{gpus} x {gpu_name}")
     with ExitStack() as stack:
         log = stack.enter_context(_logged())
+        stack.enter_context(mock.patch.dict(os.environ, dict(request.environment)))
+        envs.disable_envs_cache()
         stack.callback(_leave)
         if not request.is_traced:
             stack.enter_context(tracing.disabled())
         try:
             config = _configured(request)
+            _require_gpus(config, gpus)
         except (ValueError, NotImplementedError) as refusal:
             return replace(report, refused=_text(refusal), log=tuple(log))
         report = replace(report, choices=observe.configured(config))
@@ -58,7 +59,11 @@ def dry_run(request: Request, machine: str) -> Report:
         except Exception as error:
             if OneRank.latest is not None:
                 report = observe.built(report, OneRank.latest)
-            report = replace(report, **{_kind_of(error): _text(error)})
+                report = replace(report, memory=observe.memory(OneRank.latest, cache=None))
+            if _is_for_memory(error):
+                report = replace(report, does_not_fit=_text(error))
+            else:
+                report = replace(report, failed=_text(error))
         return replace(report, log=tuple(log))
 
 
@@ -80,6 +85,12 @@ def _configured(request: Request) -> VllmConfig:
         given = arguments.hf_overrides if isinstance(arguments.hf_overrides, dict) else {}
         arguments.hf_overrides = {**given, "num_layers": TRACED_LAYERS}
     return arguments.create_engine_config()
+
+
+def _require_gpus(config: VllmConfig, gpus: int) -> None:
+    ranks = config.parallel_config.world_size * config.parallel_config.data_parallel_size
+    if ranks > gpus:
+        raise ValueError(f"ranks: {ranks}, wanted at most {gpus}, as there are GPUs; give more in --gpus")
 
 
 def _refuse(message: str) -> NoReturn:
@@ -125,26 +136,23 @@ def _stepped(core: EngineCore, executor: OneRank, request: Request) -> tuple[Ste
         )
         core.add_request(prompt)
     executor.executed.clear()
-    for _ in range(16):
+    while len(executor.executed) < STEPS:
         _, has_executed = core.step_fn()
         core.post_step(has_executed)
-        decoding = [step for step in executor.executed if step.requests == request.requests and step.tokens < length * step.requests]
-        if len(decoding) > 1:
-            break
-    first = executor.executed[0]
-    return (observe.step("prefill", first), observe.step("decode", decoding[-1]))
+    first, last = executor.executed[0], executor.executed[-1]
+    return (observe.step("prefill", first), observe.step("decode", last))
 
 
-def _kind_of(error: Exception) -> str:
-    """The field of the report that tells it."""
-    if isinstance(error, torch.OutOfMemoryError) or "cache blocks" in str(error) or "KV cache is needed" in str(error):
-        return "does_not_fit"
-    return "failed"
+def _is_for_memory(error: Exception) -> bool:
+    """vLLM raises ValueErrors where weights leave no room for the cache, or the context more than there is."""
+    told = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "cache blocks" in told or "KV cache is needed" in told
 
 
 def _text(error: Exception) -> str:
-    where = "" if isinstance(error, (ValueError, torch.OutOfMemoryError)) else "".join(traceback.format_tb(error.__traceback__)[-4:])
-    return f"{type(error).__name__}: {error}\n{where}".strip()
+    is_told = isinstance(error, ValueError | torch.OutOfMemoryError)
+    where = [] if is_told else traceback.format_tb(error.__traceback__)[-4:]
+    return f"{type(error).__name__}: {error}\n{''.join(where)}".strip()
 
 
 @contextmanager
@@ -155,9 +163,9 @@ def _logged() -> Iterator[list[str]]:
     class Lines(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             message = record.getMessage()
-            if record.levelno >= logging.WARNING or any(word in message for word in _TOLD):
-                if message not in lines and not message.startswith("Initializing a V1 LLM engine"):
-                    lines.append(message)
+            is_told = record.levelno >= logging.WARNING or any(word in message for word in _TOLD)
+            if is_told and message not in lines and not message.startswith("Initializing a V1 LLM engine"):
+                lines.append(message)
 
     handler, logger = Lines(), logging.getLogger("vllm")
     logger.addHandler(handler)

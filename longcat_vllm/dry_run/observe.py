@@ -36,9 +36,14 @@ def configured(config: VllmConfig) -> dict[str, str]:
     }
 
 
+def worker_of(executor: OneRank) -> Any:
+    """vLLM's worker, whose attributes are those of a GPU's."""
+    return executor.driver_worker.worker
+
+
 def models(executor: OneRank) -> Iterator[tuple[str, nn.Module]]:
     """The target's, and the drafter's if there is one, each with what its names begin with."""
-    runner = executor.driver_worker.worker.model_runner
+    runner: Any = worker_of(executor).model_runner
     yield "", runner.get_model()
     for holder in ("drafter", "speculator"):
         drafter = getattr(getattr(runner, holder, None), "model", None)
@@ -82,7 +87,7 @@ def _experts(experts: RoutedExperts) -> Iterator[tuple[str, str]]:
         yield "dispatch and combine", type(kernel.prepare_finalize).__name__
     expert_map = experts.expert_map
     yield "expert map", "none" if expert_map is None else f"{tuple(expert_map.shape)} {expert_map.dtype}"
-    yield "experts of this rank", str(experts.w13_weight.shape[0])
+    yield "experts of this rank", str(experts.local_num_experts)
 
 
 def _linear(layer: LinearBase) -> str:
@@ -105,9 +110,11 @@ def _tensors(executor: OneRank) -> tuple[Tensors, ...]:
     return grouped(rows())
 
 
-def memory(executor: OneRank, cache: KVCacheConfig | None) -> Memory:
-    """After profiling, of which the worker keeps the results."""
-    worker: Any = executor.driver_worker.worker
+def memory(executor: OneRank, cache: KVCacheConfig | None) -> Memory | None:
+    """After profiling, of which the worker keeps the results; None before."""
+    worker = worker_of(executor)
+    if not hasattr(worker, "available_kv_cache_memory_bytes"):
+        return None
     specs = worker.get_kv_cache_spec().values()
     a_token = sum(spec.page_size_bytes / spec.block_size for spec in specs)
     blocks = cache.num_blocks if cache is not None else 0

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import nn
+from torch.distributed import ProcessGroup
 from vllm.distributed import parallel_state
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
@@ -108,9 +109,11 @@ class OneRank(UniProcExecutor):
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """Those that are in this stage."""
-    lists = [module for name, module in model.named_modules() if name.endswith("layers") and isinstance(module, nn.ModuleList)]
-    layers = max(lists, key=len, default=[])
-    return [layer for layer in layers if any(True for _ in layer.parameters())]
+    longest: list[nn.Module] = []
+    for name, module in model.named_modules():
+        if name.endswith("layers") and isinstance(module, nn.ModuleList) and len(module) > len(longest):
+            longest = list(module)
+    return [layer for layer in longest if any(True for _ in layer.parameters())]
 
 
 def become(rank: int, ranks_of_replica: int, ranks: int) -> None:
@@ -127,4 +130,8 @@ def become(rank: int, ranks_of_replica: int, ranks: int) -> None:
 
     alone.is_alone = True  # type: ignore[attr-defined]
     parallel_state.GroupCoordinator.__init__ = alone  # type: ignore[method-assign]
-    parallel_state.in_the_same_node_as = lambda group, source_rank=0: [True] * group.size()
+    parallel_state.in_the_same_node_as = _all_in_one_node
+
+
+def _all_in_one_node(pg: Any, source_rank: int = 0) -> list[bool]:
+    return [True] * (pg.size() if isinstance(pg, ProcessGroup) else pg.world_size)

@@ -41,10 +41,13 @@ def graphs() -> Iterator[list[Graph]]:
 
 
 def _graph(backend: Any, graph: GraphModule) -> Graph:
-    operators: Counter[str] = Counter()
-    for node in graph.graph.nodes:
-        if node.op.startswith("call_"):
-            target = node.target
-            operators[target if isinstance(target, str) else getattr(target, "name", lambda: target.__name__)()] += 1
+    operators = Counter(_name_of(node.target) for node in graph.graph.nodes if node.op.startswith("call_"))
     pieces = sum(not piece.is_splitting_graph for piece in backend.piecewise_graphs)
     return Graph(model=backend.prefix or "model", pieces=pieces, operators=dict(operators.most_common()))
+
+
+def _name_of(target: Any) -> str:
+    """A method's is a text, an operator has one with its namespace, a function of Python its own."""
+    if isinstance(target, str):
+        return target
+    return str(target.name() if hasattr(target, "_schema") else getattr(target, "__name__", target))
