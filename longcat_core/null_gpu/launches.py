@@ -12,8 +12,8 @@ from longcat_core.null_gpu import flashinfer_modules, triton_driver
 
 KINDS: tuple[tuple[str, str], ...] = (
     ("collective", r"^nccl|cross_device_reduce|all_?reduce|all_?gather|reduce_?scatter|multimem|deep_ep|nvshmem"),
-    ("attention", r"flash|mla_(?!.*cache)|Mla|Fmha|fmha|attn|attention|merge_states"),
-    ("cache", r"_and_cache|reshape_and_cache|cache_mla|slot_mapping|block_table|gather_.*cache|cp_gather"),
+    ("cache", r"_and_cache|slot_mapping|block_table|gather_\w*cache"),
+    ("attention", r"flash|mla_|Mla|Fmha|fmha|attn|attention|merge_states"),
     ("experts", r"fused_moe_kernel|grouped_gemm|moe.*gemm|gemm.*moe|m_grouped"),
     ("routing", r"moe_align|count_and_sort|moe_sum|topk|bitonicSort|softmax_warp|moe_|expert|gatherTopK|permute"),
     ("product", r"^cublas|gemm|Gemm|splitK|router_gemm"),

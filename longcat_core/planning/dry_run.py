@@ -133,7 +133,7 @@ def grouped(tensors: Iterable[tuple[str, Sequence[int], str, str, int]]) -> tupl
     """tensors: name, shape, dtype, device, bytes. The largest groups first."""
     groups: dict[tuple[str, tuple[int, ...], str, str], list[int]] = {}
     for name, shape, dtype, device, size in tensors:
-        groups.setdefault((re.sub(r"\d+", "*", name), tuple(shape), dtype, device), []).append(size)
+        groups.setdefault((re.sub(r"(?<=\.)\d+(?=\.)", "*", name), tuple(shape), dtype, device), []).append(size)
     rows = [
         Tensors(name, len(sizes), shape, dtype, device, sum(sizes))
         for (name, shape, dtype, device), sizes in groups.items()
