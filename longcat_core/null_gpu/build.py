@@ -17,6 +17,8 @@ from longcat_core.planning.hardware import Machine
 
 SOURCES = Path(__file__).parent
 LIBRARY = "libnull_gpu.so"
+TOOLKIT = "toolkit"
+"""A folder in which engines find the compilers that FlashInfer needs, and so take its kernels to be available."""
 PACKAGES = ("torch", "torchvision", "vllm", "sgl_kernel", "tvm_ffi", "deep_gemm", "deep_ep", "flash_attn_interface")
 """Whose extensions are looked at for functions of NVIDIA's libraries that they call."""
 
@@ -67,6 +69,8 @@ def variables(directory: Path, machine: Machine) -> dict[str, str]:
     gpu = machine.gpu
     libraries = [str(directory), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
     return {
+        "CUDA_HOME": str(directory / TOOLKIT),
+        "PATH": f"{directory / TOOLKIT / 'bin'}:{os.environ.get('PATH', os.defpath)}",
         "LD_LIBRARY_PATH": ":".join(libraries),
         # Goes before NVIDIA's own libraries, where these are installed.
         "LD_PRELOAD": str(directory / LIBRARY),
@@ -124,6 +128,11 @@ def _compile(directory: Path, headers: Path, extensions: Iterable[Path]) -> None
     _run([*command, "-fno-builtin", *sources, str(defaults), "-o", str(library), "-ldl", "-lpthread"])
     for name in sorted(needed):
         (directory / name).symlink_to(LIBRARY)
+    for program in ("nvcc", "ninja"):
+        tool = directory / TOOLKIT / "bin" / program
+        tool.parent.mkdir(parents=True, exist_ok=True)
+        tool.write_text("#!/bin/sh\necho 'the null GPU compiles nothing' >&2\nexit 1\n")
+        tool.chmod(0o755)
 
 
 def _symbols(library: Path, which: str) -> Iterator[str]:

@@ -51,11 +51,6 @@ class Mirror(ProcessGroup):
     def size(self) -> int:
         return self._size
 
-    @property
-    def group_name(self) -> str:
-        self._name: str = dist.distributed_c10d._world.pg_names.get(self, getattr(self, "_name", ""))
-        return self._name
-
     def getBackendName(self) -> str:  # noqa: N802  # PyTorch's name
         return BACKEND
 

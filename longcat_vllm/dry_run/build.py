@@ -13,11 +13,9 @@ from typing import NoReturn
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 import vllm
 from vllm import SamplingParams, envs
 from vllm.config import VllmConfig
-from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -45,7 +43,6 @@ def dry_run(request: Request, gpus: int, gpu_name: str) -> Report:
         log = stack.enter_context(_logged())
         stack.enter_context(mock.patch.dict(os.environ, dict(request.environment)))
         envs.disable_envs_cache()
-        stack.callback(_leave)
         if not request.is_traced:
             stack.enter_context(tracing.disabled())
         try:
@@ -173,12 +170,3 @@ def _logged() -> Iterator[list[str]]:
         yield lines
     finally:
         logger.removeHandler(handler)
-
-
-def _leave() -> None:
-    """Give the device's memory back, so that another deployment can be built in this process."""
-    OneRank.latest = None
-    cleanup_dist_env_and_memory()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    torch._dynamo.reset()

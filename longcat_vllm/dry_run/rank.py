@@ -121,14 +121,11 @@ def become(rank: int, ranks_of_replica: int, ranks: int) -> None:
     world.join(rank, ranks)
     OneRank.rank = rank % ranks_of_replica
     original = parallel_state.GroupCoordinator.__init__
-    if getattr(original, "is_alone", False):
-        return
 
     def alone(self: Any, *args: Any, **kwargs: Any) -> None:
         kwargs.pop("use_message_queue_broadcaster", None)  # whose readers would be waited for
         original(self, *args, **kwargs)
 
-    alone.is_alone = True  # type: ignore[attr-defined]
     parallel_state.GroupCoordinator.__init__ = alone  # type: ignore[method-assign]
     parallel_state.in_the_same_node_as = _all_in_one_node
 
