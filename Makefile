@@ -29,7 +29,7 @@ test-sglang: sglang
 
 cuda-check: .venv-cuda/.installed
 	@echo "== vLLM's CUDA build, without a GPU"
-	.venv-cuda/bin/python -m pytest tests/cuda
+	.venv-cuda/bin/python -m longcat_core.null_gpu 8xH200 .venv-cuda/bin/python -m pytest tests/cuda
 
 # The one mypy, in vLLM's environment, reads SGLang's as well. Each run has its own cache, as their settings differ.
 MYPY_ENGINES = .venv-vllm/bin/mypy --config-file mypy-engines.toml
@@ -86,8 +86,9 @@ endef
 	touch $@
 
 # What .venv-vllm has comes after what is installed here, so that only CUDA builds are installed a second time.
-.venv-cuda/.installed: requirements/vllm-cuda.txt .venv-vllm/.installed
+.venv-cuda/.installed: pyproject.toml requirements/vllm-cuda.txt .venv-vllm/.installed
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(PIP) --no-deps --no-compile -r requirements/vllm-cuda.txt
-	printf '%s\n' $(CURDIR) "$$(.venv-vllm/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")" > $(SITE)/vllm_environment.pth
+	$(PIP) --no-deps --editable .
+	.venv-vllm/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $(SITE)/vllm_environment.pth
 	touch $@
