@@ -1,4 +1,5 @@
-# Builds an environment for each engine, .venv-vllm and .venv-sglang, and runs demo, tests and benchmarks in them;
+# Builds an environment for each engine, .venv-vllm and .venv-sglang, and runs demo, tests and benchmarks in them, and
+# .venv-cuda, in which vLLM's CUDA build runs without a GPU (docs/dry-run.md);
 # needs Python 3.11 with pip.
 PYTHON ?= python3.11
 # The engine of `make demo`: vllm or sglang.
@@ -8,7 +9,7 @@ DEVICE := $(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu)
 PIP = $(@D)/bin/python -m pip --disable-pip-version-check install
 SITE = $$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 
-.PHONY: vllm sglang demo test test-vllm test-sglang lint bench
+.PHONY: vllm sglang demo test test-vllm test-sglang cuda-check lint bench
 
 vllm: .venv-vllm/.installed
 sglang: .venv-sglang/.installed
@@ -20,11 +21,15 @@ test: test-vllm test-sglang
 
 test-vllm: vllm
 	@echo "== core, the command line and vLLM"
-	.venv-vllm/bin/python -m pytest tests --ignore tests/sglang
+	.venv-vllm/bin/python -m pytest tests --ignore tests/sglang --ignore tests/cuda
 
 test-sglang: sglang
 	@echo "== SGLang"
 	.venv-sglang/bin/python -m pytest tests/engines tests/sglang
+
+cuda-check: .venv-cuda/.installed
+	@echo "== vLLM's CUDA build, without a GPU"
+	.venv-cuda/bin/python -m longcat_core.null_gpu 8xH200 .venv-cuda/bin/python -m pytest tests/cuda
 
 # The one mypy, in vLLM's environment, reads SGLang's as well. Each run has its own cache, as their settings differ.
 MYPY_ENGINES = .venv-vllm/bin/mypy --config-file mypy-engines.toml
@@ -78,4 +83,12 @@ endef
 .venv-sglang/.installed: pyproject.toml requirements/sglang-cpu.txt $(wildcard requirements/torchvision-operators/*)
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(install-sglang-$(DEVICE))
+	touch $@
+
+# What .venv-vllm has comes after what is installed here, so that only CUDA builds are installed a second time.
+.venv-cuda/.installed: pyproject.toml requirements/vllm-cuda.txt .venv-vllm/.installed
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(PIP) --no-deps --no-compile -r requirements/vllm-cuda.txt
+	$(PIP) --no-deps --editable .
+	.venv-vllm/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $(SITE)/vllm_environment.pth
 	touch $@

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 DATA = Path(__file__).with_name("hardware.json")
+MIB = 1 << 20
 KINDS = ("spec", "measured", "computed", "assumed")
 """How a number is known: stated by a maker or in a public file, measured, computed from others, or assumed."""
 
@@ -47,13 +49,51 @@ class Gpu:
     """One GPU. Rates are the data sheet's, dense."""
 
     name: str
+    """As users say it: H200."""
+    driver_name: str
+    """As the driver says it, by which engines look for tuned configurations."""
     architecture_name: str
     architecture: Architecture
     multiprocessors: int
+    memory_mib: int
+    context_mib: int
+    """Taken before the first allocation."""
     bytes_per_second: float
     operations_per_second: Mapping[str, float]
     """Multiplications and additions on tensor cores, by the precision of both operands as `kernels.tiles` names it."""
     assumptions: Assumptions
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.memory_mib * MIB
+
+    @property
+    def compute_capability(self) -> tuple[int, int]:
+        digits = self.architecture_name.removeprefix("sm_")
+        return int(digits[:-1]), int(digits[-1])
+
+
+@dataclass(frozen=True)
+class Machine:
+    """GPUs of one kind, each connected to each."""
+
+    count: int
+    gpu: Gpu
+
+    def __str__(self) -> str:
+        return f"{self.count} x {self.gpu.name}"
+
+
+def machine(text: str) -> Machine:
+    """`8xH200`, or `H200` for one.
+
+    Raises:
+        ValueError: if it is written otherwise, or the GPU is not in hardware.json.
+    """
+    found = re.fullmatch(r"(?:(\d+)\s*[xX*]\s*)?([A-Za-z][\w-]*)", text.strip())
+    if found is None or found[1] == "0":
+        raise ValueError(f"GPUs: {text!r}, wanted a number and a name, as 8xH200")
+    return Machine(int(found[1] or 1), gpu(found[2].upper()))
 
 
 def gpus() -> tuple[str, ...]:
@@ -75,9 +115,12 @@ def gpu(name: str) -> Gpu:
     assumed = _values(_data()["assumptions"])
     return Gpu(
         name=found,
+        driver_name=data["device_names"][0],
         architecture_name=data["architecture"],
         architecture=architecture(data["architecture"]),
         multiprocessors=int(data["multiprocessors"]["value"]),
+        memory_mib=int(data["memory_mib"]["value"]),
+        context_mib=int(assumed.pop("context_mib")),
         bytes_per_second=data["memory_tb_per_s"]["value"] * 1e12,
         operations_per_second={
             "16 bit": data["bf16_tflops"]["value"] * 1e12,

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from longcat_core.planning.grouped_product import GroupedProduct, Load, memory_seconds, pass_seconds
-from longcat_core.planning.hardware import DATA, KINDS, architecture, gpu, gpus
+from longcat_core.planning.hardware import DATA, KINDS, architecture, gpu, gpus, machine
 from longcat_core.planning.occupancy import programs_at_once
 
 
@@ -41,8 +41,32 @@ def test_a_gpu_is_found_by_its_name_and_as_torch_names_it() -> None:
 
 
 def test_a_gpu_that_is_not_known_is_an_error_that_lists_those_that_are() -> None:
-    with pytest.raises(ValueError, match=r"GPU 'H9000': wanted one of H20, H800, .*hardware.json"):
+    with pytest.raises(ValueError, match=r"GPU 'H9000': wanted one of H20, H20-141, H800, .*hardware.json"):
         gpu("H9000")
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "name"), [("8xH200", 8, "H200"), ("16 x h800", 16, "H800"), ("B200", 1, "B200")]
+)
+def test_machines_are_a_number_and_a_name(text: str, count: int, name: str) -> None:
+    parsed = machine(text)
+    assert (parsed.count, parsed.gpu.name) == (count, name)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"), [("8xP100", "wanted one of H20,"), ("0xH200", "wanted a number and a name"), ("", "as 8xH200")]
+)
+def test_other_machines_are_refused_with_what_is_wanted(text: str, wanted: str) -> None:
+    with pytest.raises(ValueError, match=wanted):
+        machine(text)
+
+
+@pytest.mark.parametrize("name", gpus())
+def test_a_gpu_has_plausible_numbers(name: str) -> None:
+    found = gpu(name)
+    assert 64 << 30 < found.memory_bytes < 400 << 30
+    assert found.compute_capability >= (9, 0)
+    assert 64 <= found.multiprocessors <= 256
 
 
 @pytest.mark.parametrize(
@@ -89,9 +113,7 @@ def test_many_rows_fill_their_blocks_but_for_half_of_one() -> None:
 
 
 def product(blocks: float, bytes_: float) -> GroupedProduct:
-    return GroupedProduct(
-        blocks, block_rows=64, block_columns=128, columns=2048, depth=6144, matrices=2, bytes=bytes_
-    )
+    return GroupedProduct(blocks, block_rows=64, block_columns=128, columns=2048, depth=6144, matrices=2, bytes=bytes_)
 
 
 def test_a_product_takes_the_longer_of_memory_and_arithmetic() -> None:

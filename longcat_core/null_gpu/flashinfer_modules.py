@@ -1,0 +1,48 @@
+"""FlashInfer on the null GPU: modules that it would compile or download are replaced by some that count their calls."""
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+CALLS: Counter[str] = Counter()
+"""By module and function, since the process started. What a call launches is not known, so it counts as one launch."""
+
+
+class NullModule:
+    """Has every function, and so has what they return; outputs that the caller has allocated are left as they are."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, function: str) -> NullModule:
+        if function.startswith("__"):
+            raise AttributeError(function)
+        return NullModule(f"{self._name}.{function}")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NullModule:
+        CALLS[self._name] += 1
+        return NullModule(self._name)
+
+    def __int__(self) -> int:
+        return 1
+
+    __index__ = __int__
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+    def __bool__(self) -> bool:
+        return True
+
+
+def install() -> None:
+    """Nothing, where FlashInfer is not installed."""
+    if importlib.util.find_spec("flashinfer") is None:
+        return
+    core = importlib.import_module("flashinfer.jit.core")
+    core.JitSpec.build_and_load = lambda spec: NullModule(f"flashinfer {spec.name}")

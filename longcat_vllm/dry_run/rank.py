@@ -1,0 +1,134 @@
+"""One process as one rank of a deployment: vLLM's worker, without the others; and what it launches in each step."""
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import nn
+from torch.distributed import ProcessGroup
+from vllm.distributed import parallel_state
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+
+from longcat_core.null_gpu import launches, world
+
+
+@dataclass
+class Executed:
+    """One step of the worker, as it was counted."""
+
+    tokens: int
+    requests: int
+    launches: Counter[str] = field(default_factory=Counter)
+    in_layers: list[Counter[str]] = field(default_factory=list)
+
+
+class OneRank(UniProcExecutor):
+    """In place of the executor that would start every rank."""
+
+    supports_pp: bool = True
+    rank: ClassVar[int] = 0
+    """In its data-parallel replica; the next one that is made has it."""
+    latest: ClassVar[OneRank | None] = None
+    """The one that was made last, if its weights are there, also where the engine has failed after that."""
+
+    def _distributed_args(self) -> tuple[str, int, int]:
+        return "mirror://", self.rank, self.rank
+
+    def _init_executor(self) -> None:
+        self.executed: list[Executed] = []
+        OneRank.latest = None
+        super()._init_executor()
+        OneRank.latest = self
+
+    def execute_model(self, scheduler_output: SchedulerOutput, non_block: bool = False) -> Any:
+        tokens = scheduler_output.num_scheduled_tokens
+        self._scheduled = [request for request in tokens if tokens[request]]
+        self.executed.append(Executed(sum(tokens.values()), len(self._scheduled)))
+        with self._counting():
+            result = super().execute_model(scheduler_output, non_block)
+            output = result.result() if isinstance(result, Future) else result
+        if output is not None:
+            output = self._with_tokens()
+        if not non_block:
+            return output
+        done: Future[Any] = Future()
+        done.set_result(output)
+        return done
+
+    def sample_tokens(self, grammar_output: Any, non_block: bool = False) -> Any:
+        with self._counting():
+            result = super().sample_tokens(grammar_output, non_block)
+            output = result.result() if isinstance(result, Future) else result
+            if isinstance(output, AsyncModelRunnerOutput):
+                output.get_output()
+        if not non_block:
+            return self._with_tokens()
+        done: Future[Any] = Future()
+        done.set_result(self._with_tokens())
+        return done
+
+    def _with_tokens(self) -> ModelRunnerOutput:
+        """A token for each request, as no kernel has sampled one, and a stage that is not the last has none."""
+        return ModelRunnerOutput(
+            req_ids=self._scheduled,
+            req_id_to_index={request: i for i, request in enumerate(self._scheduled)},
+            sampled_token_ids=[[1] for _ in self._scheduled],
+        )
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        step, model = self.executed[-1], self.driver_worker.worker.get_model()
+        layers = decoder_layers(model)
+        step.in_layers = step.in_layers or [Counter() for _ in layers]
+        before: dict[int, Counter[str]] = {}
+
+        def enter(layer: nn.Module, *_: Any) -> None:
+            before[id(layer)] = launches.counted()
+
+        def leave(layer: nn.Module, *_: Any) -> None:
+            step.in_layers[layers.index(layer)] += launches.counted() - before.pop(id(layer))
+
+        handles = [layer.register_forward_pre_hook(enter) for layer in layers]
+        handles += [layer.register_forward_hook(leave) for layer in layers]
+        start = launches.counted()
+        try:
+            yield
+        finally:
+            step.launches += launches.counted() - start
+            for handle in handles:
+                handle.remove()
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """Those that are in this stage."""
+    longest: list[nn.Module] = []
+    for name, module in model.named_modules():
+        if name.endswith("layers") and isinstance(module, nn.ModuleList) and len(module) > len(longest):
+            longest = list(module)
+    return [layer for layer in longest if any(True for _ in layer.parameters())]
+
+
+def become(rank: int, ranks_of_replica: int, ranks: int) -> None:
+    """Make this process one rank of all, in groups whose other ranks do what it does."""
+    world.join(rank, ranks)
+    OneRank.rank = rank % ranks_of_replica
+    original = parallel_state.GroupCoordinator.__init__
+
+    def alone(self: Any, *args: Any, **kwargs: Any) -> None:
+        kwargs.pop("use_message_queue_broadcaster", None)  # whose readers would be waited for
+        original(self, *args, **kwargs)
+
+    parallel_state.GroupCoordinator.__init__ = alone  # type: ignore[method-assign]
+    parallel_state.in_the_same_node_as = _all_in_one_node
+
+
+def _all_in_one_node(pg: Any, source_rank: int = 0) -> list[bool]:
+    return [True] * (pg.size() if isinstance(pg, ProcessGroup) else pg.world_size)
