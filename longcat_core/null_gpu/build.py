@@ -18,7 +18,15 @@ from longcat_core.planning.hardware import Machine
 SOURCES = Path(__file__).parent
 LIBRARY = "libnull_gpu.so"
 TOOLKIT = "toolkit"
-"""A folder in which engines find the compilers that FlashInfer needs, and so take its kernels to be available."""
+"""A folder in which engines find a compiler, and so take kernels that are compiled when they are needed to be there."""
+COMPILER = """#!/bin/sh
+# In place of nvcc: says its version, and compiles whatever it is given to nothing.
+while [ $# -gt 0 ]; do
+  [ "$1" = --version ] && echo "Cuda compilation tools, release 13.0, V13.0.88"
+  [ "$1" = -o ] && echo "of the null GPU" > "$2"
+  shift
+done
+"""
 PACKAGES = ("torch", "torchvision", "vllm", "sgl_kernel", "tvm_ffi", "deep_gemm", "deep_ep", "flash_attn_interface")
 """Whose extensions are looked at for functions of NVIDIA's libraries that they call."""
 
@@ -131,7 +139,7 @@ def _compile(directory: Path, headers: Path, extensions: Iterable[Path]) -> None
     for program in ("nvcc", "ninja"):
         tool = directory / TOOLKIT / "bin" / program
         tool.parent.mkdir(parents=True, exist_ok=True)
-        tool.write_text("#!/bin/sh\necho 'the null GPU compiles nothing' >&2\nexit 1\n")
+        tool.write_text(COMPILER)
         tool.chmod(0o755)
 
 

@@ -67,6 +67,14 @@ void count_launch(const char *name) {
     pthread_mutex_unlock(&lock);
 }
 
+void name_kernel(const void *handle, const char *name) {
+    pthread_mutex_lock(&lock);
+    insert(handle, strdup(name));
+    pthread_mutex_unlock(&lock);
+}
+
+void count_launch_of(const void *handle) { count_launch(name_of(handle)); }
+
 /* For Python: how many kernels have names, the name of the i-th in the order of their first launches, its launches. */
 size_t null_gpu_counters(void) { return counter_count; }
 const char *null_gpu_counter_name(size_t i) { return counters[i].name; }
@@ -124,7 +132,7 @@ cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *function) {
 
 cudaError_t cudaLaunchKernel(const void *function, dim3 grid, dim3 block, void **arguments, size_t shared, cudaStream_t stream) {
     (void)grid, (void)block, (void)arguments, (void)shared, (void)stream;
-    count_launch(name_of(function));
+    count_launch_of(function);
     return cudaSuccess;
 }
 
@@ -177,8 +185,6 @@ cudaError_t cudaLibraryLoadData(cudaLibrary_t *library, const void *code, enum c
 cudaError_t cudaLibraryGetKernel(cudaKernel_t *kernel, cudaLibrary_t library, const char *name) {
     (void)library;
     *kernel = new_handle();
-    pthread_mutex_lock(&lock);
-    insert(*kernel, strdup(name));
-    pthread_mutex_unlock(&lock);
+    name_kernel(*kernel, name);
     return cudaSuccess;
 }

@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <string.h>
 
 #include "null_gpu.h"
@@ -68,12 +69,42 @@ int cuMemGetAllocationGranularity(size_t *bytes, const void *properties, int opt
     return 0;
 }
 
+/* A file that `nvcc` of the null GPU has made, with one kernel, which has the name of its folder. */
+int cuLibraryLoadFromFile(void **library, const char *path) {
+    char name[512];
+    const char *end = strrchr(path, '/'), *start = end;
+    while (end != NULL && start > path && start[-1] != '/') start--;
+    snprintf(name, sizeof name, "%.*s", (int)(end ? end - start : 0), start);
+    *library = new_handle();
+    name_kernel(*library, name);
+    return 0;
+}
+int cuLibraryGetKernelCount(unsigned int *count, void *library) {
+    (void)library;
+    *count = 1;
+    return 0;
+}
+int cuLibraryEnumerateKernels(void **kernels, unsigned int count, void *library) {
+    if (count > 0) kernels[0] = library;
+    return 0;
+}
+int cuKernelGetFunction(void **function, void *kernel) {
+    *function = kernel;
+    return 0;
+}
+int cuLaunchKernelEx(const void *configuration, void *function, void **arguments, void **extra) {
+    (void)configuration, (void)arguments, (void)extra;
+    count_launch_of(function);
+    return 0;
+}
+
 /* -- cuBLAS ------------------------------------------------------------------------------------------------ */
 
 int cublasCreate_v2(void **handle) {
     *handle = new_handle();
     return 0;
 }
+int cublasLtCreate(void **handle) { return cublasCreate_v2(handle); }
 int cublasGetMathMode(void *handle, int *mode) {
     (void)handle;
     *mode = 0;

@@ -26,6 +26,10 @@ size_t device_memory_free(void);
 /* Count one launch of a kernel, or of a routine of a library. `name` must live as long as the process. */
 void count_launch(const char *name);
 
+/* Give a kernel that is launched by `handle` a name, and count a launch of it. */
+void name_kernel(const void *handle, const char *name);
+void count_launch_of(const void *handle);
+
 /* A different handle each time: streams, events, graphs and whatever else only has to be no null pointer. */
 void *new_handle(void);
 

@@ -18,6 +18,9 @@ ENVIRONMENT = {
     "VLLM_SKIP_P2P_CHECK": "1",  # which copies between GPUs in processes of its own
     "VLLM_NCCL_SO_PATH": process.library("libnccl.so.2"),
     "VLLM_CUDART_SO_PATH": process.library("libcudart.so.13"),
+    # What is compiled here is nothing, and must not be found by an engine on a GPU.
+    "VLLM_CACHE_ROOT": process.library("vllm"),
+    "DG_JIT_CACHE_DIR": process.library("deep_gemm"),
 }
 IMPORTED_ONCE = (
     "vllm.distributed.device_communicators.cuda_communicator",
