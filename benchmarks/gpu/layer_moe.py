@@ -14,7 +14,7 @@ from benchmarks.gpu.inputs import Batch
 from benchmarks.gpu.layer import MoE, RankLayer
 from benchmarks.gpu.vllm_kernels import TritonMoE
 from longcat_core.kernels.route import route
-from longcat_core.kernels.router_product import router_product, split
+from longcat_core.kernels.router_product import router_product
 from longcat_core.layers import routing as reference
 from longcat_core.layers.routing import Routing
 
@@ -42,10 +42,10 @@ def _sizes(layer: RankLayer) -> dict[str, float]:
 
 def our_moe(layer: RankLayer, context: Context) -> MoE:
     """Six launches in 16 bit and up to 1,024 choices: router product, route, and those of `kernels.moe`."""
-    halves, bias, expert_map, sizes = split(layer.router), _bias(layer), _expert_map(layer), _sizes(layer)
+    bias, expert_map, sizes = _bias(layer), _expert_map(layer), _sizes(layer)
 
     def moe(x: Tensor) -> Tensor:
-        routing = route(router_product(x, halves), bias, **sizes)
+        routing = route(router_product(x, layer.router), bias, **sizes)
         return our_kernels.of_the_table(Batch(x, routing, expert_map), layer.experts, context.device_name)
 
     return moe

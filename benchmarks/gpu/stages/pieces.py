@@ -20,7 +20,7 @@ from longcat_core.kernels.arrange import arrange, arrange_reference
 from longcat_core.kernels.combine import combine
 from longcat_core.kernels.quantize import quantize
 from longcat_core.kernels.route import route
-from longcat_core.kernels.router_product import router_product, split
+from longcat_core.kernels.router_product import router_product
 from longcat_core.layers import routing as reference
 from longcat_core.layers.routing import Routing
 
@@ -69,9 +69,8 @@ def _router_product(context: Context, tokens: int, kernel: str) -> Any:
     config, generator = context.sizes.config, _generator(context, tokens)
     x = torch.randn(tokens, config.hidden_size, generator=generator, device=context.device).bfloat16()
     weight = torch.randn(config.num_experts, config.hidden_size, generator=generator, device=context.device)
-    halves = split(weight)
     kernels: Kernels = {
-        "ours": lambda: router_product(x, halves),
+        "ours": lambda: router_product(x, weight),
         "torch": lambda: F.linear(x.float(), weight),
     }
     wanted = F.linear(x.double(), weight.double())

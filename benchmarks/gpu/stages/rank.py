@@ -25,7 +25,7 @@ from benchmarks.gpu.vllm_kernels import FlashAttention3, TritonMoE
 from longcat_core.kernels.combine import combine
 from longcat_core.kernels.quantize import quantize
 from longcat_core.kernels.route import route
-from longcat_core.kernels.router_product import router_product, split
+from longcat_core.kernels.router_product import router_product
 
 DRAFTS = 1
 PARTS = {
@@ -131,10 +131,10 @@ def _moe(context: Context, of: Rank, kernel: str) -> dict[str, Any]:
 
 
 def _routing_of(of: Rank) -> Callable[[Tensor], Any]:
-    config, halves = of.layer.config, split(of.layer.router)
+    config = of.layer.config
     bias = torch.zeros(config.num_experts, device=of.layer.device)
     return lambda x: route(
-        router_product(x, halves),
+        router_product(x, of.layer.router),
         bias,
         n_routed_experts=config.n_routed_experts,
         top_k=config.moe_topk,
