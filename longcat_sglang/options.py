@@ -310,8 +310,8 @@ SERVED: tuple[Option, ...] = (
     Option(
         """--json-model-override-args '{"longcat_kernels": true}'""",
         Outcome.SERVED,
-        "Router and experts by longcat-serving's own kernels ([more](kernels.md)), on GPUs of compute capability 9.0 or "
-        "more. Refused on a CPU, in float16, with another --moe-runner-backend than auto and triton, with "
+        "Router and experts by longcat-serving's own kernels ([more](kernels.md)), on GPUs of compute capability 9.0 "
+        "and more. Refused on a CPU, in float16, with another --moe-runner-backend than auto and triton, with "
         "--moe-a2a-backend or --enable-deterministic-inference, and if a rank has less than whole blocks of an expert "
         "in FP8.",
         "interpreted on a CPU, in the tests; no GPU has run it",
