@@ -80,7 +80,7 @@ ASKED: dict[str, dict[str, Any]] = {
 REFUSED = [option.flag for option in OPTIONS if option.outcome is Outcome.REFUSED]
 LEFT = [option.flag for option in OPTIONS if option.outcome is Outcome.OWN_CLASS]
 LONGCAT = replace(CASES["default"].config, moe_topk=12)
-MODEL_CONFIG: Any = SimpleNamespace(hf_config=SimpleNamespace(longcat=LONGCAT), quantization=None)
+MODEL_CONFIG: Any = SimpleNamespace(hf_config=SimpleNamespace(longcat=LONGCAT), quantization=None, dtype=torch.bfloat16)
 
 
 def settings(device: str, **asked: Any) -> Any:
