@@ -307,6 +307,15 @@ SERVED: tuple[Option, ...] = (
         "that no kernel takes.",
         f"a CPU: {RUN}; a GPU: {READ}",
     ),
+    Option(
+        """--json-model-override-args '{"longcat_kernels": true}'""",
+        Outcome.SERVED,
+        "Router and experts by longcat-serving's own kernels ([more](kernels.md)), on GPUs of compute capability 9.0 "
+        "and more. Refused on a CPU, in float16, with another --moe-runner-backend than auto and triton, with "
+        "--moe-a2a-backend or --enable-deterministic-inference, and if a rank has less than whole blocks of an expert "
+        "in FP8.",
+        "interpreted on a CPU, in the tests; no GPU has run it",
+    ),
     Option("--load-format sharded_state", Outcome.SERVED, "What `save_sharded_model` wrote; not checked before.", RUN),
     Option("--enable-single-batch-overlap", Outcome.SERVED, "No layer of LongCat asks for it: it does nothing.", READ),
     Option("--enable-return-routed-experts", Outcome.SERVED, "-1 stands for a zero expert.", READ),

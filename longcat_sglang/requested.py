@@ -32,6 +32,7 @@ def of(settings: Any) -> Requested:
 
 def current() -> Requested:
     """Of the model that is built now."""
+    from sglang.srt.arg_groups.overrides import resolved_view
     from sglang.srt.runtime_context import get_server_args
 
-    return of(get_server_args())
+    return of(resolved_view(get_server_args()))

@@ -73,6 +73,15 @@ OPTIONS: tuple[Option, ...] = (
         "Triton's is taken, which is said in the log.",
         "the refusal and the choice in the tests; the kernels read",
     ),
+    Option(
+        """--additional-config '{"longcat": {"kernels": true}}'""",
+        Outcome.SERVED,
+        "Router and experts by longcat-serving's own kernels ([more](kernels.md)), on GPUs of compute capability 9.0 "
+        "and more. Refused on a CPU, in float16, with another --moe-backend than auto and triton or another "
+        "--all2all-backend than allgather_reducescatter, with VLLM_BATCH_INVARIANT, and if a rank has less than whole "
+        "blocks of an expert in FP8.",
+        "interpreted on a CPU, in the tests; no GPU has run it",
+    ),
     Option("--enable-expert-parallel", Outcome.SERVED, "A rank computes its own experts, zero experts none.", TESTED),
     Option(
         "--all2all-backend",

@@ -21,6 +21,8 @@ from sglang.srt.model_executor.model_runner_components.weight_updater import _un
 from sglang.srt.models.deepseek_v2 import DeepseekV2AttentionMLA
 
 from longcat_core.config import LongcatConfig, RopeConfig
+from longcat_core.layers.routing import RouterFunctions, route
+from longcat_core.plugin.requested import Requested
 from longcat_core.quantization import Quantization
 from longcat_core.weights.blocks import FP8
 from longcat_core.weights.names import MTP_PREFIX
@@ -128,7 +130,7 @@ def test_what_a_transport_has_brought_back_is_not_summed_again(
     monkeypatch.setattr(moe.LongcatMoE, "_report", lambda *_: None)
     layer = moe.LongcatMoE.__new__(moe.LongcatMoE)
     torch.nn.Module.__init__(layer)
-    layer.config = DEFAULT
+    layer.config, layer.route = DEFAULT, route
     layer.router = torch.nn.Linear(DEFAULT.hidden_size, DEFAULT.num_experts)
     layer.router.e_score_correction_bias = torch.zeros(DEFAULT.num_experts)
     layer.experts = lambda hidden_states, _: torch.ones_like(hidden_states)
@@ -348,3 +350,56 @@ def test_weights_that_a_kernel_has_in_its_own_layout_are_not_updated() -> None:
         reason = _unsupported_derived_weight_cache_error(target)
         assert reason is not None
         assert reason.startswith(f"1 FP8 weights, {name}.weight the first, are laid out for SGLang's kernels")
+
+
+# -- our kernels, on request -------------------------------------------------------------------------
+
+
+def test_a_gpu_has_sglangs_own_experts_and_a_router_in_torch_unless_kernels_are_requested(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from longcat_sglang import requested
+
+    monkeypatch.setattr(requested, "current", Requested)
+    assert Cuda().expert_arguments(None) == {}
+    assert Cuda().router_functions() == Cpu().router_functions() == RouterFunctions(route)
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({}, ""),
+        ({"moe_runner_backend": "triton"}, ""),
+        ({"moe_runner_backend": "deep_gemm"}, "moe_runner_backend is 'deep_gemm', which is another kernel; leave"),
+        ({"speculative_moe_runner_backend": "deep_gemm"}, "speculative_moe_runner_backend is 'deep_gemm', which"),
+        ({"moe_a2a_backend": "deepep"}, "moe_a2a_backend is 'deepep', wanted none; leave --moe-a2a-backend out"),
+        ({"enable_deterministic_inference": True}, "tiles depend on the batch"),
+        ({"dtype": torch.float16}, "dtype torch.float16, wanted"),
+        ({"capability": (8, 0)}, "compute capability 8.0, wanted"),
+        ({"tp_size": 4, "ep_size": 4}, ""),
+        ({"tp_size": 4}, "64 rows of an FP8 expert on a rank, wanted"),
+    ],
+    ids=str,
+)
+def test_kernels_that_were_asked_for_and_cannot_be_used(
+    changes: dict[str, Any], wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from longcat_sglang import deployment
+    from longcat_sglang.devices.cuda import device
+
+    monkeypatch.setattr(device, "capability", lambda: changes.get("capability", (9, 0)))
+    settings = {
+        "json_model_override_args": '{"longcat_kernels": true}',
+        "tp_size": 1,
+        "ep_size": 1,
+        "moe_runner_backend": "auto",
+        "speculative_moe_runner_backend": None,
+        "moe_a2a_backend": "none",
+        "enable_deterministic_inference": False,
+    }
+    fp8 = replace(CONFIG, expert_ffn_hidden_size=256, quantization=Quantization("fp8"))
+    given = SimpleNamespace(**{**settings, **changes})
+    obstacles = Cuda().obstacles_to_kernels(given, fp8, changes.get("dtype", torch.bfloat16))
+    assert len(obstacles) == bool(wanted)
+    assert all(obstacle.startswith(wanted) for obstacle in obstacles)
+    assert deployment.requested.of(given).kernels

@@ -60,12 +60,8 @@ def with_layers_of_a_gpu(directory: Path, patch: pytest.MonkeyPatch) -> None:
         ffn = grouped_ffn(weight_of(layer, "w13_weight"), weight_of(layer, "w2_weight"))
         return StandardCombineInput(routed_experts(dispatch_output.hidden_states, ids, weights, ffn))
 
-    def expert_arguments(self: Any) -> dict[str, Any]:
-        return {"quant_method": None} if fp8_experts.pop() else arguments(self)
-
-    def keeps_experts(self: Any, prefix: str) -> bool:
-        fp8_experts.append(keeps(self, prefix))
-        return fp8_experts[-1]
+    def expert_arguments(self: Any, quant_config: LongcatFp8Config | None) -> dict[str, Any]:
+        return arguments(self, quant_config) if quant_config is None else {"quant_method": None}
 
     def restore(self: Any, experts: Any) -> None:
         if not isinstance(experts.quant_method, Fp8MoEMethod):
@@ -76,11 +72,9 @@ def with_layers_of_a_gpu(directory: Path, patch: pytest.MonkeyPatch) -> None:
         names = [name for name, parameter in self.named_parameters() if parameter.dtype == FP8]
         (directory / f"{type(self).__name__}.json").write_text(json.dumps(names))
 
-    fp8_experts: list[bool] = []
-    arguments, restore_experts, keeps = Cpu.expert_arguments, Cpu.restore_experts, LongcatFp8Config.keeps_experts
+    arguments, restore_experts = Cpu.expert_arguments, Cpu.restore_experts
     post_load_weights = model.LongcatCausalLM.post_load_weights
     patch.setattr(Cpu, "fp8_kernels", Cuda.fp8_kernels)
-    patch.setattr(LongcatFp8Config, "keeps_experts", keeps_experts)
     patch.setattr(Cpu, "expert_arguments", expert_arguments)
     patch.setattr(Cpu, "restore_experts", restore)
     patch.setattr(model.LongcatCausalLM, "post_load_weights", loaded)

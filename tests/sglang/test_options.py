@@ -80,7 +80,7 @@ ASKED: dict[str, dict[str, Any]] = {
 REFUSED = [option.flag for option in OPTIONS if option.outcome is Outcome.REFUSED]
 LEFT = [option.flag for option in OPTIONS if option.outcome is Outcome.OWN_CLASS]
 LONGCAT = replace(CASES["default"].config, moe_topk=12)
-MODEL_CONFIG: Any = SimpleNamespace(hf_config=SimpleNamespace(longcat=LONGCAT), quantization=None)
+MODEL_CONFIG: Any = SimpleNamespace(hf_config=SimpleNamespace(longcat=LONGCAT), quantization=None, dtype=torch.bfloat16)
 
 
 def settings(device: str, **asked: Any) -> Any:
@@ -321,3 +321,24 @@ def test_a_snapshot_in_the_cache_of_the_hub_is_checked(
         absent = settings("cpu", model_path="someone/else", download_dir=str(tmp_path))
         loading.check(loading.local_directory(absent), absent, longcat)
     assert "someone/else is not on this machine yet" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ('{"longcat_kernels": true}', "they are for NVIDIA GPUs, and this is a CPU; or leave the kernels out"),
+        ('{"longcat_kernels": false}', ""),
+    ],
+)
+def test_our_kernels_are_refused_on_a_cpu(given: str, problem: str) -> None:
+    problems = refused("cpu", json_model_override_args=given)
+    assert len(problems) == bool(problem)
+    assert all(found.endswith(problem) for found in problems)
+
+
+@pytest.mark.parametrize("given", ['{"longcat_draft_gate": "yes"}', '{"longcat_gate": true}'])
+def test_what_is_no_option_of_ours_is_named(given: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"longcat_.*wanted (true or false|longcat_draft_gate or longcat_kernels); corr"
+    ):
+        refused("cpu", json_model_override_args=given)

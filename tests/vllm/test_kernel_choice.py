@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from longcat_core import spellings
 from longcat_core.quantization import Quantization
@@ -236,3 +237,65 @@ def test_a_gate_that_the_own_class_does_not_have_is_not_lost_without_a_word(
         with caplog.at_level("WARNING"):
             configure(checkpoint_of(CASE), **arguments)
         assert "LongCat-Flash is served by vLLM's own class: it is quantised." in caplog.text
+
+
+# -- our kernels, on request -------------------------------------------------------------------------
+
+REQUESTED = {"longcat": {"kernels": True}}
+
+
+def test_kernels_that_were_asked_for_are_refused_on_a_cpu(checkpoint_of: Callable[[Case], Path]) -> None:
+    message = refusal(checkpoint_of(CASE), additional_config=REQUESTED)
+    assert """{"kernels": true}}': they are for NVIDIA GPUs, and this is a CPU; or leave the kernels out""" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({}, ""),
+        ({"moe_backend": "triton"}, ""),
+        ({"moe_backend": "flashinfer_cutlass"}, "moe_backend is 'flashinfer_cutlass', which is another kernel"),
+        ({"all2all_backend": "deepep_high_throughput"}, "all2all_backend is 'deepep_high_throughput', wanted 'allga"),
+        ({"all2all_backend": "deepep_high_throughput", "data_parallel_size": 1}, ""),
+        ({"dtype": torch.float16}, "dtype torch.float16, wanted"),
+        ({"capability": (8, 0)}, "compute capability 8.0, wanted"),
+        ({"VLLM_BATCH_INVARIANT": True}, "VLLM_BATCH_INVARIANT is set"),
+        ({"tensor_parallel_size": 2}, ""),
+        ({"tensor_parallel_size": 2, "enable_expert_parallel": False}, "64 rows of an FP8 expert on a rank, wanted"),
+    ],
+    ids=str,
+)
+def test_kernels_that_were_asked_for_and_cannot_be_used_on_a_gpu(
+    changes: dict[str, Any], wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts in FP8 have 256 rows of two ranks of data parallelism, unless they are not split."""
+    from vllm import envs
+
+    from longcat_vllm.devices.cuda import device
+
+    envs.disable_envs_cache()
+    monkeypatch.setattr(device, "capability", lambda: changes.get("capability", (9, 0)))
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", str(int("VLLM_BATCH_INVARIANT" in changes)))
+    fp8 = replace(CASE.config, expert_ffn_hidden_size=256, quantization=Quantization("fp8"))
+    plain = {"dtype": torch.bfloat16, "tensor_parallel_size": 1, "hf_config": spellings.published(fp8)}
+    obstacles = Cuda().obstacles_to_kernels(asked(**{**plain, **changes}))
+    assert len(obstacles) == bool(wanted)
+    assert all(obstacle.startswith(wanted) for obstacle in obstacles)
+
+
+def test_experts_that_our_kernels_do_not_take_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If `deployment.check` has missed them."""
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig
+
+    from longcat_vllm.devices.cuda.kernels import with_our_kernels
+
+    method = SimpleNamespace(moe_block_shape=[64, 64])
+    moe_config: Any = SimpleNamespace(
+        moe_backend="auto",
+        is_act_and_mul=True,
+        activation=None,
+        moe_parallel_config=FusedMoEParallelConfig.make_no_parallel(),
+    )
+    with pytest.raises(ValueError, match=r"kernels cannot compute these experts: .*; leave the kernels out"):
+        with_our_kernels(lambda: method, moe_config)
+    assert not hasattr(method, "experts_cls")

@@ -1,0 +1,83 @@
+"""What is requested of longcat-serving itself, and where its kernels cannot be used."""
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from longcat_core.config import LongcatConfig
+from longcat_core.plugin.kernels import obstacles_to_kernels
+from longcat_core.plugin.requested import Requested, refuse_what_the_own_class_lacks
+from longcat_core.quantization import Quantization
+from tests.cases import DEFAULT
+
+OPTIONS = {"draft_gate": "--more draft_gate", "kernels": "--more kernels"}
+
+
+def test_nothing_is_requested_unless_it_is_said() -> None:
+    assert Requested.read({}, "our_", "--more") == Requested(draft_gate=False, kernels=False)
+    assert Requested.read({"kernels": True}, "our_", "--more") == Requested(kernels=True)
+    assert Requested.read({"draft_gate": True, "kernels": False}, "our_", "--more") == Requested(draft_gate=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"gate": True}, "our_gate: wanted our_draft_gate or our_kernels; correct --more"),
+        ({"kernels": 1}, "our_kernels: 1, wanted true or false; correct --more"),
+        (True, "--more: True for longcat, wanted our_draft_gate or our_kernels in it, each true or false"),
+    ],
+)
+def test_what_is_no_option_of_ours_is_named(given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Requested.read(given, "our_", "--more")
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_request_is_not_lost_where_the_engines_own_class_serves(name: str) -> None:
+    refuse_what_the_own_class_lacks("X", ["it is quantised"], Requested(), OPTIONS)
+    with pytest.raises(ValueError, match=f"--more {name}: X's own class, which serves here as it is quantised, does"):
+        refuse_what_the_own_class_lacks("X", ["it is quantised"], Requested(**{name: True}), OPTIONS)
+
+
+FP8 = replace(DEFAULT, expert_ffn_hidden_size=256, quantization=Quantization("fp8"))
+CHAT = replace(DEFAULT, n_routed_experts=512, zero_expert_num=256, moe_topk=12)
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype", "capability", "ranks", "obstacle"),
+    [
+        (CHAT, torch.bfloat16, (9, 0), 8, None),
+        (CHAT, torch.float32, (10, 0), 1, None),
+        (CHAT, torch.bfloat16, None, 1, "no GPU of NVIDIA's, wanted compute capability 9.0 or more"),
+        (CHAT, torch.bfloat16, (8, 9), 1, "compute capability 8.9, wanted compute capability 9.0 or more"),
+        (CHAT, torch.float16, (9, 0), 1, "dtype torch.float16, wanted torch.bfloat16 or torch.float32"),
+        (replace(CHAT, moe_topk=17), torch.bfloat16, (9, 0), 1, "17 of 768 experts for a token, wanted at most 16 of"),
+        (replace(CHAT, zero_expert_num=513), torch.bfloat16, (9, 0), 1, "12 of 1025 experts for a token, wanted at"),
+        (FP8, torch.bfloat16, (9, 0), 2, None),
+        (FP8, torch.bfloat16, (9, 0), 4, "64 rows of an FP8 expert on a rank, wanted a multiple of 128"),
+    ],
+)
+def test_where_kernels_cannot_be_used_is_said_before_a_worker_starts(
+    config: LongcatConfig,
+    dtype: torch.dtype,
+    capability: tuple[int, int] | None,
+    ranks: int,
+    obstacle: str | None,
+) -> None:
+    found = obstacles_to_kernels(config, dtype, capability, ranks)
+    assert len(found) == (obstacle is not None)
+    assert obstacle is None or found[0].startswith(obstacle)
+
+
+def test_kernels_need_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in [name for name in sys.modules if name.startswith("longcat_core.kernels.")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    (obstacle,) = obstacles_to_kernels(CHAT, torch.bfloat16, (9, 0), 1)
+    assert obstacle.startswith("Triton cannot be imported")
