@@ -89,9 +89,7 @@ def test_many_rows_fill_their_blocks_but_for_half_of_one() -> None:
 
 
 def product(blocks: float, bytes_: float) -> GroupedProduct:
-    return GroupedProduct(
-        blocks, block_rows=64, block_columns=128, columns=2048, depth=6144, matrices=2, bytes=bytes_
-    )
+    return GroupedProduct(blocks, block_rows=64, block_columns=128, columns=2048, depth=6144, matrices=2, bytes=bytes_)
 
 
 def test_a_product_takes_the_longer_of_memory_and_arithmetic() -> None:
