@@ -64,8 +64,8 @@ def _least(
         return Goal(what, f"at least {wanted}", "", "not measured")
     worst, where = min(figures)
     met = sum(found >= wanted for found, _ in figures)
-    found = f"{worst:.2f} ({where}); {met} of {len(figures)} shapes reach it"
-    return Goal(what, f"at least {wanted}", found, "met" if worst >= wanted else "missed")
+    worst_of_all = f"{worst:.2f} ({where}); {met} of {len(figures)} shapes reach it"
+    return Goal(what, f"at least {wanted}", worst_of_all, "met" if worst >= wanted else "missed")
 
 
 def _route(measured: Measured) -> Goal:

@@ -55,17 +55,8 @@ def random_logits(config: LongcatConfig, tokens: int, kind: str, generator: torc
     device = generator.device
     logits = torch.randn(tokens, config.num_experts, generator=generator, device=device)
     if kind == "skewed":
-        liking = torch.randn(config.num_experts, generator=generator, device=device) * SKEW
-        logits += liking - liking.logsumexp(dim=0)
-        logits[:, config.n_routed_experts :] += _even(liking, config)
+        logits += torch.randn(config.num_experts, generator=generator, device=device) * SKEW
     return logits
-
-
-def _even(liking: Tensor, config: LongcatConfig) -> Tensor:
-    """What makes zero experts as likely, all together, as their number is of all."""
-    ffn, zero = liking.tensor_split([config.n_routed_experts])
-    wanted = torch.tensor(config.n_routed_experts / config.zero_expert_num, device=liking.device).log()
-    return ffn.logsumexp(dim=0) - zero.logsumexp(dim=0) - wanted
 
 
 def random_routing(config: LongcatConfig, tokens: int, kind: str, generator: torch.Generator) -> Routing:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,7 +33,7 @@ def _bias(layer: RankLayer) -> Tensor:
     return torch.zeros(layer.config.num_experts, device=layer.device)
 
 
-def _sizes(layer: RankLayer) -> dict[str, float]:
+def _sizes(layer: RankLayer) -> dict[str, Any]:
     config = layer.config
     return {
         "n_routed_experts": config.n_routed_experts,

@@ -88,19 +88,19 @@ class Measured:
     @property
     def rates(self) -> Rates | None:
         """Of this device; None if it was not measured, and its data sheet is not in hardware.json."""
-        copy = self.result("device", what="copy")
-        products = {name: self.result("device", what="product", precision=name) for name in ("16 bit", "fp8")}
         try:
             sheet = gpu(str(self.record["device"]))
         except ValueError:
-            sheet = None
-        memory = copy["bytes_per_second"] if copy else sheet.bytes_per_second if sheet else None
-        rates = {}
-        for name, product in products.items():
-            if product is None and sheet is None:
-                return None
-            rates[name] = product["operations_per_second"] if product else sheet.operations_per_second[name]  # type: ignore[union-attr]
-        return None if memory is None else Rates(memory, rates)
+            memory, products = None, {"16 bit": None, "fp8": None}
+        else:
+            memory, products = sheet.bytes_per_second, dict(sheet.operations_per_second)
+        if copy := self.result("device", what="copy"):
+            memory = copy["bytes_per_second"]
+        for precision in products:
+            if product := self.result("device", what="product", precision=precision):
+                products[precision] = product["operations_per_second"]
+        known = {precision: rate for precision, rate in products.items() if rate is not None}
+        return None if memory is None or len(known) < len(products) else Rates(memory, known)
 
     def moe_settings(self) -> list[MoeSetting]:
         """In the order in which they were measured."""
@@ -108,4 +108,4 @@ class Measured:
         for row in self.rows("moe"):
             fields = tuple(row["case"][name] for name in ("precision", "deployment", "local_experts", "routing"))
             by_setting.setdefault(fields, []).append(row)
-        return [MoeSetting(*fields, rows=tuple(rows), rates=self.rates) for fields, rows in by_setting.items()]
+        return [MoeSetting(*fields, tuple(rows), self.rates) for fields, rows in by_setting.items()]

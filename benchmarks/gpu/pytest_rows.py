@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,11 +16,9 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     is_news = report.when == "call" or (report.when == "setup" and report.outcome != "passed")
     if not is_news or "PYTEST_XDIST_WORKER" in os.environ:
         return
-    row = {
-        "case": {"test": report.nodeid},
-        "result": {"outcome": report.outcome, "seconds": round(report.duration, 2)},
-    }
+    result: dict[str, Any] = {"outcome": report.outcome, "seconds": round(report.duration, 2)}
     if report.outcome == "failed":
-        row["result"]["message"] = report.longreprtext[-2000:]
+        result["message"] = report.longreprtext[-2000:]
+    row = {"case": {"test": report.nodeid}, "result": result}
     with Path(os.environ["LONGCAT_PYTEST_ROWS"]).open("a") as file:
         file.write(json.dumps(row) + "\n")

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("kind", ["random", "skewed"])
 def test_a_third_of_the_choices_are_zero_experts(kind: str) -> None:
     routing = random_routing(CHAT, 2048, kind, torch.Generator().manual_seed(0))
-    assert float((routing.ids < 0).double().mean()) == pytest.approx(1 / 3, abs=0.01)
+    assert float((routing.ids < 0).double().mean()) == pytest.approx(1 / 3, abs=0.02)
 
 
 def test_a_skewed_router_prefers_some_experts() -> None:
@@ -46,10 +46,11 @@ def test_a_rank_has_its_share_of_the_choices(local: int, is_remapped: bool, choi
     tensor = small(Deployment("tensor", local), 2048, is_remapped)
     assert tensor.hidden_states.shape[0] == 2048
     rows = int((tensor.local_ids >= 0).sum())
-    assert rows == pytest.approx(2048 * choices * local / 512, rel=0.1)
+    expected = 2048 * choices * local / 512
+    assert rows == pytest.approx(expected, abs=4 * expected**0.5)
     data = small(Deployment("data", local), 2048 * local // 512, is_remapped)
     assert len(data.hidden_states) == int((data.local_ids >= 0).sum())
-    assert len(data.hidden_states) == pytest.approx(2048 * local / 512 * choices, rel=0.1)
+    assert len(data.hidden_states) == pytest.approx(expected, abs=4 * expected**0.5)
     assert int(data.local_ids.max()) == local - 1
 
 

@@ -124,6 +124,18 @@ def test_a_stage_that_hangs_is_cut_off_and_leaves_its_rows(measured_by: Any) -> 
         assert cases(record["stages"][name]) == stand_ins.CASES[:2]
 
 
+def test_a_row_is_in_the_file_as_soon_as_it_is_measured(measured_by: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, written = measure.write, list[int]()
+
+    def write(path: Path, record: Record) -> None:
+        real(path, record)
+        written.append(len(json.loads(path.read_text())["stages"]["moe"]["rows"]))
+
+    monkeypatch.setattr(measure, "write", write)
+    measured_by(stand_ins.device_fails, "--only", "moe")
+    assert written == [1, 2, 3, 4, 4]
+
+
 def test_the_next_run_goes_on_where_one_was_cut_off(measured_by: Any) -> None:
     measured_by(stand_ins.hangs_after_two, "--only", "moe", "--limit", "1.5")
     record = measured_by(stand_ins.dies_after_one, "--only", "moe")

@@ -53,12 +53,11 @@ def attention_core(context: Context, requests: int, new_tokens: int, length: int
     config, device = context.sizes.config, context.device
     try:
         core = FlashAttention3(requests, new_tokens, length, device)
-        queries = (
+        latent, rope = (
             torch.zeros(requests * new_tokens, 1, size, dtype=torch.bfloat16, device=device)
             for size in (config.kv_lora_rank, config.qk_rope_head_dim)
         )
-        cache = torch.zeros(requests, length, config.latent_dim, dtype=torch.bfloat16, device=device)
-        core(*queries, cache, 1.0)
+        core(latent, rope, torch.zeros(requests, length, config.latent_dim, dtype=torch.bfloat16, device=device), 1.0)
     except (MissingError, ImportError, ValueError, RuntimeError, AssertionError):
         return "two products", two_products
     return "FlashAttention 3", core

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -64,7 +65,7 @@ class _Cases:
                 "tokens": self._tokens,
                 "kernel": kernel,
             }
-            yield Case(fields, lambda kernel=kernel: self._run(kernel))
+            yield Case(fields, partial(self._run, kernel))
 
     def _run(self, kernel: str) -> dict[str, Any]:
         context, precision = self._context, self._setting.precision
@@ -76,10 +77,9 @@ class _Cases:
         batch, wanted = self._batch(kernel.endswith("remapped"))
         call: Callable[[], Tensor]
         if kernel.startswith("ours"):
-            call = lambda: our_kernels.of_the_table(batch, weights, context.device_name)  # noqa: E731
+            call = partial(our_kernels.of_the_table, batch, weights, context.device_name)
         else:
-            theirs = TritonMoE(config, weights, context.sizes.is_compiled)
-            call = lambda: theirs(batch)  # noqa: E731
+            call = partial(TritonMoE(config, weights, context.sizes.is_compiled), batch)
         error = check(call(), wanted, LIMITS[precision])
         return {**asdict(context.timer(call)), "worst_token_error": error, **asdict(cost(batch, weights))}
 

@@ -82,7 +82,7 @@ def _route(context: Context, tokens: int, kernel: str) -> Any:
     logits = random_logits(config, tokens, "random", generator)
     bias = torch.zeros(config.num_experts, device=context.device)
     x = torch.randn(tokens, config.hidden_size, generator=generator, device=context.device).bfloat16()
-    sizes = {
+    sizes: dict[str, Any] = {
         "n_routed_experts": config.n_routed_experts,
         "top_k": config.moe_topk,
         "routed_scaling_factor": config.routed_scaling_factor,

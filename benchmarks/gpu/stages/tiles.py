@@ -6,6 +6,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -40,8 +41,9 @@ def stage(context: Context) -> Iterator[Row]:
             cases = []
             for tile in tiles:
                 fields = {"precision": precision, "tokens": tokens, "slots_per_expert": mean, "tile": asdict(tile)}
-                if tile not in refused and is_worth_trying(tile, mean):
-                    cases.append(Case(fields, partial(_run, context, batch, weights, tile, wanted, precision)))
+                if is_worth_trying(tile, mean):
+                    call = partial(_run, context, batch, weights, tile, wanted, precision, refused.get(tile))
+                    cases.append(Case(fields, call))
             yield from rows(cases, context)
 
 
@@ -56,8 +58,17 @@ def is_worth_trying(tile: Tile, slots: int) -> bool:
 
 
 def _run(
-    context: Context, batch: Batch, weights: ExpertWeights, tile: Tile, wanted: Tensor, precision: str
+    context: Context,
+    batch: Batch,
+    weights: ExpertWeights,
+    tile: Tile,
+    wanted: Tensor,
+    precision: str,
+    refusal: str | None,
 ) -> dict[str, Any]:
+    if refusal is not None:
+        raise RuntimeError(refusal)
+
     def call() -> Tensor:
         return our_kernels.with_tile(batch, weights, tile)
 
@@ -65,15 +76,20 @@ def _run(
     return {**asdict(context.timer(call)), "worst_token_error": error, **asdict(cost(batch, weights))}
 
 
-def compile_all(config: LongcatConfig, precision: str, tiles: tuple[Tile, ...], context: Context) -> set[Tile]:
-    """Fill Triton's cache in several processes at once. Returns tiles that cannot be compiled or launched here."""
+def compile_all(config: LongcatConfig, precision: str, tiles: tuple[Tile, ...], context: Context) -> dict[Tile, str]:
+    """Fill Triton's cache in several processes at once. Returns tiles that cannot be compiled or launched, and why.
+
+    A tile whose process died is not among them, nor are those that were waiting for it: they are compiled when timed.
+    """
     method = multiprocessing.get_context("forkserver")
     method.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(context.sizes.compilers, mp_context=method) as pool:
         of_tiles: dict[Tile, Future[None]] = {
             tile: pool.submit(compile_tile, config, precision, tile, context.device) for tile in tiles
         }
-        return {tile for tile, future in of_tiles.items() if future.exception() is not None}
+        errors = {tile: future.exception() for tile, future in of_tiles.items()}
+    found = {tile: error for tile, error in errors.items() if error and not isinstance(error, BrokenProcessPool)}
+    return {tile: f"{type(error).__name__}: {error}"[:500] for tile, error in found.items()}
 
 
 def compile_tile(config: LongcatConfig, precision: str, tile: Tile, device: torch.device) -> None:
