@@ -82,6 +82,15 @@ OPTIONS: tuple[Option, ...] = (
         "blocks of an expert in FP8.",
         "interpreted on a CPU, in the tests; no GPU has run it",
     ),
+    Option(
+        """--additional-config '{"longcat": {"flashinfer_mla": true}}'""",
+        Outcome.SERVED,
+        "On Hopper, decode steps attend by FlashInfer's MLA, in which a token, its drafts and all heads share tiles of "
+        "128 rows; SGLang has it as --attention-backend flashinfer. FlashInfer compiles it at the first start, with "
+        "nvcc, in minutes. Refused on other devices, for other dimensions than latent 512 and rope 64, with "
+        "--attention-backend, decode context parallelism and VLLM_BATCH_INVARIANT.",
+        "FlashInfer's Python run on a CPU with a stand-in for its kernels, in the tests; no GPU has run it",
+    ),
     Option("--enable-expert-parallel", Outcome.SERVED, "A rank computes its own experts, zero experts none.", TESTED),
     Option(
         "--all2all-backend",
