@@ -20,9 +20,9 @@ OPTIONS = {"draft_gate": "--more draft_gate", "kernels": "--more kernels"}
 
 
 def test_nothing_is_requested_unless_it_is_said() -> None:
-    assert Requested.read({}, "our_", "--more") == Requested(draft_gate=False, kernels=False)
-    assert Requested.read({"kernels": True}, "our_", "--more") == Requested(kernels=True)
-    assert Requested.read({"draft_gate": True, "kernels": False}, "our_", "--more") == Requested(draft_gate=True)
+    assert Requested.read({}, OPTIONS, "our_", "--more") == Requested(draft_gate=False, kernels=False)
+    assert Requested.read({"kernels": True}, OPTIONS, "our_", "--more") == Requested(kernels=True)
+    assert Requested.read({"draft_gate": True, "kernels": False}, OPTIONS, "our_", "--more") == Requested(draft_gate=True)
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_nothing_is_requested_unless_it_is_said() -> None:
 )
 def test_what_is_no_option_of_ours_is_named(given: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Requested.read(given, "our_", "--more")
+        Requested.read(given, OPTIONS, "our_", "--more")
 
 
 @pytest.mark.parametrize("name", OPTIONS)
