@@ -1,4 +1,4 @@
-"""`python -m longcat_core.null_gpu 8xH200 PROGRAM ...` runs a program here on GPUs that do not exist."""
+"""`python -m longcat_core.null_gpu 8xH200 PROGRAM ...` runs a program on GPUs that are not there."""
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if __name__ == "__main__":
         sys.exit("wanted: python -m longcat_core.null_gpu GPUS PROGRAM ..., as 8xH200 python -m pytest")
     _, gpus, *program = sys.argv
     try:
-        os.environ.update(variables(build(), hardware.machine(gpus)))
+        os.environ.update(variables(build(), hardware.parse(gpus)))
     except (NullGpuError, ValueError) as error:
         sys.exit(f"longcat: {error}")
     os.execvp(program[0], program)

@@ -23,7 +23,7 @@ COMPILER = """#!/bin/sh
 # In place of nvcc: says its version, and compiles whatever it is given to nothing.
 while [ $# -gt 0 ]; do
   [ "$1" = --version ] && echo "Cuda compilation tools, release 13.0, V13.0.88"
-  [ "$1" = -o ] && echo "of the null GPU" > "$2"
+  case "$1" in -o | --output-file) echo "of the null GPU" > "$2" ;; esac
   shift
 done
 """

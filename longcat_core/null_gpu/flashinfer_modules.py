@@ -12,6 +12,9 @@ from typing import Any
 CALLS: Counter[str] = Counter()
 """By module and function, since the process started. What a call launches is not known, so it counts as one launch."""
 
+ON_THE_HOST = ("init", "get_", "set_", "plan")
+"""Functions whose names begin so launch nothing."""
+
 
 class NullModule:
     """Has every function, and so has what they return; outputs that the caller has allocated are left as they are."""
@@ -25,13 +28,22 @@ class NullModule:
         return NullModule(f"{self._name}.{function}")
 
     def __call__(self, *args: Any, **kwargs: Any) -> NullModule:
-        CALLS[self._name] += 1
-        return NullModule(self._name)
+        module, _, function = self._name.rpartition(".")
+        if not function.startswith(ON_THE_HOST):
+            CALLS[self._name] += 1
+        return NullModule(module if function == "init" else self._name)
 
     def __int__(self) -> int:
-        return 1
+        """As the number of something that there must be one of, or as the size of a workspace."""
+        return 0 if "workspace" in self._name else 1
 
     __index__ = __int__
+
+    def __gt__(self, other: int) -> bool:
+        return int(self) > other
+
+    def __lt__(self, other: int) -> bool:
+        return int(self) < other
 
     def __iter__(self) -> Iterator[Any]:
         return iter(())

@@ -12,12 +12,12 @@ from longcat_core.null_gpu import flashinfer_modules, triton_driver
 
 KINDS: tuple[tuple[str, str], ...] = (
     ("collective", r"^nccl|cross_device_reduce|all_?reduce|all_?gather|reduce_?scatter|multimem|deep_ep|nvshmem"),
+    ("experts", r"fused_moe|run_moe|m_grouped|^triton (gate_up|down)_kernel"),
+    ("routing", r"moe_|topk|TopK|bitonicSort|softmax_warp|expert|^triton (route|count|sum|place|combine)_kernel"),
+    ("product", r"^cublas|gemm|splitK|router_product"),
     ("cache", r"_and_cache|slot_mapping|block_table|gather_\w*cache"),
     ("attention", r"flash|mla_|Mla|Fmha|fmha|attn|attention|merge_states"),
-    ("experts", r"fused_moe_kernel|grouped_gemm|moe.*gemm|gemm.*moe|m_grouped"),
-    ("routing", r"moe_align|count_and_sort|moe_sum|topk|bitonicSort|softmax_warp|moe_|expert|gatherTopK|permute"),
-    ("product", r"^cublas|gemm|Gemm|splitK|router_gemm"),
-    ("quantise", r"quant|fp8|scaled_"),
+    ("quantise", r"quant|scaled_fp8"),
     ("norm", r"rms_norm|layer_norm"),
     ("activation", r"act_and_mul|silu"),
 )
@@ -47,24 +47,43 @@ def counted() -> Counter[str]:
     return launches
 
 
-_AROUND = re.compile(
-    r"^(void |\(anonymous namespace\)::|cutlass::device_kernel<|\w*::enable_sm\w+<|cutlass::Kernel\d?<)"
-)
-_FUNCTOR = re.compile(r"(\w+?)_kernel_cuda|CUDAFunctor_(\w+)|(\w+?)Functor|(\w+?)_kernel_impl|(\w+)_outer")
+_AROUND = re.compile(r"cutlass::device_kernel|cutlass::Kernel2?|\w+::enable_sm\w+")
+"""Kernels that are named after their first template argument."""
+_OF_PYTORCH = ("elementwise_kernel", "elementwise_kernel_with_index", "reduce_kernel")
+_COMPUTES = re.compile(r"(\w+?)_kernel_cuda\b|CUDAFunctor\w*?_(\w+)|(\w+?)Functor\b|(\w+?)_kernel_impl\b")
+_NOTHING = {"gpu", "gpu_index", "Binary", "AUnary", "BUnary", "CUDA"}
+_HASH = re.compile(r"\.[0-9a-f]{32}$")
+"""Of a kernel that is compiled when it is needed."""
 
 
 @cache
 def short(mangled: str) -> str:
     """The name of a kernel without its types; of PyTorch's elementwise kernels, with what they compute."""
-    name = demangled(mangled)
-    while (rest := _AROUND.sub("", name)) != name:
-        name = rest
-    plain = re.split(r"[<(]", name, maxsplit=1)[0].strip()
-    if plain.endswith(("elementwise_kernel", "elementwise_kernel_with_index", "reduce_kernel")):
-        found = [next(filter(None, groups)) for groups in _FUNCTOR.findall(name[len(plain) :])]
-        inner = [each for each in found if each not in ("Binary", "AUnary", "BUnary", "gpu_kernel", "gpu_index")]
-        return f"{plain.rpartition('::')[2]} {inner[0] if inner else ''}".strip()
-    return plain
+    full = demangled(mangled).replace("(anonymous namespace)::", "")
+    if full == mangled:
+        return _HASH.sub("", mangled)
+    name = _plain(full)
+    while _AROUND.fullmatch(name):
+        full = full[full.index("<") + 1 :]
+        name = _plain(full)
+    if name.endswith(_OF_PYTORCH):
+        found = (next(filter(None, groups)) for groups in _COMPUTES.findall(full))
+        return " ".join([name.rpartition("::")[2], *[each for each in found if each not in _NOTHING][:1]])
+    return name
+
+
+def _plain(full: str) -> str:
+    """`std::enable_if<a, void>::type vllm::f<int>(int*)` -> `vllm::f`; of a template argument, up to the next one."""
+    angles, parentheses, outside = 0, 0, ""
+    for character in full:
+        if not angles and character in "(,>":
+            break
+        parentheses += (character == "(") - (character == ")")
+        if not parentheses:  # within them, `>` may compare
+            angles += (character == "<") - (character == ">")
+        if not angles and character != ">":
+            outside += character
+    return outside.split()[-1] if outside.split() else full
 
 
 def demangled(mangled: str) -> str:

@@ -54,38 +54,47 @@ class Mirror(ProcessGroup):
     def getBackendName(self) -> str:  # noqa: N802  # PyTorch's name
         return BACKEND
 
-    def allreduce(self, tensors: list[Tensor], options: Any = None) -> Work:
+    def allreduce(self, tensors: list[Tensor], opts: Any = None) -> Work:
         for tensor in tensors:
-            if options is not None and options.reduceOp == dist.ReduceOp.SUM and tensor.device.type == "cpu":
-                tensor.mul_(self._size)
+            if tensor.device.type == "cpu" and opts is not None and opts.reduceOp == dist.ReduceOp.SUM:
+                self._sum(tensor)
         return Done(tensors)
 
-    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], options: Any = None) -> Work:
+    def _sum(self, tensor: Tensor) -> None:
+        """Of what each rank has, or, where this one has filled its own column alone, of all columns."""
+        if tensor.dim() and tensor.shape[-1] == self._size:
+            own = tensor[..., self._rank].clone()
+            if tensor.count_nonzero() == own.count_nonzero():
+                tensor.copy_(own.unsqueeze(-1).expand_as(tensor))
+                return
+        tensor.mul_(self._size)
+
+    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Work:
         for each, own in zip(outputs, inputs, strict=True):
             for output in each:
                 output.copy_(own)
         return Done(outputs)
 
-    def _allgather_base(self, output: Tensor, own: Tensor, options: Any = None) -> Work:
+    def _allgather_base(self, output: Tensor, own: Tensor, opts: Any = None) -> Work:
         output.view(self._size, -1).copy_(own.reshape(1, -1).expand(self._size, -1))
         return Done(output)
 
-    def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], options: Any = None) -> Work:
+    def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Work:
         return self.allgather(outputs, inputs) if outputs else Done()
 
-    def broadcast(self, tensors: list[Tensor], options: Any = None) -> Work:
+    def broadcast(self, tensors: list[Tensor], opts: Any = None) -> Work:
         return Done(tensors)
 
-    def reduce(self, tensors: list[Tensor], options: Any = None) -> Work:
+    def reduce(self, tensors: list[Tensor], opts: Any = None) -> Work:
         return Done(tensors)
 
-    def _reduce_scatter_base(self, output: Tensor, own: Tensor, options: Any = None) -> Work:
+    def _reduce_scatter_base(self, output: Tensor, own: Tensor, opts: Any = None) -> Work:
         return Done(output)
 
     def alltoall_base(self, output: Tensor, own: Tensor, *sizes: Any) -> Work:
         return Done(output)
 
-    def barrier(self, options: Any = None) -> Work:
+    def barrier(self, opts: Any = None) -> Work:
         return Done()
 
     def send(self, tensors: list[Tensor], to: int, tag: int) -> Work:

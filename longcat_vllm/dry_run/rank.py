@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 from torch.distributed import ProcessGroup
-from vllm.distributed import parallel_state
+from vllm.distributed import get_pp_group, parallel_state
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
@@ -52,6 +52,8 @@ class OneRank(UniProcExecutor):
         tokens = scheduler_output.num_scheduled_tokens
         self._scheduled = [request for request in tokens if tokens[request]]
         self.executed.append(Executed(sum(tokens.values()), len(self._scheduled)))
+        if not get_pp_group().is_first_rank:
+            self._receive(sum(tokens.values()))
         with self._counting():
             result = super().execute_model(scheduler_output, non_block)
             output = result.result() if isinstance(result, Future) else result
@@ -74,6 +76,13 @@ class OneRank(UniProcExecutor):
         done: Future[Any] = Future()
         done.set_result(self._with_tokens())
         return done
+
+    def _receive(self, tokens: int) -> None:
+        """Give this stage what the one before it would have sent."""
+        worker: Any = self.driver_worker.worker
+        model, dtype = worker.get_model(), self.vllm_config.model_config.dtype
+        received = model.make_empty_intermediate_tensors(tokens, dtype, worker.device).tensors
+        get_pp_group().irecv_tensor_dict = lambda *args, **kwargs: (received, [], [])  # type: ignore[method-assign]
 
     def _with_tokens(self) -> ModelRunnerOutput:
         """A token for each request, as no kernel has sampled one, and a stage that is not the last has none."""

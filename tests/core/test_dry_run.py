@@ -78,6 +78,20 @@ def test_tensors_that_differ_by_numbers_are_one_row_and_the_largest_comes_first(
             "cache",
         ),
         (
+            "_ZN4vllm25fused_add_rms_norm_kernelIN3c108BFloat16ELi8ELb1EEENSt9enable_ifIXaagtT0_Li0Esr4vllm12_typeConvert"
+            "IT_EE6existsEvE4typeEPS4_lS7_PKS4_fiil",
+            "vllm::fused_add_rms_norm_kernel",
+            "norm",
+        ),
+        (
+            "_ZN7cutlass13device_kernelIN5flash20enable_sm90_or_laterINS1_16FlashAttnFwdSm90IiiEEEEEEvNT_6ParamsE",
+            "flash::FlashAttnFwdSm90",
+            "attention",
+        ),
+        ("sm90_fp8_gemm_1d2d.594c2e8941d75bdff3f524c988996c88", "sm90_fp8_gemm_1d2d", "product"),
+        ("flashinfer fp8_blockscale_gemm_90.run_gemm", "flashinfer fp8_blockscale_gemm_90.run_gemm", "product"),
+        ("flashinfer fused_moe_90.run_moe", "flashinfer fused_moe_90.run_moe", "experts"),
+        (
             "_ZN2at6native29vectorized_elementwise_kernelILi4ENS0_11FillFunctorIiEESt5arrayIPcLm1EEEEviT0_T1_",
             "vectorized_elementwise_kernel Fill",
             OTHER,

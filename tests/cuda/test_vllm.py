@@ -1,0 +1,162 @@
+"""vLLM's CUDA build on the null GPU: what deployments choose and hold, what a step launches, what is refused."""
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+from math import prod
+
+import pytest
+
+from longcat_core import spellings
+from longcat_core.planning.dry_run import Report
+from longcat_core.weights import names
+from tests.cuda.conftest import Reports
+from tests.cuda.deployments import DP8, EP8, MODELS, TP8, Deployment, drafts
+
+ALL_REDUCES_A_LAYER = 4
+"""Two of attentions, one of the first dense FFN, one of the second and the experts together."""
+
+BF16 = Deployment("8xB200", "chat", EP8)
+BF16_ON_H200 = Deployment("8xH200", "chat", EP8)
+FP8 = Deployment("8xH200", "chat-fp8", EP8)
+TWO_NODES = Deployment("16xH100", "chat", "--tensor-parallel-size 16 --enable-expert-parallel")
+FOUR_LAYERS = Deployment("8xH200", "chat-4-layers", EP8)
+FP8_FOUR_LAYERS = Deployment("8xH200", "chat-fp8-4-layers", EP8)
+FP8_CACHE = Deployment("8xH200", "chat-fp8-4-layers", f"{EP8} --kv-cache-dtype fp8")
+TENSOR_PARALLEL = Deployment("8xH200", "chat-4-layers", TP8)
+LITE = Deployment("8xH200", "lite-trunk", "")
+LITE_FP8 = Deployment("8xH200", "lite-trunk-fp8", "")
+DATA_PARALLEL = Deployment("8xH200", "chat-fp8-4-layers", DP8)
+V1 = Deployment("8xH200", "chat-fp8-4-layers", EP8, v2_model_runner=False)
+MTP = [
+    Deployment("8xH200", "chat-fp8-4-layers", f"{EP8} {drafts(number)}", v2_model_runner=is_v2)
+    for number in (1, 3)
+    for is_v2 in (True, False)
+]
+STAGES = [
+    Deployment("8xH200", "chat-fp8-4-layers", "--pipeline-parallel-size 2 --tensor-parallel-size 4", rank=rank)
+    for rank in (0, 4)
+]
+OURS = Deployment("8xH200", "chat-4-layers", f'{EP8} --additional-config {{"longcat":{{"kernels":true}}}}')
+BLACKWELL = Deployment("8xB200", "chat-fp8-4-layers", EP8)
+RUNNING = [BF16, FP8, TWO_NODES, FOUR_LAYERS, FP8_FOUR_LAYERS, FP8_CACHE, TENSOR_PARALLEL, LITE, LITE_FP8]
+RUNNING += [DATA_PARALLEL, V1, *MTP, *STAGES, OURS, BLACKWELL]
+
+
+def name_of(deployment: Deployment) -> str:
+    runner = "" if deployment.v2_model_runner else ", V1"
+    return f"{deployment.machine} {deployment.model} {deployment.options} rank {deployment.rank}{runner}"
+
+
+def launches(report: Report, step: str, layer: int, kernel: str) -> int:
+    """Of the kernels whose name has `kernel` in it, in one layer."""
+    (found,) = (each for each in report.steps if each.name == step)
+    return sum(each.in_layers[layer] for each in found.operations if kernel in each.kernel)
+
+
+@pytest.mark.parametrize("deployment", RUNNING, ids=name_of)
+def test_it_is_built_and_steps(deployment: Deployment, report_of: Reports) -> None:
+    report = report_of(deployment)
+    assert (report.refused, report.does_not_fit, report.failed) == ("", "", "")
+    assert [step.name for step in report.steps] == ["prefill", "decode"]
+    assert report.choices["model runner"] == ("V2" if deployment.v2_model_runner else "V1")
+    assert {tensors.device for tensors in report.tensors} == {f"cuda:{deployment.rank}"}
+    assert report.memory is not None
+    assert report.memory.cache_tokens > 16384
+
+
+ATTENTION = {
+    FOUR_LAYERS: "FLASH_ATTN_MLA (FlashAttnMLAImpl)",
+    FP8_FOUR_LAYERS: "FLASH_ATTN_MLA (FlashAttnMLAImpl)",
+    FP8_CACHE: "FLASHMLA (FlashMLAImpl)",
+    BLACKWELL: "FLASHINFER_MLA (FlashInferMLAImpl)",
+}
+
+
+@pytest.mark.parametrize(("deployment", "wanted"), ATTENTION.items(), ids=lambda value: str(value)[:60])
+def test_attention_is_vllms_own_choice(deployment: Deployment, wanted: str, report_of: Reports) -> None:
+    assert report_of(deployment).choices["attention"] == wanted
+
+
+EXPERTS = {
+    FOUR_LAYERS: "TritonExpertsOfFewTokens",
+    FP8_FOUR_LAYERS: "FlashInferExperts",
+    DATA_PARALLEL: "FlashInferExperts",
+    LITE: "TritonExpertsOfFewTokens",
+    OURS: "LongcatExperts",
+    BLACKWELL: "FlashInferExperts",
+}
+
+
+@pytest.mark.parametrize(("deployment", "wanted"), EXPERTS.items(), ids=lambda value: str(value)[:60])
+def test_experts_skip_zero_experts_and_have_a_map_of_ffn_experts(
+    deployment: Deployment, wanted: str, report_of: Reports
+) -> None:
+    choices, experts = report_of(deployment).choices, MODELS[deployment.model]["n_routed_experts"]
+    assert choices["experts"] == wanted
+    assert choices["expert map"] == f"({experts},) torch.int32"
+
+
+@pytest.mark.parametrize(("deployment", "ranks", "gigabytes"), [(BF16, 8, 141.9), (TWO_NODES, 16, 72.0)])
+def test_a_rank_holds_its_share_of_the_published_tensors(
+    deployment: Deployment, ranks: int, gigabytes: float, report_of: Reports
+) -> None:
+    config = spellings.read(MODELS["chat"])
+    whole = ("q_a_", "kv_a_", "layernorm", "model.norm", "router")
+    wanted = sum(
+        prod(shape) * (4 if ".router." in name else 2) / (1 if any(part in name for part in whole) else ranks)
+        for name, shape in names.expected_tensors(config, with_mtp=False).items()
+    )
+    derived = ("W_UK_T", "W_UV", "inverse_frequencies", "expert_map")
+    tensors = report_of(deployment).tensors
+    held = sum(each.bytes for each in tensors if not each.name.endswith(derived))
+    assert held == pytest.approx(wanted, rel=1e-6)
+    assert round(held / 1e9, 1) == gigabytes
+
+
+@pytest.mark.parametrize(
+    ("deployment", "wanted"), [(BF16, 64512), (FP8, 64512), (FP8_FOUR_LAYERS, 9216), (FP8_CACHE, 4608), (LITE, 32256)]
+)
+def test_the_cache_takes_a_latent_for_each_attention(deployment: Deployment, wanted: int, report_of: Reports) -> None:
+    memory = report_of(deployment).memory
+    assert memory is not None
+    assert memory.cache_a_token == wanted
+
+
+@pytest.mark.deployments(BF16_ON_H200)
+def test_bf16_leaves_no_room_for_a_cache_on_eight_h200(report_of: Reports) -> None:
+    report = report_of(BF16_ON_H200)
+    assert "No available memory for the cache blocks" in report.does_not_fit
+    assert report.memory is not None
+    assert report.memory.weights > report.memory.requested
+
+
+@pytest.mark.parametrize("deployment", [FP8, BF16, FOUR_LAYERS, OURS], ids=name_of)
+@pytest.mark.parametrize("step", ["prefill", "decode"])
+def test_a_layer_has_as_few_sums_over_ranks_as_it_can(deployment: Deployment, step: str, report_of: Reports) -> None:
+    report = report_of(deployment)
+    (found,) = (each for each in report.steps if each.name == step)
+    layers = range(MODELS[deployment.model]["num_layers"])
+    assert {found.in_layer(layer)["collective"] for layer in layers} == {ALL_REDUCES_A_LAYER}
+
+
+def test_a_layer_of_every_step_has_two_attentions_two_caches_and_eight_norms(report_of: Reports) -> None:
+    """Of each attention: two inside it, one before it, one after it."""
+
+
+@pytest.mark.parametrize("deployment", [FOUR_LAYERS, FP8_FOUR_LAYERS], ids=name_of)
+def test_what_a_layer_launches(deployment: Deployment, report_of: Reports) -> None:
+    report = report_of(deployment)
+    assert launches(report, "prefill", 1, "FlashAttnFwdSm90") == 2
+    assert launches(report, "decode", 1, "FlashAttnFwdSm90") == 2
+    assert launches(report, "decode", 1, "concat_and_cache_mla_kernel") == 2
+    assert launches(report, "decode", 1, "rms_norm_kernel") == 8
+    assert launches(report, "decode", 1, "act_and_mul_kernel") == 2 + (deployment is FOUR_LAYERS)
+
+
+@pytest.mark.deployments(FOUR_LAYERS, FP8_FOUR_LAYERS, OURS)
+def test_the_experts_of_a_layer_are_two_products_or_one_call(report_of: Reports) -> None:
+    assert launches(report_of(FOUR_LAYERS), "decode", 1, "triton fused_moe_kernel") == 2
+    assert launches(report_of(FP8_FOUR_LAYERS), "decode", 1, "run_moe") == 1
+    assert launches(report_of(OURS), "decode", 1, "triton gate_up_kernel") == 1
+    assert launches(report_of(OURS), "decode", 1, "triton down_kernel") == 1
