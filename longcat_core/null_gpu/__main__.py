@@ -14,7 +14,7 @@ if __name__ == "__main__":
         sys.exit("wanted: python -m longcat_core.null_gpu GPUS PROGRAM ..., as 8xH200 python -m pytest")
     _, gpus, *program = sys.argv
     try:
-        os.environ.update(variables(build(), hardware.parse(gpus)))
+        os.environ.update(variables(build(), hardware.machine(gpus)))
     except (NullGpuError, ValueError) as error:
         sys.exit(f"longcat: {error}")
     os.execvp(program[0], program)
