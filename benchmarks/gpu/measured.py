@@ -88,12 +88,14 @@ class Measured:
     @property
     def rates(self) -> Rates | None:
         """Of this device; None if it was not measured, and its data sheet is not in hardware.json."""
+        memory: float | None = None
+        products: dict[str, float | None] = {"16 bit": None, "fp8": None}
         try:
             sheet = gpu(str(self.record["device"]))
+            memory = sheet.bytes_per_second
+            products |= sheet.operations_per_second
         except ValueError:
-            memory, products = None, {"16 bit": None, "fp8": None}
-        else:
-            memory, products = sheet.bytes_per_second, dict(sheet.operations_per_second)
+            pass  # what was measured may be enough
         if copy := self.result("device", what="copy"):
             memory = copy["bytes_per_second"]
         for precision in products:
