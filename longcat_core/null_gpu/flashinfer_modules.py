@@ -14,6 +14,9 @@ CALLS: Counter[str] = Counter()
 
 ON_THE_HOST = ("init", "get_", "set_", "plan")
 """Functions whose names begin so launch nothing."""
+MLA_PLAN = "plan_with_staged_workspace_bytes"
+"""The function of which more is read than that it was called: numbers of blocks, then where each field is (`MLAPlanInfo`
+in scheduler.cuh, FlashInfer 0.7), and how many bytes were written."""
 
 
 class NullModule:
@@ -27,8 +30,10 @@ class NullModule:
             raise AttributeError(function)
         return NullModule(f"{self._name}.{function}")
 
-    def __call__(self, *args: Any, **kwargs: Any) -> NullModule:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module, _, function = self._name.rpartition(".")
+        if function == MLA_PLAN:
+            return [1, 1, *range(0, 16 * 4096, 4096)], 0
         if not function.startswith(ON_THE_HOST):
             CALLS[self._name] += 1
         return NullModule(module if function == "init" else self._name)
