@@ -1,7 +1,7 @@
 """CPU time that the parser of reasoning and tool calls takes for a token, by the length of a call's arguments.
 
-A token is a tag, or four characters at most, and comes alone, as in a stream that is not late. What an engine itself
-does for a token (detokenising, the chunk as JSON) is not in it.
+A token is a tag, or four characters at most, and comes alone, as in a stream that is not late. What an engine does for
+a token (detokenising, the chunk as JSON) is not in it.
 """
 # SPDX-License-Identifier: Apache-2.0
 

@@ -78,7 +78,7 @@ AMBIGUOUS = re.compile(
     rf"(?:{_CLOSERS})\s*(?:{KEY_OPEN}|{CALL_CLOSE}|{CALL_OPEN}|{END}|$)|{CALL_CLOSE}\s*(?:{CALL_OPEN}|{END}|$)"
     rf"|{KEY_OPEN}\s*[\w ï]+\s*(?:{KEY_CLOSE}|{VALUE_OPEN})"
 )
-"""In a string of the XML form, which has no escape: what may as well be the end of the string."""
+"""In a value of the XML form, which has no escape: what may as well be the end of the value."""
 CUT_TAG = re.compile(r"</?longcat_[a-z_]*$")
 
 
@@ -156,7 +156,12 @@ def _arguments(random: Random, tool: Tool) -> dict[str, Any]:
     names = list(SCHEMA["properties"]) + (["naïve key"] if tool.name == "run.code-2" else [])
     if tool.parameters is None:  # without a schema, what looks like a number is one
         return {f"k{i}": random.choice((1, None, [1], {"a": "b"}, "word", True)) for i in range(random.randrange(4))}
-    return {name: _value(random, name) for name in random.sample(names, random.randrange(len(names)))}
+    drawn: dict[str, Any] = {}
+    for name in random.sample(names, random.randrange(len(names))):
+        drawn[name] = _value(random, name)
+        while AMBIGUOUS.search(_raw(drawn[name])):
+            drawn[name] = _value(random, name)
+    return drawn
 
 
 def _value(random: Random, name: str) -> Any:
@@ -185,11 +190,8 @@ def looks_like_number(value: str) -> bool:
 def _string(random: Random) -> str:
     if random.random() < 0.0005:
         return text(random, most=40_000)  # huge
-    most = 60 if random.random() < 0.02 else 8
-    while True:
-        value = text(random, (*_ARGUMENT_TAGS, CALL_OPEN, CALL_CLOSE, THINK_OPEN, THINK_CLOSE, END), most)
-        if not AMBIGUOUS.search(value):
-            return value
+    tags = (*_ARGUMENT_TAGS, CALL_OPEN, CALL_CLOSE, THINK_OPEN, THINK_CLOSE, END)
+    return text(random, tags, most=60 if random.random() < 0.02 else 8)
 
 
 def _object(random: Random, depth: int) -> dict[str, Any]:
