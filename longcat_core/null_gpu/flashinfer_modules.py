@@ -15,8 +15,8 @@ CALLS: Counter[str] = Counter()
 ON_THE_HOST = ("init", "get_", "set_", "plan")
 """Functions whose names begin so launch nothing."""
 MLA_PLAN = "plan_with_staged_workspace_bytes"
-"""The function of which more is read than that it was called: numbers of blocks, then where each field is (`MLAPlanInfo`
-in scheduler.cuh, FlashInfer 0.7), and how many bytes were written."""
+"""The function of which more is read than that it was called: numbers of blocks, then where each field is
+(`MLAPlanInfo` in scheduler.cuh, FlashInfer 0.7), and how many bytes were written."""
 
 
 class NullModule:

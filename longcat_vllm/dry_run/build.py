@@ -3,11 +3,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import traceback
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import NoReturn
 from unittest import mock
@@ -22,6 +19,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
 
+from longcat_core.null_gpu.told import text_of, told
 from longcat_core.planning.dry_run import Report, Request, Step
 from longcat_vllm.dry_run import observe, tracing
 from longcat_vllm.dry_run.rank import OneRank, become
@@ -32,7 +30,7 @@ TRACED_LAYERS = 2
 STEPS = 3
 """The last one decodes, with drafts of the one before it where there are drafts."""
 
-_TOLD = ("backend", "Using ", "kernel", "Config file not found", "KV cache", "memory")
+TOLD = ("backend", "Using ", "kernel", "Config file not found", "KV cache", "memory")
 """Words in lines of vLLM's log that tell a choice or its consequence."""
 
 
@@ -40,7 +38,7 @@ def dry_run(request: Request, gpus: int, gpu_name: str) -> Report:
     """Build the engine and step it, as far as it goes; whatever stops it is in the report."""
     report = Report(request, engine=f"vLLM {vllm.__version__}", machine=f"{gpus} x {gpu_name}")
     with ExitStack() as stack:
-        log = stack.enter_context(_logged())
+        log = stack.enter_context(told("vllm", TOLD, but=["Initializing a V1 LLM engine"]))
         stack.enter_context(mock.patch.dict(os.environ, dict(request.environment)))
         envs.disable_envs_cache()
         if not request.is_traced:
@@ -49,7 +47,7 @@ def dry_run(request: Request, gpus: int, gpu_name: str) -> Report:
             config = _configured(request)
             _require_gpus(config, gpus)
         except (ValueError, NotImplementedError) as refusal:
-            return replace(report, refused=_text(refusal), log=tuple(log))
+            return replace(report, refused=str(refusal), log=tuple(log))
         report = replace(report, choices=observe.configured(config))
         try:
             report = _built(request, config, report)
@@ -58,9 +56,9 @@ def dry_run(request: Request, gpus: int, gpu_name: str) -> Report:
                 report = observe.built(report, OneRank.latest)
                 report = replace(report, memory=observe.memory(OneRank.latest, cache=None))
             if _is_for_memory(error):
-                report = replace(report, does_not_fit=_text(error))
+                report = replace(report, does_not_fit=str(error))
             else:
-                report = replace(report, failed=_text(error))
+                report = replace(report, failed=text_of(error))
         return replace(report, log=tuple(log))
 
 
@@ -137,36 +135,10 @@ def _stepped(core: EngineCore, executor: OneRank, request: Request) -> tuple[Ste
         _, has_executed = core.step_fn()
         core.post_step(has_executed)
     first, last = executor.executed[0], executor.executed[-1]
-    return (observe.step("prefill", first), observe.step("decode", last))
+    return (first.finished("prefill"), last.finished("decode"))
 
 
 def _is_for_memory(error: Exception) -> bool:
     """vLLM raises ValueErrors where weights leave no room for the cache, or the context more than there is."""
     told = str(error)
     return isinstance(error, torch.OutOfMemoryError) or "cache blocks" in told or "KV cache is needed" in told
-
-
-def _text(error: Exception) -> str:
-    is_told = isinstance(error, ValueError | torch.OutOfMemoryError)
-    where = [] if is_told else traceback.format_tb(error.__traceback__)[-4:]
-    return f"{type(error).__name__}: {error}\n{''.join(where)}".strip()
-
-
-@contextmanager
-def _logged() -> Iterator[list[str]]:
-    """Lines of vLLM's log that tell a choice, and all warnings."""
-    lines: list[str] = []
-
-    class Lines(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            message = record.getMessage()
-            is_told = record.levelno >= logging.WARNING or any(word in message for word in _TOLD)
-            if is_told and message not in lines and not message.startswith("Initializing a V1 LLM engine"):
-                lines.append(message)
-
-    handler, logger = Lines(), logging.getLogger("vllm")
-    logger.addHandler(handler)
-    try:
-        yield lines
-    finally:
-        logger.removeHandler(handler)

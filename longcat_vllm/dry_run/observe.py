@@ -14,9 +14,8 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from longcat_core.null_gpu import launches
-from longcat_core.planning.dry_run import Memory, Operation, Report, Step, Tensors, grouped
-from longcat_vllm.dry_run.rank import Executed, OneRank
+from longcat_core.planning.dry_run import Memory, Report, Tensors, grouped
+from longcat_vllm.dry_run.rank import OneRank
 
 
 def configured(config: VllmConfig) -> dict[str, str]:
@@ -127,11 +126,3 @@ def memory(executor: OneRank, cache: KVCacheConfig | None) -> Memory | None:
         cache_a_token=round(a_token),
         cache_tokens=blocks * min((spec.block_size for spec in specs), default=0),
     )
-
-
-def step(name: str, executed: Executed) -> Step:
-    operations = [
-        Operation(launches.kind_of(kernel), kernel, count, tuple(layer[kernel] for layer in executed.in_layers))
-        for kernel, count in executed.launches.most_common()
-    ]
-    return Step(name, executed.tokens, executed.requests, tuple(operations))

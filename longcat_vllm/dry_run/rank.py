@@ -3,31 +3,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
-from torch import nn
 from torch.distributed import ProcessGroup
 from vllm.distributed import get_pp_group, parallel_state
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
-from longcat_core.null_gpu import launches, world
-
-
-@dataclass
-class Executed:
-    """One step of the worker, as it was counted."""
-
-    tokens: int
-    requests: int
-    launches: Counter[str] = field(default_factory=Counter)
-    in_layers: list[Counter[str]] = field(default_factory=list)
+from longcat_core.null_gpu import world
+from longcat_core.null_gpu.steps import Executed, counting
 
 
 class OneRank(UniProcExecutor):
@@ -92,37 +79,9 @@ class OneRank(UniProcExecutor):
             sampled_token_ids=[[1] for _ in self._scheduled],
         )
 
-    @contextmanager
-    def _counting(self) -> Iterator[None]:
-        step, model = self.executed[-1], self.driver_worker.worker.get_model()
-        layers = decoder_layers(model)
-        step.in_layers = step.in_layers or [Counter() for _ in layers]
-        before: dict[int, Counter[str]] = {}
-
-        def enter(layer: nn.Module, *_: Any) -> None:
-            before[id(layer)] = launches.counted()
-
-        def leave(layer: nn.Module, *_: Any) -> None:
-            step.in_layers[layers.index(layer)] += launches.counted() - before.pop(id(layer))
-
-        handles = [layer.register_forward_pre_hook(enter) for layer in layers]
-        handles += [layer.register_forward_hook(leave) for layer in layers]
-        start = launches.counted()
-        try:
-            yield
-        finally:
-            step.launches += launches.counted() - start
-            for handle in handles:
-                handle.remove()
-
-
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """Those that are in this stage."""
-    longest: list[nn.Module] = []
-    for name, module in model.named_modules():
-        if name.endswith("layers") and isinstance(module, nn.ModuleList) and len(module) > len(longest):
-            longest = list(module)
-    return [layer for layer in longest if any(True for _ in layer.parameters())]
+    def _counting(self) -> AbstractContextManager[None]:
+        worker: Any = self.driver_worker.worker
+        return counting(self.executed[-1], worker.get_model())
 
 
 def become(rank: int, ranks_of_replica: int, ranks: int) -> None:

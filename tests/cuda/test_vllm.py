@@ -140,12 +140,10 @@ def test_a_layer_has_as_few_sums_over_ranks_as_it_can(deployment: Deployment, st
     assert {found.in_layer(layer)["collective"] for layer in layers} == {ALL_REDUCES_A_LAYER}
 
 
-def test_a_layer_of_every_step_has_two_attentions_two_caches_and_eight_norms(report_of: Reports) -> None:
-    """Of each attention: two inside it, one before it, one after it."""
-
-
 @pytest.mark.parametrize("deployment", [FOUR_LAYERS, FP8_FOUR_LAYERS], ids=name_of)
-def test_what_a_layer_launches(deployment: Deployment, report_of: Reports) -> None:
+def test_a_layer_launches_two_attentions_with_their_caches_and_eight_norms(
+    deployment: Deployment, report_of: Reports
+) -> None:
     report = report_of(deployment)
     assert launches(report, "prefill", 1, "FlashAttnFwdSm90") == 2
     assert launches(report, "decode", 1, "FlashAttnFwdSm90") == 2
@@ -160,3 +158,85 @@ def test_the_experts_of_a_layer_are_two_products_or_one_call(report_of: Reports)
     assert launches(report_of(FP8_FOUR_LAYERS), "decode", 1, "run_moe") == 1
     assert launches(report_of(OURS), "decode", 1, "triton gate_up_kernel") == 1
     assert launches(report_of(OURS), "decode", 1, "triton down_kernel") == 1
+
+
+TRACED = Deployment("8xH200", "chat-4-layers", f"{EP8} {drafts(3)}", is_traced=True)
+FP8_TRACED = Deployment("8xH200", "chat-fp8-4-layers", EP8, is_traced=True)
+
+
+@pytest.mark.parametrize("deployment", [TRACED, FP8_TRACED], ids=name_of)
+def test_torch_compile_traces_the_model_as_a_whole(deployment: Deployment, report_of: Reports) -> None:
+    """Of two layers. vLLM traces with `fullgraph`, and splits at each attention."""
+    report = report_of(deployment)
+    assert (report.refused, report.failed) == ("", "")
+    backbone = report.graphs[0]
+    assert (backbone.model, backbone.pieces) == ("backbone", 5)
+    assert backbone.operators["all_reduce"] == 1 + 2 * ALL_REDUCES_A_LAYER
+    assert backbone.operators["unified_mla_attention_with_output"] == 4
+    assert backbone.operators["moe_forward"] == 2
+
+
+@pytest.mark.deployments(TRACED)
+def test_torch_compile_traces_the_drafter_as_a_whole(report_of: Reports) -> None:
+    drafter = report_of(TRACED).graphs[1]
+    assert (drafter.model, drafter.pieces) == ("eagle_head", 2)
+
+
+@pytest.mark.parametrize("deployment", MTP, ids=name_of)
+def test_a_step_with_drafts_verifies_all_of_them(deployment: Deployment, report_of: Reports) -> None:
+    number = int(deployment.options.rpartition(":")[2].rstrip("}"))
+    decode = report_of(deployment).steps[1]
+    assert decode.tokens == decode.requests * (1 + number)
+    assert any(tensors.name.startswith("drafter.") for tensors in report_of(deployment).tensors)
+
+
+REFUSED = {
+    Deployment("8xH200", "chat-fp8-4-layers", f"{DP8} --all2all-backend deepep_low_latency"): (
+        "wanted allgather_reducescatter or deepep_high_throughput, as it has room for 11 experts a token"
+    ),
+    Deployment(
+        "8xH200",
+        "chat-4-layers",
+        f"--tensor-parallel-size 4 --pipeline-parallel-size 2 {drafts(1)}",
+        v2_model_runner=False,
+    ): "pipeline_parallel_size: 2, wanted 1 with drafts",
+    Deployment("8xH200", "chat-4-layers", f"{EP8} --enable-eplb"): "leave --enable-eplb out",
+    Deployment("8xH200", "chat-4-layers", "--tensor-parallel-size 16"): "ranks: 16, wanted at most 8",
+    Deployment("8xH200", "chat-4-layers", "--no-such-option"): "--no-such-option",
+    Deployment("8xB200", "chat-4-layers", f'{EP8} --additional-config {{"longcat":{{"flashinfer_mla":true}}}}'): (
+        "compute capability 10.0"
+    ),
+}
+
+
+@pytest.mark.parametrize(("deployment", "wanted"), REFUSED.items(), ids=lambda value: str(value)[:60])
+def test_what_cannot_be_served_is_refused_before_a_worker_starts(
+    deployment: Deployment, wanted: str, report_of: Reports
+) -> None:
+    report = report_of(deployment)
+    assert wanted in report.refused
+    assert (report.tensors, report.failed) == ((), "")
+
+
+OWN_CLASS = [
+    Deployment("8xH200", "chat-4-layers", f"{DP8} --all2all-backend nixl_ep"),
+    Deployment("8xH200", "chat-4-layers", f"{EP8} --moe-backend marlin"),
+]
+
+
+@pytest.mark.parametrize("deployment", OWN_CLASS, ids=name_of)
+def test_what_is_not_known_to_skip_zero_experts_is_left_to_vllms_own_class(
+    deployment: Deployment, report_of: Reports
+) -> None:
+    assert report_of(deployment).choices["architecture"] == "VllmLongcatFlashForCausalLM"
+
+
+NEEDS_DEEPEP = Deployment("8xH200", "chat-fp8-4-layers", f"{DP8} --all2all-backend deepep_high_throughput")
+
+
+@pytest.mark.deployments(NEEDS_DEEPEP)
+def test_deepep_is_asked_for_where_it_is_chosen(report_of: Reports) -> None:
+    """It is no package of an index; how it takes choices of -1 was read, not run."""
+    report = report_of(NEEDS_DEEPEP)
+    assert report.refused == ""
+    assert "DeepEP kernels not found" in report.failed
