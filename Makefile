@@ -27,9 +27,11 @@ test-sglang: sglang
 	@echo "== SGLang"
 	.venv-sglang/bin/python -m pytest tests/engines tests/sglang
 
-cuda-check: .venv-cuda/.installed
+# KERNELS=all compiles FlashInfer's MLA for LongCat's sizes as well, in minutes.
+cuda-check: .venv-cuda/.installed $(if $(filter all,$(KERNELS)),.venv-cuda/.nvcc)
 	@echo "== vLLM's CUDA build, without a GPU"
 	.venv-cuda/bin/python -m longcat_core.null_gpu 8xH200 .venv-cuda/bin/python -m pytest tests/cuda
+	$(if $(filter all,$(KERNELS)),.venv-cuda/bin/python -m benchmarks.gpu.compile_flashinfer)
 
 # The one mypy, in vLLM's environment, reads SGLang's as well. Each run has its own cache, as their settings differ.
 MYPY_ENGINES = .venv-vllm/bin/mypy --config-file mypy-engines.toml
@@ -91,4 +93,8 @@ endef
 	$(PIP) --no-deps --no-compile -r requirements/vllm-cuda.txt
 	$(PIP) --no-deps --editable .
 	.venv-vllm/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $(SITE)/vllm_environment.pth
+	touch $@
+
+.venv-cuda/.nvcc: requirements/nvcc.txt .venv-cuda/.installed
+	$(PIP) --no-deps -r requirements/nvcc.txt
 	touch $@

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from longcat_cli import dry_run
 from longcat_cli.commands import app
 from longcat_core.null_gpu import build
-from tests.core.test_planning import REPORT
+from tests.core.test_dry_run import REPORT
 
 
 def test_without_a_cuda_build_it_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

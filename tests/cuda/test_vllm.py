@@ -38,9 +38,12 @@ STAGES = [
     for rank in (0, 4)
 ]
 OURS = Deployment("8xH200", "chat-4-layers", f'{EP8} --additional-config {{"longcat":{{"kernels":true}}}}')
+FLASHINFER_MLA = f'{EP8} --additional-config {{"longcat":{{"flashinfer_mla":true}}}}'
+OURS_MLA = Deployment("8xH200", "chat-4-layers", f"{FLASHINFER_MLA} {drafts(1)}")
+OURS_MLA_FP8 = Deployment("8xH200", "chat-fp8-4-layers", f"{FLASHINFER_MLA} --kv-cache-dtype fp8")
 BLACKWELL = Deployment("8xB200", "chat-fp8-4-layers", EP8)
 RUNNING = [BF16, FP8, TWO_NODES, FOUR_LAYERS, FP8_FOUR_LAYERS, FP8_CACHE, TENSOR_PARALLEL, LITE, LITE_FP8]
-RUNNING += [DATA_PARALLEL, V1, *MTP, *STAGES, OURS, BLACKWELL]
+RUNNING += [DATA_PARALLEL, V1, *MTP, *STAGES, OURS, OURS_MLA, OURS_MLA_FP8, BLACKWELL]
 
 
 def name_of(deployment: Deployment) -> str:
@@ -70,11 +73,15 @@ ATTENTION = {
     FP8_FOUR_LAYERS: "FLASH_ATTN_MLA (FlashAttnMLAImpl)",
     FP8_CACHE: "FLASHMLA (FlashMLAImpl)",
     BLACKWELL: "FLASHINFER_MLA (FlashInferMLAImpl)",
+    OURS_MLA: "LONGCAT_FLASHINFER_MLA (FlashInferPagedMLAImpl)",
+    OURS_MLA_FP8: "LONGCAT_FLASHINFER_MLA (FlashInferPagedMLAImpl)",
 }
 
 
 @pytest.mark.parametrize(("deployment", "wanted"), ATTENTION.items(), ids=lambda value: str(value)[:60])
-def test_attention_is_vllms_own_choice(deployment: Deployment, wanted: str, report_of: Reports) -> None:
+def test_attention_is_vllms_own_choice_or_what_was_requested(
+    deployment: Deployment, wanted: str, report_of: Reports
+) -> None:
     assert report_of(deployment).choices["attention"] == wanted
 
 
@@ -240,3 +247,10 @@ def test_deepep_is_asked_for_where_it_is_chosen(report_of: Reports) -> None:
     report = report_of(NEEDS_DEEPEP)
     assert report.refused == ""
     assert "DeepEP kernels not found" in report.failed
+
+
+@pytest.mark.parametrize("deployment", [OURS_MLA, OURS_MLA_FP8], ids=name_of)
+def test_flashinfers_mla_is_called_once_for_each_attention_of_a_decode_step(
+    deployment: Deployment, report_of: Reports
+) -> None:
+    assert launches(report_of(deployment), "decode", 1, "flashinfer batch_mla") == 2
