@@ -22,7 +22,9 @@ OPTIONS = {"draft_gate": "--more draft_gate", "kernels": "--more kernels"}
 def test_nothing_is_requested_unless_it_is_said() -> None:
     assert Requested.read({}, OPTIONS, "our_", "--more") == Requested(draft_gate=False, kernels=False)
     assert Requested.read({"kernels": True}, OPTIONS, "our_", "--more") == Requested(kernels=True)
-    assert Requested.read({"draft_gate": True, "kernels": False}, OPTIONS, "our_", "--more") == Requested(draft_gate=True)
+    assert Requested.read({"draft_gate": True, "kernels": False}, OPTIONS, "our_", "--more") == Requested(
+        draft_gate=True
+    )
 
 
 @pytest.mark.parametrize(
