@@ -21,12 +21,12 @@ IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton must be told before it is imported, and other tests, and the servers that they start, must not have it."""
 
 
-def run_interpreted(folder: Path, **environment: str) -> None:
+def run_interpreted(folder: Path) -> None:
     """All tests of a folder pass in a process of their own, whose Triton interprets."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--confcutdir={folder}", str(folder)]
     run = subprocess.run(
         command,
-        env={**os.environ, "TRITON_INTERPRET": "1", **environment},
+        env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,

@@ -7,4 +7,4 @@ from tests.interpreted import run_interpreted
 
 
 def test_moe_kernels_are_their_reference_where_vllm_calls_them() -> None:
-    run_interpreted(Path(__file__).parent / "interpreted", VLLM_PLUGINS="")
+    run_interpreted(Path(__file__).parent / "interpreted")
