@@ -33,7 +33,7 @@ def moe(
     Raises:
         ValueError: for shapes, dtypes and strides that do not fit, as the kernels say.
     """
-    outputs, local_ids = _outputs(hidden_states, routing.ids, weights, device, expert_map)
+    outputs, local_ids = _outputs(hidden_states, routing.ids, weights, device, expert_map, None)
     return combine(outputs, local_ids, routing.weights, hidden_states, routing.identity, dense)
 
 
@@ -45,19 +45,21 @@ def routed_experts(
     device: str,
     expert_map: Tensor | None = None,
     *,
+    spread_over: int | None = None,
     inner: Tensor | None = None,
     outputs: Tensor | None = None,
     result: Tensor | None = None,
 ) -> Tensor:
     """The FFN experts' share, `sum_k w_k FFN_k(x)`: [T, H] in x's dtype. Reference: `routed_experts`.
 
-    For engines, which sum the parts of ranks before `identity * x` is added. As `moe` otherwise; inner, outputs:
+    For engines, which sum the parts of ranks before `identity * x` is added. As `moe` otherwise; spread_over: among how
+    many experts the router chose, for the tile; if it is not given, those of the map, or of this rank; inner, outputs:
     memory, as `expert_outputs` takes it; result: [T, H], which may lie in `inner`.
 
     Raises:
         ValueError: as `moe`.
     """
-    outputs, local_ids = _outputs(hidden_states, ids, experts, device, expert_map, inner, outputs)
+    outputs, local_ids = _outputs(hidden_states, ids, experts, device, expert_map, spread_over, inner, outputs)
     return weighted_sum(outputs, local_ids, weights, torch.empty_like(hidden_states) if result is None else result)
 
 
@@ -67,12 +69,14 @@ def _outputs(
     experts: ExpertWeights,
     device: str,
     expert_map: Tensor | None,
+    spread_over: int | None,
     inner: Tensor | None = None,
     outputs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Each choice's output, unweighted, and the local ids, -1 for choices without one."""
     num_experts = experts.w2.shape[0]
-    of_all_ranks = num_experts if expert_map is None else expert_map.shape[0]
-    tile = tile_for(device, experts.precision, -(-ids.numel() // of_all_ranks))
+    if spread_over is None:
+        spread_over = num_experts if expert_map is None else expert_map.shape[0]
+    tile = tile_for(device, experts.precision, -(-ids.numel() // spread_over))
     arrangement = arrange(ids, num_experts, tile.rows, expert_map)
     return expert_outputs(hidden_states, arrangement, experts, tile, inner, outputs), arrangement.local_ids

@@ -48,9 +48,11 @@ def _routed_experts(
     w13_scales: Tensor | None,
     w2_scales: Tensor | None,
     device: str,
+    spread_over: int,
 ) -> Tensor:
     experts = ExpertWeights(w13, w2, w13_scales, w2_scales)
-    return moe.routed_experts(hidden_states.contiguous(), ids.contiguous(), weights.contiguous(), experts, device)
+    given = (hidden_states.contiguous(), ids.contiguous(), weights.contiguous(), experts, device)
+    return moe.routed_experts(*given, spread_over=spread_over)
 
 
 def _routed_experts_fake(hidden_states: Tensor, *_: object) -> Tensor:
@@ -78,11 +80,12 @@ def route(logits: Tensor, bias: Tensor, *, n_routed_experts: int, top_k: int, ro
     return Routing(*torch.ops.longcat.route(logits, bias, n_routed_experts, top_k, routed_scaling_factor))
 
 
-def routed_experts(hidden_states: Tensor, ids: Tensor, weights: Tensor, experts: ExpertWeights, device: str) -> Tensor:
-    """As `moe.routed_experts`, of a rank whose ids are its own already."""
-    output: Tensor = torch.ops.longcat.routed_experts(
-        hidden_states, ids, weights, experts.w13, experts.w2, experts.w13_scales, experts.w2_scales, device
-    )
+def routed_experts(
+    hidden_states: Tensor, ids: Tensor, weights: Tensor, experts: ExpertWeights, device: str, spread_over: int
+) -> Tensor:
+    """As `moe.routed_experts`, of a rank whose ids are its own already: -1 for those of other ranks."""
+    of_experts = (experts.w13, experts.w2, experts.w13_scales, experts.w2_scales)
+    output: Tensor = torch.ops.longcat.routed_experts(hidden_states, ids, weights, *of_experts, device, spread_over)
     return output
 
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from longcat_core.kernels import moe as kernels
 from longcat_core.kernels.arrange import arrange
 from longcat_core.kernels.experts import ExpertWeights, expert_outputs, inner_bytes
 from longcat_core.kernels.moe import moe, routed_experts
@@ -189,6 +190,22 @@ def test_the_tile_is_for_the_rows_of_an_expert_on_average() -> None:
         ours = moe(x, routing, ExpertWeights(w13, w2), "NVIDIA X")
         truth = reference.moe(x.double(), routing, w13.double(), w2.double())
         assert (ours.double() - truth).abs().max() < 2**-9 * truth.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("has_map", "spread_over", "rows"), [(False, None, 4), (True, None, 2), (False, 12, 1), (True, 12, 1)]
+)
+def test_a_rank_with_few_of_the_experts_does_not_take_the_tile_of_all_rows(
+    has_map: bool, spread_over: int | None, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """12 choices, which 3 local experts have a part of: of the 6 of all ranks, and of 6 zero experts with them."""
+    asked: list[int] = []
+    monkeypatch.setattr(kernels, "tile_for", lambda *given: asked.append(given[2]) or tile_for(*given))
+    expert_map = torch.tensor([-1, 0, -1, 1, -1, 2], dtype=torch.int32) if has_map else None
+    x, ids = torch.zeros(6, 8), torch.zeros(6, 2, dtype=torch.int32)
+    weights = ExpertWeights(torch.zeros(3, 8, 8), torch.zeros(3, 8, 4))
+    routed_experts(x, ids, torch.zeros(6, 2), weights, "NVIDIA X", expert_map, spread_over=spread_over)
+    assert asked == [rows]
 
 
 def test_every_precision_has_tiles_for_any_number_of_rows() -> None:

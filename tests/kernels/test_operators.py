@@ -41,8 +41,8 @@ CALLS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
         lambda: routing.route(drawn(3, 10), drawn(10), **SIZES),
     ),
     "experts": (
-        lambda: operators.routed_experts(drawn(3, 24), *choices(), weights(), "NVIDIA X"),
-        lambda: moe.routed_experts(drawn(3, 24), *choices(), weights(), "NVIDIA X"),
+        lambda: operators.routed_experts(drawn(3, 24), *choices(), weights(), "NVIDIA X", spread_over=6),
+        lambda: moe.routed_experts(drawn(3, 24), *choices(), weights(), "NVIDIA X", spread_over=6),
     ),
 }
 
@@ -60,7 +60,7 @@ def test_what_a_compiler_is_told_of_an_operator_is_so() -> None:
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.router_product.default, (drawn(3, 24), drawn(10, 24)), test_utils=checks)
     torch.library.opcheck(ops.route.default, (drawn(3, 10), drawn(10), 6, 4, 6.0), test_utils=checks)
-    given = (drawn(3, 24), *choices(), experts.w13, experts.w2, None, None, "NVIDIA X")
+    given = (drawn(3, 24), *choices(), experts.w13, experts.w2, None, None, "NVIDIA X", 6)
     torch.library.opcheck(ops.routed_experts.default, given, test_utils=checks)
 
 
@@ -73,7 +73,7 @@ def test_torch_compile_takes_a_layer_for_any_number_of_tokens_in_one_graph() -> 
 
     def layer(x: Tensor, router_weight: Tensor, bias: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
         chosen = operators.route(operators.router_product(x, router_weight), bias, **SIZES)
-        routed = operators.routed_experts(x, chosen.ids, chosen.weights, ExpertWeights(w13, w2), "NVIDIA X")
+        routed = operators.routed_experts(x, chosen.ids, chosen.weights, ExpertWeights(w13, w2), "NVIDIA X", 6)
         return routed + chosen.identity.unsqueeze(1) * x
 
     experts = weights()

@@ -57,9 +57,10 @@ class LongcatRunnerCore(DispatchMoeRunnerCore):
         assert isinstance(dispatch_output.topk_output, StandardTopKOutput)
         assert isinstance(quant_info, LongcatWeights)
         weights, ids, _ = dispatch_output.topk_output
-        hidden_states = dispatch_output.hidden_states
-        output = operators.routed_experts(hidden_states, ids, weights, quant_info.experts, self._device)
-        return StandardCombineInput(output)
+        given = (dispatch_output.hidden_states, ids, weights, quant_info.experts, self._device)
+        num_experts = runner_config.num_experts  # zero experts among them, see `moe._skip_zero_experts`
+        assert num_experts is not None
+        return StandardCombineInput(operators.routed_experts(*given, spread_over=num_experts))
 
 
 register_moe_runner_core(BACKEND.value, LongcatRunnerCore)

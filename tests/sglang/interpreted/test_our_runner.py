@@ -6,6 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from longcat_core.kernels import moe as kernels
+from longcat_core.kernels.tiles import tile_for
 from longcat_core.layers.experts import moe
 from longcat_core.layers.routing import route
 from longcat_sglang.devices.cuda.kernels import LongcatRunnerCore
@@ -30,6 +32,13 @@ def test_experts_in_fp8_are_the_reference_but_for_the_rounding_of_activations(ra
         run = computed(layer, kernels=True, rank=rank, ranks=ranks)
         assert layer.error(run.output, rank, ranks) < ERROR_OF_FP8
         assert run.activated is None
+
+
+def test_a_tile_is_for_the_rows_of_all_ranks_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(kernels, "tile_for", lambda *given: asked.append(given[2]) or tile_for(*given))
+    computed(layers(torch.float32)[0], kernels=True, rank=1, ranks=2)
+    assert asked == [33 * 4 // (8 + 4)]
 
 
 @pytest.mark.parametrize("tokens", [0, 6])
