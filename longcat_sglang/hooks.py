@@ -66,8 +66,9 @@ HOOKS: tuple[Hook, ...] = (
         target="sglang.srt.function_call.function_call_parser.FunctionCallParser.ToolCallParserEnum['longcat']",
         put="longcat_sglang.registration:register_tool_parser",
         found="longcat_sglang.registration:registered_tool_parser",
-        why="SGLang has no parser of LongCat's calls: they stay text. The name goes into the list that the command line "
-        "reads (function_call/parser_names.py), the class beside SGLang's when these are imported, which takes seconds.",
+        why="SGLang has no parser of LongCat's calls: they stay text. The name goes into the list that the command "
+        "line reads (function_call/parser_names.py), the class beside SGLang's when these are imported, which takes "
+        "seconds. For any model, on request.",
         remove_when="SGLang has a parser `longcat` for both forms, or an entry point for parsers.",
     ),
     Entry(

@@ -133,7 +133,7 @@ def our_model_class(
     return LongcatFlashForCausalLM, architecture
 
 
-# -- parsers: SGLang's own take seconds to import, so ours are put beside them when something else imports them -------
+# -- parsers: SGLang's own take seconds to import, so ours are put beside them when something else imports them ------
 
 
 def register_tool_parser() -> None:
@@ -145,7 +145,7 @@ def register_tool_parser() -> None:
 
 
 def _put_tool_parser() -> None:
-    import sglang.srt.parser.reasoning_parser  # first: `chat` imports it, and it is then that `chat` must be whole
+    _put_reasoning_parser()  # first: as SGLang's module is imported, ours is, which then must not be half imported
     from sglang.srt.function_call.function_call_parser import FunctionCallParser
 
     from longcat_sglang.chat import ToolDetector
