@@ -29,7 +29,7 @@ from longcat_core.chat.tools import Tool
 _ANY_TAG = ("<longcat_", "</longcat_")
 
 
-class ToolDetector(BaseFormatDetector):  # type: ignore[misc]  # SGLang has no annotations here
+class ToolDetector(BaseFormatDetector):
     """Tool calls of one output, in either form, behind its first block of reasoning.
 
     Where a call is required, the model writes its own form, guided by a structural tag: no JSON of SGLang's.
@@ -101,7 +101,7 @@ class ToolDetector(BaseFormatDetector):  # type: ignore[misc]  # SGLang has no a
         return StructuralTag.model_validate(structural_tag(request, form_of(template, vocabulary), phase))
 
 
-class ReasoningDetector(BaseReasoningFormatDetector):  # type: ignore[misc]  # SGLang has no annotations here
+class ReasoningDetector(BaseReasoningFormatDetector):
     """The first block of reasoning of one output, and the rest as it is."""
 
     def __init__(
