@@ -19,6 +19,8 @@ CPU_ATTENTION = "torch_native"
 """The name under which our attention backend is chosen on a CPU: it is the one of which SGLang knows that it needs no
 Triton and no graph (`support_triton`, arg_groups/attention_hook.py). For other models it stays SGLang's own."""
 
+PARSER = "longcat"
+"""The name of our parsers, for --tool-call-parser and --reasoning-parser."""
 MTP_ALGORITHMS = ("NEXTN", "EAGLE")
 """SGLang's names for drafting with a layer that takes the target's hidden states."""
 OWN_CLASS = "longcat_own_class"
@@ -57,6 +59,10 @@ def schedules_longcat(scheduler: Any, *_: Any, **__: Any) -> bool:
 
 def tokenizes_for_longcat(manager: Any, *_: Any, **__: Any) -> bool:
     return is_longcat(manager.model_config.hf_config)
+
+
+def parses_longcats_reasoning(serving: Any, *_: Any, **__: Any) -> bool:
+    return bool(serving.reasoning_parser == PARSER)
 
 
 def drafts_for_longcat(factory: Any, *_: Any, **__: Any) -> bool:

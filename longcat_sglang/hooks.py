@@ -61,6 +61,44 @@ HOOKS: tuple[Hook, ...] = (
         "values derived from them stay as they were.",
         remove_when="SGLang overrides the fields before its configuration class reads them.",
     ),
+    Entry(
+        name="tool parser",
+        target="sglang.srt.function_call.function_call_parser.FunctionCallParser.ToolCallParserEnum['longcat']",
+        put="longcat_sglang.registration:register_tool_parser",
+        found="longcat_sglang.registration:registered_tool_parser",
+        why="SGLang has no parser of LongCat's calls: they stay text. The name goes into the list that the command "
+        "line reads (function_call/parser_names.py), the class beside SGLang's when these are imported, which takes "
+        "seconds. For any model, on request.",
+        remove_when="SGLang has a parser `longcat` for both forms, or an entry point for parsers.",
+    ),
+    Entry(
+        name="reasoning parser",
+        target="sglang.srt.parser.reasoning_parser.ReasoningParser.DetectorMap['longcat']",
+        put="longcat_sglang.registration:register_reasoning_parser",
+        found="longcat_sglang.registration:registered_reasoning_parser",
+        why="As tool parser, for reasoning (parser/reasoning_parser_names.py).",
+        remove_when="As tool parser.",
+    ),
+    Entry(
+        name="detection of parsers",
+        target="sglang.srt.parser.template_detection.TOOL_CALL_PARSER_RULES[0], REASONING_PARSER_RULES[0]",
+        put="longcat_sglang.registration:register_detection",
+        found="longcat_sglang.registration:registered_detection",
+        why="`--tool-call-parser auto` and `--reasoning-parser auto` take Qwen's parsers for a template of LongCat's "
+        "that has `enable_thinking`, and none for others.",
+        remove_when="As tool parser.",
+    ),
+    Wrapper(
+        name="tags of reasoning",
+        target="sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._patch_reasoning_skip_special_tokens",
+        around="longcat_sglang.registration:keep_tags",
+        concerns="longcat_sglang.engine:parses_longcats_reasoning",
+        wrap="longcat_sglang.registration:wrap_when_imported",
+        wrapped_by="longcat_sglang.registration:module_when_imported",
+        why="Where a tokenizer has LongCat's tags as special tokens, SGLang leaves them out of the text of a request "
+        "without tools, and reasoning cannot be told from the answer. It keeps them for parsers that it knows by name.",
+        remove_when="A detector can say that it needs them.",
+    ),
     _Registered(
         name="end of a prompt",
         target="sglang.srt.managers.tokenizer_manager.TokenizerManager.init_tokenizer_and_processor",

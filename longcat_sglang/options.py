@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from longcat_core.config import LongcatConfig
 from longcat_core.plugin.options import Option, Outcome
-from longcat_sglang.engine import MTP_ALGORITHMS, algorithm_of
+from longcat_sglang.engine import MTP_ALGORITHMS, PARSER, algorithm_of
 
 Concern = Callable[[Any, LongcatConfig], bool]
 """Whether SGLang's settings request what an option does."""
@@ -59,7 +59,21 @@ def _refused(flag: str, why: str, known_by: str = READ) -> Option:
     return Option(flag, Outcome.REFUSED, why, known_by)
 
 
+def _parses_in_workers(settings: Any, _: LongcatConfig) -> bool:
+    names = {settings.tool_call_parser, settings.reasoning_parser}
+    return settings.tokenizer_worker_num > 1 and not names.isdisjoint((PARSER, "auto"))
+
+
 WRONG: tuple[Rule, ...] = (
+    Rule(
+        _refused(
+            "--tokenizer-worker-num",
+            "SGLang loads no plugins in these processes, and the parsers `longcat`, which `auto` takes for LongCat's "
+            "templates, are unknown there; without them it is served",
+        ),
+        _parses_in_workers,
+        "leave --tool-call-parser and --reasoning-parser out",
+    ),
     Rule(
         _refused(
             "--enable-eplb", "ids are looked up in tables of FFN experts, where a zero expert's -1 is the last expert"
@@ -298,6 +312,22 @@ CHECKED_BY_VALUE: tuple[Option, ...] = (
 """Checked in `deployment.py`, as these depend on the value or on other options."""
 
 SERVED: tuple[Option, ...] = (
+    *(
+        Option(
+            f"--{kind}-parser longcat",
+            Outcome.SERVED,
+            f"{what} ([more](agents.md)); `auto` takes it for a template that has LongCat's tags.",
+            f"{RUN}: SGLang's parsers, and its chat endpoint's methods; no server over HTTP",
+        )
+        for kind, what in (("tool-call", "Both forms of calls"), ("reasoning", "Reasoning in LongCat's tags"))
+    ),
+    Option(
+        "--grammar-backend",
+        Outcome.SERVED,
+        "Calls that are required, named or strict are guided by XGrammar alone, the default: llguidance refuses such a "
+        "request, as its structural tags are others.",
+        READ,
+    ),
     Option("--load-format auto", Outcome.SERVED, "Checked before any worker starts, where there are safetensors.", RUN),
     Option(
         "--quantization fp8",

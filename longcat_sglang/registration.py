@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from longcat_core.chat.prompt import THINK_ON
+from longcat_core.chat.tags import CALL_OPEN, THINK_OPEN
 from longcat_core.config import ConfigError
 from longcat_core.plugin.engine import UnsupportedEngineError
-from longcat_core.plugin.hooks import Around
-from longcat_sglang.engine import CPU_ATTENTION, is_longcat
+from longcat_core.plugin.hooks import Around, module_of_attribute, wrap_attribute
+from longcat_core.plugin.imports import is_awaited, when_imported
+from longcat_sglang.engine import CPU_ATTENTION, PARSER, is_longcat
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
@@ -18,6 +23,10 @@ if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
 _RESOLUTION_STEP = "handle_model_specific_adjustments"
+_TOOL_PARSERS = "sglang.srt.function_call.function_call_parser"
+_REASONING_PARSERS = "sglang.srt.parser.reasoning_parser"
+_RULES = ("sglang.srt.parser.template_detection", "sglang.srt.parser.template_manager")
+"""Modules that have the rules of `auto` under names of their own."""
 
 
 def register_around(target: str, around: Around) -> None:
@@ -122,3 +131,108 @@ def our_model_class(
     from longcat_sglang.model import LongcatFlashForCausalLM
 
     return LongcatFlashForCausalLM, architecture
+
+
+# -- parsers: SGLang's own take seconds to import, so ours are put beside them when something else imports them ------
+
+
+def register_tool_parser() -> None:
+    from sglang.srt.function_call.parser_names import TOOL_CALL_PARSER_NAMES
+
+    if PARSER not in TOOL_CALL_PARSER_NAMES:
+        TOOL_CALL_PARSER_NAMES.append(PARSER)
+    when_imported(_TOOL_PARSERS, _put_tool_parser)
+
+
+def _put_tool_parser() -> None:
+    _put_reasoning_parser()  # first: as SGLang's module is imported, ours is, which then must not be half imported
+    from sglang.srt.function_call.function_call_parser import FunctionCallParser
+
+    from longcat_sglang.chat import ToolDetector
+
+    FunctionCallParser.ToolCallParserEnum[PARSER] = ToolDetector
+
+
+def registered_tool_parser() -> str:
+    return _module_of_parser(_TOOL_PARSERS, "FunctionCallParser", "ToolCallParserEnum")
+
+
+def register_reasoning_parser() -> None:
+    from sglang.srt.parser.reasoning_parser_names import REASONING_PARSER_NAMES
+
+    if PARSER not in REASONING_PARSER_NAMES:
+        REASONING_PARSER_NAMES.append(PARSER)
+    when_imported(_REASONING_PARSERS, _put_reasoning_parser)
+
+
+def _put_reasoning_parser() -> None:
+    from sglang.srt.parser.reasoning_parser import ReasoningParser
+
+    from longcat_sglang.chat import ReasoningDetector
+
+    ReasoningParser.DetectorMap[PARSER] = ReasoningDetector
+
+
+def registered_reasoning_parser() -> str:
+    return _module_of_parser(_REASONING_PARSERS, "ReasoningParser", "DetectorMap")
+
+
+def _module_of_parser(module: str, owner: str, table: str) -> str:
+    if is_awaited(module):
+        return __name__
+    parsers = getattr(getattr(sys.modules.get(module), owner, None), table, {})
+    return str(parsers[PARSER].__module__) if PARSER in parsers else "none"
+
+
+def register_detection() -> None:
+    for module in _RULES:
+        when_imported(module, _put_rules)
+
+
+def _put_rules() -> None:
+    from sglang.srt.parser.template_detection import DetectionRule
+
+    for module in filter(None, map(sys.modules.get, _RULES)):
+        for table, concerns in (("TOOL_CALL_PARSER_RULES", writes_calls), ("REASONING_PARSER_RULES", writes_reasoning)):
+            rules = getattr(module, table, None)  # none while the module is being imported
+            if rules is not None and rules[0].value != PARSER:
+                setattr(module, table, (DetectionRule(name=PARSER, value=PARSER, predicate=concerns), *rules))
+
+
+def registered_detection() -> str:
+    found = [sys.modules[module] for module in _RULES if not is_awaited(module)]
+    firsts = [rules[0] for each in found for rules in (each.TOOL_CALL_PARSER_RULES, each.REASONING_PARSER_RULES)]
+    return next((str(rule.predicate.__module__) for rule in firsts if rule.value != PARSER), __name__)
+
+
+def writes_calls(context: Any) -> bool:
+    """Whether a chat template, which SGLang looks at for `auto`, has LongCat's calls."""
+    return CALL_OPEN in context.template
+
+
+def writes_reasoning(context: Any) -> bool:
+    """Whether a chat template has LongCat's reasoning, or asks for it as LongCat's do."""
+    return THINK_OPEN in context.template or (THINK_ON in context.template and CALL_OPEN in context.template)
+
+
+@dataclass(frozen=True)
+class _Wrap:
+    target: str
+    around: Around
+
+    def __call__(self) -> None:
+        wrap_attribute(self.target, self.around)
+
+
+def wrap_when_imported(target: str, around: Around) -> None:
+    """target: a method, `module.Class.method`."""
+    when_imported(target.rsplit(".", 2)[0], _Wrap(target, around))
+
+
+def module_when_imported(target: str) -> str:
+    return __name__ if is_awaited(target.rsplit(".", 2)[0]) else module_of_attribute(target)
+
+
+def keep_tags(original: Callable[..., None], serving: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+    original(serving, request, *args, **kwargs)
+    request.skip_special_tokens = False

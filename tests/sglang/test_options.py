@@ -25,6 +25,7 @@ from tests.sglang.engine import configure
 
 MTP = {"speculative_algorithm": "NEXTN"}
 ASKED: dict[str, dict[str, Any]] = {
+    "--tokenizer-worker-num": {"tokenizer_worker_num": 2, "tool_call_parser": "longcat"},
     "--enable-eplb": {"enable_eplb": True},
     "--ep-num-redundant-experts": {"ep_num_redundant_experts": 2},
     "--init-expert-location": {"init_expert_location": "counts.pt"},
