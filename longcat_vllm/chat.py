@@ -66,6 +66,7 @@ class LongcatToolParser(ToolParser):
     def __init__(self, tokenizer: TokenizerLike, tools: list[Any] | None = None) -> None:
         super().__init__(tokenizer, tools)
         self._stream: ChatParser | None = None
+        self._held: list[Event] = []
 
     def adjust_request(self, request: AnyRequest) -> AnyRequest:
         """Keeps tags that are special tokens in the text."""
@@ -111,13 +112,18 @@ class LongcatToolParser(ToolParser):
         delta_token_ids: Sequence[int],
         request: AnyRequest,
     ) -> DeltaMessage | None:
+        """Reasoning of the first delta waits for the second, as vLLM drops one of two texts of reasoning in the delta
+        in which the first block ends."""
+        is_first = self._stream is None
         if self._stream is None:
             self._stream = self._begin(request)
-        return _delta(self._stream.feed(delta_text))
+        events = [*self._held, *self._stream.feed(delta_text)]
+        self._held = [event for event in events if is_first and isinstance(event, ReasoningDelta)]
+        return _delta(event for event in events if not (is_first and isinstance(event, ReasoningDelta)))
 
     def finish_streaming(self) -> DeltaMessage | None:
         """What was held back, when the output is over."""
-        return _delta(self._stream.finish()) if self._stream is not None else None
+        return _delta([*self._held, *self._stream.finish()]) if self._stream is not None else None
 
     def read(self, output: str, request: AnyRequest) -> Message:
         """All that an output says, behind its first block of reasoning. A stream is not disturbed."""
