@@ -293,8 +293,14 @@ def _choice(tool_choice: Any) -> Choice | str:
 
 
 def _said(reasoning: str, content: str) -> DeltaMessage | None:
-    said = {name: text for name, text in (("reasoning", reasoning), ("content", content)) if text}
-    return DeltaMessage(**said) if said else None
+    if not reasoning and not content:
+        return None
+    message = DeltaMessage()
+    if reasoning:
+        message.reasoning = reasoning
+    if content:
+        message.content = content
+    return message
 
 
 def _delta(events: Iterable[Event]) -> DeltaMessage | None:
