@@ -23,6 +23,8 @@ OWN_ARCHITECTURE = "VllmLongcatFlashForCausalLM"
 """Our name for vLLM's own class of LongCat-Flash, for what ours cannot serve yet."""
 DRAFT_ARCHITECTURE = "LongCatFlashMTPModel"
 """What vLLM calls the MTP layer of any model whose model_type is longcat_flash (config/speculative.py)."""
+CHAT = "longcat_vllm.chat"
+"""The module of our parsers, by name, as it is imported only when they are asked for."""
 TRANSPORT_WITH_TOO_FEW_COLUMNS = "deepep_low_latency"
 """A value of --all2all-backend that has room for 11 experts a token, where LongCat has 12."""
 
@@ -61,3 +63,8 @@ def runs_longcat(runner: Any, *_: Any, **__: Any) -> bool:
 
 def drafts_for_longcat(proposer: Any, *_: Any, **__: Any) -> bool:
     return is_longcat(proposer.vllm_config.model_config)
+
+
+def reads_reasoning_of_longcat(parser: Any, *_: Any, **__: Any) -> bool:
+    """Of any model, as --reasoning-parser says it."""
+    return type(parser.reasoning_parser).__module__ == CHAT

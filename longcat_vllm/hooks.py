@@ -62,6 +62,35 @@ HOOKS: tuple[Hook, ...] = (
         "configuration to None.",
         remove_when="It loads the MTP layer's own embedding and leaves the target's configuration alone.",
     ),
+    Entry(
+        name="tool parser",
+        target="ToolParserManager['longcat']",
+        put="longcat_vllm.registration:register_tool_parser",
+        found="longcat_vllm.registration:registered_tool_parser",
+        why="vLLM's parser under this name reads calls in JSON only, and gives those of Flash-Lite, Thinking-2601 and "
+        "later as text.",
+        remove_when="vLLM's parser reads both forms, and its structural tag has the checkpoint's.",
+    ),
+    Entry(
+        name="reasoning parser",
+        target="ReasoningParserManager['longcat']",
+        put="longcat_vllm.registration:register_reasoning_parser",
+        found="longcat_vllm.registration:registered_reasoning_parser",
+        why="vLLM has none for LongCat.",
+        remove_when="vLLM has one.",
+    ),
+    Wrapper(
+        name="prompt of reasoning",
+        target="vllm.parser.abstract_parser.Parser.set_prompt_token_ids",
+        around="longcat_vllm.chat:hand_on_the_prompt",
+        concerns="longcat_vllm.engine:reads_reasoning_of_longcat",
+        stage=Stage.PARSER,
+        why="A response that is not streamed has its reasoning as content if the prompt has opened it, and gets no "
+        "count of its tokens: vLLM gives the prompt to the pair of parsers, which keeps it from the reasoning parser "
+        "(`DelegatingParser`).",
+        remove_when="`DelegatingParser.set_prompt_token_ids` calls the reasoning parser's "
+        "`adjust_initial_state_from_prompt`.",
+    ),
     Wrapper(
         name="CPU platform settings",
         target="vllm.platforms.cpu.CpuPlatform.check_and_update_config",

@@ -49,6 +49,21 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option("--enable-ep-weight-filter", Outcome.SERVED, "A rank reads its own experts.", RUN),
     Option("--cpu-offload-gb", Outcome.SERVED, "On a CPU nothing is moved.", RUN),
+    # -- chat
+    Option(
+        "--tool-call-parser longcat",
+        Outcome.SERVED,
+        "Calls in JSON and in XML, guided in the checkpoint's form ([more](agents.md#vllm)); ours in the place of "
+        "vLLM's own, which reads JSON only. Other parsers are as they were.",
+        "the parser run on a CPU, in the tests; no server has",
+    ),
+    Option(
+        "--reasoning-parser longcat",
+        Outcome.SERVED,
+        "Reasoning that begins in the prompt or in the output ([more](agents.md#vllm)). Refused if the tokenizer has "
+        "no token for a tag around it.",
+        "the parser run on a CPU, in the tests; no server has",
+    ),
     # -- adapters
     Option(
         "--enable-lora",

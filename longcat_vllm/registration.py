@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from longcat_core.family import ARCHITECTURE, ARCHITECTURES
-from longcat_vllm.engine import DRAFT_ARCHITECTURE, OWN_ARCHITECTURE
+from longcat_vllm.engine import CHAT, DRAFT_ARCHITECTURE, OWN_ARCHITECTURE
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+PARSER = "longcat"
+"""The value of --tool-call-parser and --reasoning-parser."""
 
 
 def register_model() -> None:
@@ -100,3 +104,34 @@ def registered_config_check() -> str:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     return str(getattr(MODELS_CONFIG_MAP.get(ARCHITECTURE), "__module__", "none"))
+
+
+def register_tool_parser() -> None:
+    """A class that vLLM has loaded under the name comes before ours in its table, and goes."""
+    from vllm.tool_parsers import ToolParserManager
+
+    ToolParserManager.register_lazy_module(PARSER, CHAT, "LongcatToolParser")
+    if registered_tool_parser() != CHAT:
+        del ToolParserManager.tool_parsers[PARSER]
+
+
+def registered_tool_parser() -> str:
+    from vllm.tool_parsers import ToolParserManager
+
+    return _registered_parser(ToolParserManager.tool_parsers, ToolParserManager.lazy_parsers)
+
+
+def register_reasoning_parser() -> None:
+    from vllm.reasoning import ReasoningParserManager
+
+    ReasoningParserManager.register_lazy_module(PARSER, CHAT, "LongcatReasoningParser")
+
+
+def registered_reasoning_parser() -> str:
+    from vllm.reasoning import ReasoningParserManager
+
+    return _registered_parser(ReasoningParserManager.reasoning_parsers, ReasoningParserManager.lazy_parsers)
+
+
+def _registered_parser(loaded: Mapping[str, type], lazy: Mapping[str, tuple[str, str]]) -> str:
+    return loaded[PARSER].__module__ if PARSER in loaded else lazy.get(PARSER, ("none", ""))[0]

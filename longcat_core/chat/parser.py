@@ -14,7 +14,13 @@ from longcat_core.chat.tags import CALL_CLOSE, CALL_OPEN, END, THINK_CLOSE, THIN
 from longcat_core.chat.tools import Tool
 from longcat_core.chat.xml_form import XmlCall
 
-_TAGS = Tags(CALL_OPEN, THINK_OPEN, THINK_CLOSE, CALL_CLOSE, END)
+_CALL_TAGS, _THINK_TAGS = (CALL_OPEN, CALL_CLOSE), (THINK_OPEN, THINK_CLOSE)
+_TAGS = {
+    (calls, reasoning): Tags(*(_CALL_TAGS if calls else ()), *(_THINK_TAGS if reasoning else ()), END)
+    for calls in (True, False)
+    for reasoning in (True, False)
+}
+"""By what is read: calls, reasoning. The other tags are text."""
 
 
 class ChatParser:
@@ -26,17 +32,22 @@ class ChatParser:
     as is one line's end behind a call and on each side of reasoning's tags; all other text is given to the letter.
     """
 
-    def __init__(self, tools: Iterable[Tool] = (), phase: Phase = Phase.ANSWER) -> None:
-        """`phase`: where the output begins, by its prompt (`prompt.phase_of`)."""
-        self._tools = {tool.name: tool for tool in tools}
+    def __init__(self, tools: Iterable[Tool] | None = (), phase: Phase | None = Phase.ANSWER) -> None:
+        """
+        tools: None: no call is read, and its tags are text.
+        phase: where the output begins, by its prompt (`prompt.phase_of`). None: no reasoning is read, and its tags are
+            text.
+        """
+        self._tools = {tool.name: tool for tool in tools or ()}
+        self._tags = _TAGS[tools is not None, phase is not None]
         self._reader = Reader()
         self._output = Output()
-        self._reasoning = Reasoning(phase) if phase.is_open else None
+        self._reasoning = Reasoning(phase) if phase is not None and phase.is_open else None
         self._head: list[str] | None = None  # a call's tag and the spaces around it, which are text if it is no call
         self._body: Body | None = None
         self._blank: list[str] = []  # spaces, before anything else has come behind a tag
         self._is_blank = True
-        self._had_tag = phase.is_open
+        self._had_tag = self._reasoning is not None
         self._skips_line_end = False
         self._owes_tag = False  # whether a call was given up before its end tag
 
@@ -75,7 +86,7 @@ class ChatParser:
 
     def _read_text(self) -> bool:
         reader = self._reader
-        text, tag = reader.until(_TAGS)
+        text, tag = reader.until(self._tags)
         if text:
             self._say(text)
         if not tag:
@@ -138,7 +149,7 @@ class ChatParser:
         self._output.content(text)
 
 
-def parse(text: str, tools: Iterable[Tool] = (), phase: Phase = Phase.ANSWER) -> Message:
+def parse(text: str, tools: Iterable[Tool] | None = (), phase: Phase | None = Phase.ANSWER) -> Message:
     """A whole output at once."""
     parser = ChatParser(tools, phase)
     return gather([*parser.feed(text), *parser.finish()])

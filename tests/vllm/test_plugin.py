@@ -43,7 +43,16 @@ def test_register_loads_no_model_code() -> None:
     rooms = {name.partition(".")[2] for name in json.loads(loaded)}
     assert "registration" in rooms
     assert rooms.isdisjoint(
-        {"model", "moe", "devices.cpu.attention", "reference", "layers.experts", "weights.checkpoint"}
+        {
+            "model",
+            "moe",
+            "chat",
+            "chat.parser",
+            "devices.cpu.attention",
+            "reference",
+            "layers.experts",
+            "weights.checkpoint",
+        }
     )
 
 
