@@ -166,6 +166,22 @@ def test_json_arguments_that_are_nothing_are_an_empty_object(nothing: str) -> No
     assert calls('<longcat_tool_call>{"name": "get_time"}</longcat_tool_call>') == [("get_time", {})]
 
 
+def test_a_name_alone_is_a_call_whose_last_bracket_may_be_missing_however_it_is_cut() -> None:
+    parser = ChatParser(TOOLS)
+    events = [
+        event for piece in '<longcat_tool_call>{"name": "get_time"</longcat_tool_call>' for event in parser.feed(piece)
+    ]
+    assert events == [CallStart(0, "get_time"), ArgumentsDelta(0, "{}"), CallEnd(0, True)]
+
+
+def test_a_key_in_a_value_is_of_the_value_if_it_was_given_or_is_none_of_the_schema() -> None:
+    pair = "<longcat_arg_key>days</longcat_arg_key>\n<longcat_arg_value>3</longcat_arg_value>\n"
+    for text in ("<longcat_arg_key>days</longcat_arg_key>", "<longcat_arg_key>other</longcat_arg_key>"):
+        assert calls(XML.replace("Paris", text).replace("get_weather\n", f"get_weather\n{pair}"))[0][1]["city"] == text
+    text = "a <longcat_arg_key>days"
+    assert calls(XML.replace("Paris", text))[0][1]["city"] == text
+
+
 def test_a_tool_that_the_request_does_not_have_is_called_all_the_same() -> None:
     for call in (XML, JSON):
         assert calls(call, ()) == [PARIS]
@@ -317,6 +333,13 @@ def test_a_long_value_is_given_while_it_comes_and_a_short_one_when_it_is_known()
     assert parser.feed('{"a": [1, 2') == [ArgumentsDelta(0, '{"a": [1, ')]  # 2 may be 25
     assert parser.feed("]}") == [ArgumentsDelta(0, "2]}")]
     assert parser.feed("</longcat_arg_value>\n</longcat_tool_call>") == [ArgumentsDelta(0, "}"), CallEnd(0, True)]
+
+
+def test_a_value_that_may_be_a_number_is_held_while_it_looks_like_one() -> None:
+    parser = ChatParser((Tool("f", {"properties": {"x": {"type": ["integer", "string"]}}}),))
+    parser.feed("<longcat_tool_call>f\n<longcat_arg_key>x</longcat_arg_key>\n<longcat_arg_value>")
+    assert parser.feed("7 ") == []
+    assert parser.feed("days") == [ArgumentsDelta(0, '"7 days')]
 
 
 def test_text_before_the_first_argument_is_content() -> None:
