@@ -228,6 +228,7 @@ def test_a_message_is_continued_within_reasoning_or_behind_it(previous: str, rea
 def test_an_answer_without_reasoning_is_content_where_the_model_opens_it() -> None:
     for phase in (Phase.ANSWER, Phase.THINK):
         assert unstreamed("Yes.", phase) == streamed(["Yes", "."], phase) == ("", "Yes.", [])
+        assert unstreamed("<lon", phase) == streamed(["<lon"], phase) == ("", "<lon", [])  # held until the end
     assert unstreamed("Hm.", Phase.INSIDE) == streamed(["Hm", "."], Phase.INSIDE) == ("Hm.", "", [])
 
 
