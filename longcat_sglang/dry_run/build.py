@@ -18,7 +18,7 @@ from sglang.srt.layers.moe import initialize_moe_config
 from sglang.srt.layers.quantization.fp8_utils import initialize_fp8_gemm_config
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.runtime_context import SpawnRanks, publish, spawn_world_rank
-from sglang.srt.server_args import ServerArgs, prepare_server_args
+from sglang.srt.server_args import prepare_server_args
 
 from longcat_core.null_gpu import world
 from longcat_core.null_gpu.steps import Executed, counting
@@ -57,13 +57,13 @@ def dry_run(request: Request, gpus: int, gpu_name: str) -> Report:
         return replace(report, log=tuple(log))
 
 
-def _require_gpus(arguments: ServerArgs, gpus: int) -> None:
+def _require_gpus(arguments: Any, gpus: int) -> None:
     ranks = arguments.tp_size * arguments.pp_size
     if ranks > gpus:
         raise ValueError(f"ranks: {ranks}, wanted at most {gpus}, as there are GPUs; give more in --gpus")
 
 
-def _built(request: Request, arguments: ServerArgs, report: Report) -> Report:
+def _built(request: Request, arguments: Any, report: Report) -> Report:
     world.join(request.rank, arguments.tp_size * arguments.pp_size)
     rank = spawn_world_rank(arguments, tp_rank=request.rank, pp_rank=0)
     publish(arguments, role="scheduler", ranks=SpawnRanks(world_rank=rank, gpu_id=request.rank))
