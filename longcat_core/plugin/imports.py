@@ -44,8 +44,10 @@ class _Waiting(MetaPathFinder):
     ) -> ModuleSpec | None:
         if name not in self.for_modules:
             return None
-        for finder in sys.meta_path:
-            spec = None if finder is self else finder.find_spec(name, path, target)
+        # Only those behind it: one before it may ask it in turn, as another plugin's of this kind does.
+        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
+            find_spec = getattr(finder, "find_spec", None)  # Python passes over finders without it, too
+            spec = None if find_spec is None else find_spec(name, path, target)
             if spec is not None:
                 self._extend(spec)
                 return spec
