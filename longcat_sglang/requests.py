@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
-from longcat_core.tokenization import leave_open
+from longcat_core.tokenization import prepare
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
 
-def tokenize_without_an_end(
+def tokenize_as_prepared(
     original: Callable[..., None], manager: TokenizerManager, *args: Any, **kwargs: Any
 ) -> None:
     """Whatever route a prompt takes: each encodes with the manager's tokenizer."""
     original(manager, *args, **kwargs)
-    leave_open(manager.tokenizer)
+    prepare(manager.tokenizer)
 
 
 def refuse_what_is_outside_the_vocabulary(

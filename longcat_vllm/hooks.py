@@ -92,6 +92,16 @@ HOOKS: tuple[Hook, ...] = (
         "`adjust_initial_state_from_prompt`.",
     ),
     Wrapper(
+        name="calls that are cut off",
+        target="vllm.entrypoints.anthropic.serving.AnthropicServingMessages.messages_full_converter",
+        around="longcat_vllm.chat:leave_out_half_arguments",
+        concerns="longcat_vllm.engine:reads_calls_of_longcat",
+        stage=Stage.PARSER,
+        why="/v1/messages answers 400 instead of all that was generated, if `max_tokens` ends it within a call: vLLM "
+        "reads every call's arguments as JSON (entrypoints/anthropic/serving.py:868).",
+        remove_when="vLLM answers with what is there, as it does in a stream.",
+    ),
+    Wrapper(
         name="CPU platform settings",
         target="vllm.platforms.cpu.CpuPlatform.check_and_update_config",
         around="longcat_vllm.devices.cpu.patches:keep_scheduling_settings",
@@ -103,14 +113,17 @@ HOOKS: tuple[Hook, ...] = (
         remove_when="The attention backend decides this, not the platform.",
     ),
     Wrapper(
-        name="end of a prompt",
+        name="tokenizer",
         target="vllm.renderers.hf.HfRenderer.__init__",
-        around="longcat_vllm.requests:render_without_an_end",
+        around="longcat_vllm.requests:render_with_a_prepared_tokenizer",
         concerns="longcat_vllm.engine:configures_longcat",
         stage=Stage.DEPLOYMENT,
         why="A `tokenizer.json` that was saved with LongCat's `add_eos_token` ends every text, and so every prompt of "
-        "/v1/completions, with </longcat_s>, unless a request says `add_special_tokens: false`.",
-        remove_when="LongCat's tokenizer.json is published without the end in its post-processor.",
+        "/v1/completions, with </longcat_s>, unless a request says `add_special_tokens: false`. A checkpoint without a "
+        "chat template cannot be talked to, and vLLM's table of templates for such is by model type, where LongCat's "
+        "are told by their tokens.",
+        remove_when="LongCat's tokenizer.json is published without the end in its post-processor, and vLLM has its "
+        "templates.",
     ),
     Wrapper(
         name="generators of discarded chunks",
