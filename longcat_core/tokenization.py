@@ -1,28 +1,10 @@
-"""A tokenizer as a server needs it: it leaves a prompt open for its answer, and has a chat template."""
+"""A tokenizer whose file has it end every text, as LongCat's does, made to leave a prompt open for its answer."""
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
 import json
-import logging
 from typing import Any
-
-from longcat_core.chat.templates import choose
-
-logger = logging.getLogger(__name__)
-
-
-def prepare(tokenizer: Any) -> None:
-    """`leave_open`, and LongCat's chat template, by the tokens, where the checkpoint brings none."""
-    leave_open(tokenizer)
-    if getattr(tokenizer, "chat_template", "") is None:
-        template = choose(tokenizer.get_vocab())
-        tokenizer.chat_template = template.text
-        logger.info(
-            "The checkpoint has no chat template. LongCat's %r is taken, as its tokens are of that format; "
-            "--chat-template takes another.",
-            template.name,
-        )
 
 
 def leave_open(tokenizer: Any) -> None:

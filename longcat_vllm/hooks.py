@@ -79,6 +79,14 @@ HOOKS: tuple[Hook, ...] = (
         why="vLLM has none for LongCat.",
         remove_when="vLLM has one.",
     ),
+    Entry(
+        name="chat template",
+        target="vllm.transformers_utils.chat_templates.registry._MODEL_TYPE_TO_CHAT_TEMPLATE_FALLBACK['longcat_flash']",
+        put="longcat_vllm.registration:register_chat_template",
+        found="longcat_vllm.registration:registered_chat_template",
+        why="A checkpoint without a chat template cannot be talked to. This is vLLM's table for such.",
+        remove_when="vLLM's table has LongCat's templates, by the tokens of a checkpoint.",
+    ),
     Wrapper(
         name="prompt of reasoning",
         target="vllm.parser.abstract_parser.Parser.set_prompt_token_ids",
@@ -113,17 +121,14 @@ HOOKS: tuple[Hook, ...] = (
         remove_when="The attention backend decides this, not the platform.",
     ),
     Wrapper(
-        name="tokenizer",
+        name="end of a prompt",
         target="vllm.renderers.hf.HfRenderer.__init__",
-        around="longcat_vllm.requests:render_with_a_prepared_tokenizer",
+        around="longcat_vllm.requests:render_without_an_end",
         concerns="longcat_vllm.engine:configures_longcat",
         stage=Stage.DEPLOYMENT,
         why="A `tokenizer.json` that was saved with LongCat's `add_eos_token` ends every text, and so every prompt of "
-        "/v1/completions, with </longcat_s>, unless a request says `add_special_tokens: false`. A checkpoint without a "
-        "chat template cannot be talked to, and vLLM's table of templates for such is by model type, where LongCat's "
-        "are told by their tokens.",
-        remove_when="LongCat's tokenizer.json is published without the end in its post-processor, and vLLM has its "
-        "templates.",
+        "/v1/completions, with </longcat_s>, unless a request says `add_special_tokens: false`.",
+        remove_when="LongCat's tokenizer.json is published without the end in its post-processor.",
     ),
     Wrapper(
         name="generators of discarded chunks",
