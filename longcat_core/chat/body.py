@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from enum import Enum, auto
-from typing import Protocol
 
 from longcat_core.chat.events import Output
 from longcat_core.chat.tags import CALL_CLOSE, CALL_OPEN, END, Reader, Tags
@@ -30,12 +30,30 @@ class Step(Enum):
     """What was taken for a call is none: it is text, all of it, which is `rest`."""
 
 
-class Body(Protocol):
+class Body(ABC):
     """A call from behind its tag on."""
 
-    rest: str
+    def __init__(self) -> None:
+        self.rest = ""
+        self._started = False  # whether its name was given
+        self._complete = False  # whether all arguments were given
+        self._raw: list[str] = []  # all that was read, until the call starts
 
-    def read(self, reader: Reader, output: Output) -> Step: ...
+    def read(self, reader: Reader, output: Output) -> Step:
+        """Read on, as far as the text has come."""
+        begin = reader.at
+        step = self._read(reader, output)
+        if not self._started:
+            self._raw.append(reader.text[begin : reader.at])
+            if step is not Step.MORE:
+                self.rest = "".join(self._raw)
+                return Step.NO_CALL
+        elif step is not Step.MORE:
+            output.end(self._complete)
+        return step
+
+    @abstractmethod
+    def _read(self, reader: Reader, output: Output) -> Step: ...
 
 
 def close(reader: Reader) -> Step:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from enum import Enum, auto
 
-from longcat_core.chat.body import SPACE, Step, Tools, close
+from longcat_core.chat.body import SPACE, Body, Step, Tools, close
 from longcat_core.chat.events import Output
 from longcat_core.chat.json_text import JsonText
 from longcat_core.chat.tags import CALL_CLOSE, CALL_OPEN, END, Reader, Tags
@@ -37,7 +37,7 @@ _MARKS = {
 """Where a character leads."""
 
 
-class JsonCall:
+class JsonCall(Body):
     """Reads `{"name": ..., "arguments": {...}}`, with the keys in any order, others beside them, and the end tag.
 
     Arguments are given as the model wrote them, as soon as the name is known. They may be `null`, empty or left out,
@@ -45,29 +45,14 @@ class JsonCall:
     """
 
     def __init__(self, tools: Tools) -> None:
-        self.rest = ""
+        super().__init__()
         self._tools = tools
         self._at = _At.OBJECT
         self._json = JsonText()  # of the key or the value that is read
         self._parts: list[str] = []  # what was read of it
         self._key = ""
         self._arguments: str | None = None  # that came before the name
-        self._started = False
-        self._complete = False  # whether all arguments were given
         self._streams = False  # whether the value that is read is given as it comes
-        self._raw: list[str] = []  # all that was read, until the call starts
-
-    def read(self, reader: Reader, output: Output) -> Step:
-        begin = reader.at
-        step = self._read(reader, output)
-        if not self._started:
-            self._raw.append(reader.text[begin : reader.at])
-            if step is not Step.MORE:
-                self.rest = "".join(self._raw)
-                return Step.NO_CALL
-        elif step is not Step.MORE:
-            output.end(self._complete)
-        return step
 
     def _read(self, reader: Reader, output: Output) -> Step:
         while True:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 
-from longcat_core.chat.body import SPACE, Step, Tools, close
+from longcat_core.chat.body import SPACE, Body, Step, Tools, close
 from longcat_core.chat.events import Output
 from longcat_core.chat.json_form import inner_object
 from longcat_core.chat.json_text import JsonText
@@ -35,7 +35,7 @@ _AFTER_VALUE = Tags(KEY_OPEN, CALL_CLOSE, CALL_OPEN, END)
 _AFTER_CALL = Tags(CALL_OPEN, END)
 
 
-class XmlCall:
+class XmlCall(Body):
     """Reads the name, `<longcat_arg_key>KEY</longcat_arg_key>`, `<longcat_arg_value>VALUE</longcat_arg_value>` as often
     as they come, and the end tag; and gives the arguments as a JSON object. They may also be one JSON object already,
     behind the name, in brackets or not, or in the place of a key.
@@ -46,13 +46,10 @@ class XmlCall:
     """
 
     def __init__(self, tools: Tools) -> None:
-        self.rest = ""
+        super().__init__()
         self._tools = tools
         self._state = self._read_name
         self._name = ""
-        self._started = False
-        self._complete = False
-        self._raw: list[str] = []  # all that was read, until the call starts
         self._keys: set[str] = set()  # that came
         self._opened = False  # whether the object of the arguments was begun
         self._key: list[str] = []
@@ -61,17 +58,10 @@ class XmlCall:
         self._candidate: list[str] = []  # a tag that may end a value, and what comes behind it
         self._json = JsonText()
 
-    def read(self, reader: Reader, output: Output) -> Step:
-        begin, step = reader.at, None
+    def _read(self, reader: Reader, output: Output) -> Step:
+        step = None
         while step is None:
             step = self._state(reader, output)
-        if not self._started:
-            self._raw.append(reader.text[begin : reader.at])
-            if step is not Step.MORE:
-                self.rest = "".join(self._raw)
-                return Step.NO_CALL
-        elif step is not Step.MORE:
-            output.end(self._complete)
         return step
 
     def _read_name(self, reader: Reader, output: Output) -> Step | None:
