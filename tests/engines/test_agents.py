@@ -9,18 +9,18 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jsonschema
 import pytest
 import torch
 from anthropic import Anthropic
 from anthropic import DefaultHttpxClient as AnthropicHttpxClient
-from openai import DefaultHttpxClient, OpenAI
+from openai import OpenAI
 from transformers import AutoTokenizer
 
 from longcat_cli.make_checkpoint import make_checkpoint
@@ -29,6 +29,7 @@ from longcat_core.chat.templates import THINKING_2601, Form
 from longcat_core.chat.tools import Tool
 from longcat_core.weights import checkpoint
 from tests.cases import DEFAULT, drafting_tensors
+from tests.chats import asked, openai_client
 from tests.conversations import xml_call
 from tests.harness import engine
 from tests.requests import MODEL
@@ -62,17 +63,6 @@ CALLS = [("weather", {"city": "Rom", "unit": "C"}), ("open", {"day": "Mo"})]
 NO_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}
 
 
-class Said(NamedTuple):
-    """What a client has of an answer, streamed or not."""
-
-    reasoning: str
-    content: str
-    calls: list[tuple[str, str]]
-    finish: str | None
-    usage: dict[str, Any]
-    prompt: list[int]
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The checkpoint has the tokens of 2601, and brings no chat template."""
@@ -93,10 +83,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> Iterator[OpenAI]:
-    with (
-        DefaultHttpxClient(trust_env=False, limits=ONE_REQUEST_A_CONNECTION) as http,
-        OpenAI(base_url=server.http.base_url.join("/v1"), api_key="none", max_retries=0, http_client=http) as client,
-    ):
+    with openai_client(server) as client:
         yield client
 
 
@@ -107,44 +94,6 @@ def anthropic(server: Server) -> Iterator[Anthropic]:
         Anthropic(base_url=str(server.http.base_url), api_key="none", max_retries=0, http_client=http) as client,
     ):
         yield client
-
-
-def asked(client: OpenAI, *, stream: bool, messages: list[Any] = QUESTION, **wanted: Any) -> Said:
-    """wanted: parameters of OpenAI's, and `extra_body`."""
-    request: dict[str, Any] = {"model": MODEL, "messages": messages, "max_tokens": 400, **wanted}
-    if stream:
-        chunks = client.chat.completions.create(**request, stream=True, stream_options={"include_usage": True})
-        return gathered(chunks)
-    whole = client.chat.completions.create(**request)
-    choice = whole.choices[0]
-    calls = [(call.function.name, call.function.arguments) for call in choice.message.tool_calls or []]
-    prompt = getattr(whole, "prompt_token_ids", None) or getattr(choice, "prompt_token_ids", None) or []
-    usage = whole.usage.model_dump()
-    return Said(reasoning_of(choice.message), choice.message.content or "", calls, choice.finish_reason, usage, prompt)
-
-
-def gathered(chunks: Iterable[Any]) -> Said:
-    reasoning, content, finish, usage = "", "", None, {}
-    calls: dict[int, list[str]] = {}
-    for chunk in chunks:
-        usage = chunk.usage.model_dump() if chunk.usage else usage
-        for choice in chunk.choices:
-            assert finish is None or not choice.delta.content, "something comes behind the end"
-            finish = choice.finish_reason or finish
-            reasoning += reasoning_of(choice.delta)
-            content += choice.delta.content or ""
-            for call in choice.delta.tool_calls or []:
-                if call.function.name:
-                    assert call.index == len(calls)
-                    assert call.id
-                    calls[call.index] = [call.function.name, ""]
-                calls[call.index][1] += call.function.arguments or ""
-    return Said(reasoning, content, [(name, arguments) for name, arguments in calls.values()], finish, usage, [])
-
-
-def reasoning_of(message: Any) -> str:
-    """Under vLLM's name, or SGLang's."""
-    return getattr(message, "reasoning", None) or getattr(message, "reasoning_content", None) or ""
 
 
 def saying(text: str) -> dict[str, Any]:
@@ -166,7 +115,7 @@ def test_an_answer_is_told_apart_into_reasoning_content_and_parallel_calls(
     form: Form, stream: bool, client: OpenAI
 ) -> None:
     answer = f"{THINK_OPEN}\nTwo calls.\n{THINK_CLOSE}\nI look. {written(form)}"
-    said = asked(client, stream=stream, tools=TOOLS, extra_body=saying(answer))
+    said = asked(client, QUESTION, stream=stream, tools=TOOLS, extra_body=saying(answer))
     assert (said.reasoning, said.content, said.finish) == ("Two calls.", "I look. ", "tool_calls")
     assert [(name, json.loads(arguments)) for name, arguments in said.calls] == CALLS
     assert said.usage["completion_tokens"] <= len(answer) + 1
@@ -176,7 +125,7 @@ def test_an_answer_is_told_apart_into_reasoning_content_and_parallel_calls(
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_what_looks_like_a_call_is_text_where_none_is_wanted(stream: bool, client: OpenAI) -> None:
     answer = f"I look.\n{written(Form.XML)}"
-    said = asked(client, stream=stream, tools=TOOLS, tool_choice="none", extra_body=saying(answer))
+    said = asked(client, QUESTION, stream=stream, tools=TOOLS, tool_choice="none", extra_body=saying(answer))
     assert (said.content, said.calls, said.finish) == (answer, [], "stop")
 
 
@@ -194,7 +143,7 @@ def test_results_of_calls_are_in_the_next_prompt_as_the_template_of_2601_has_the
         {"role": "tool", "tool_call_id": "call_weather", "content": [{"type": "text", "text": "20 C"}]},
     ]
     asked_for_tokens = saying("It is 20 C.") | {"return_token_ids": True}
-    said = asked(client, stream=False, messages=messages, tools=TOOLS, extra_body=asked_for_tokens)
+    said = asked(client, messages, stream=False, tools=TOOLS, extra_body=asked_for_tokens)
     assert (said.content, said.calls, said.finish) == ("It is 20 C.", [], "stop")
     checkpoint_of_server = server.log.with_name("checkpoint")
     tokenizer = AutoTokenizer.from_pretrained(checkpoint_of_server)
@@ -222,12 +171,12 @@ def test_required_calls_fit_their_schemas_every_time_and_a_named_function_is_the
     named = {"type": "function", "function": {"name": "open"}}
 
     def try_it(seed: int) -> None:
-        choice = named if seed % 4 == 0 else "required"
-        limits = {"temperature": 1, "seed": seed, "parallel_tool_calls": False}
-        said = asked(client, stream=seed % 2 == 1, tools=TOOLS, tool_choice=choice, extra_body=NO_THINKING, **limits)
+        wanted = {"tool_choice": named if seed % 4 == 0 else "required", "parallel_tool_calls": False}
+        drawn = {"temperature": 1, "seed": seed, "extra_body": NO_THINKING}
+        said = asked(client, QUESTION, stream=seed % 2 == 1, tools=TOOLS, **wanted, **drawn)
         assert said.content == "", said
         ((name, arguments),) = said.calls
-        assert name == "open" or choice is not named
+        assert name == "open" or wanted["tool_choice"] is not named
         jsonschema.validate(json.loads(arguments), SCHEMAS[name])
         names.add(name)
 
@@ -241,7 +190,7 @@ def test_required_calls_fit_their_schemas_every_time_and_a_named_function_is_the
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_reasoning_that_the_prompt_opens_is_reasoning_and_counted(stream: bool, client: OpenAI) -> None:
-    said = asked(client, stream=stream, tools=TOOLS, max_tokens=8, temperature=0)
+    said = asked(client, QUESTION, stream=stream, tools=TOOLS, max_tokens=8, temperature=0)
     assert said.reasoning
     assert (said.content, said.calls, said.finish) == ("", [], "length")
     counted = (said.usage.get("completion_tokens_details") or said.usage)["reasoning_tokens"]
