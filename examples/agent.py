@@ -51,6 +51,8 @@ def said(client: OpenAI, model: str, messages: list[Any]) -> dict[str, Any]:
                 message[field] = message.get(field, "") + text
                 console.print(text, style="dim", end="", markup=False)
         if delta.content:
+            if not message["content"] and len(message) > 2:
+                console.print()  # behind reasoning
             message["content"] += delta.content
             console.print(delta.content, end="", markup=False)
         for part in delta.tool_calls or []:
