@@ -12,9 +12,11 @@ from torch import Tensor
 
 # Requests with this many new tokens or fewer are attended to in one batch: decoding, and verification of drafts.
 _FEW_TOKENS = 16
-# Bounds on temporaries: (query, key) pairs of one head's mask in a prefill, scores of all heads in latent space, and
-# slots of a batch that are gathered from the cache, in fp32: few enough to stay in a processor's cache.
+# Bounds on temporaries: in a prefill, (query, key) pairs of one head's mask, and pairs of a head and a slot of which key
+# and value are expanded; in latent space, scores of all heads, and slots of a batch that are gathered from the cache,
+# in fp32: few enough to stay in a processor's cache.
 _PAIRS_AT_ONCE = 1 << 22
+_EXPANDED_AT_ONCE = 1 << 17
 _SCORES_AT_ONCE = 1 << 22
 _SLOTS_AT_ONCE = 1 << 12
 
@@ -224,16 +226,28 @@ def _scores(queries: Tensor, keys: Tensor, group: RequestGroup, scale: float, ne
 
 
 def _attend_expanded(queries: Tensor, cache: Tensor, group: RequestGroup, up: UpProjection, scale: float) -> Tensor:
-    """Attention over keys and values expanded from the latents for each head. Returns [G, Q, heads, v]."""
-    nope, latent = up.w_uk.shape[1:]
+    """Attention over keys and values expanded from the latents, some heads at a time. Returns [G, Q, heads, v]."""
+    heads, nope, latent = up.w_uk.shape
     rows = cache[group.slots]
     latents, rope_keys = rows.split([latent, rows.shape[-1] - latent], dim=-1)
-    expanded = F.linear(latents, up.whole.to(latents.dtype)).unflatten(-1, (len(up.w_uk), -1)).transpose(1, 2)
-    k_nope, values = expanded.split([nope, expanded.shape[-1] - nope], dim=-1)
-    k = torch.cat((k_nope, rope_keys.unsqueeze(1).expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
+    whole = up.whole.to(rows.dtype).unflatten(0, (heads, -1))
+    attended = queries.new_empty(*queries.shape[:3], up.w_uv.shape[1])
+    step = max(1, _EXPANDED_AT_ONCE // group.slots.numel())
+    for some in (slice(first, first + step) for first in range(0, heads, step)):
+        weight = whole[some]
+        expanded = F.linear(latents, weight.flatten(0, 1)).unflatten(-1, weight.shape[:2]).transpose(1, 2)
+        k_nope, values = expanded.split([nope, expanded.shape[-1] - nope], dim=-1)
+        k = torch.cat((k_nope, rope_keys.unsqueeze(1).expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
+        attended[:, :, some] = _attend_to(queries[:, :, some].to(k.dtype), k, values, group, scale).to(attended.dtype)
+    return attended
+
+
+def _attend_to(queries: Tensor, keys: Tensor, values: Tensor, group: RequestGroup, scale: float) -> Tensor:
+    """queries: [G, Q, heads, nope + rope]; keys: [G, heads, N, nope + rope]; values: [G, heads, N, v]. Returns
+    [G, Q, heads, v]."""
     # torch's fused CPU kernel wants values as wide as keys; zero columns are dropped again below.
-    width = max(k.shape[-1], values.shape[-1])
-    q, k, v = (F.pad(t, (0, width - t.shape[-1])) for t in (queries.transpose(1, 2).to(k.dtype), k, values))
+    width = max(keys.shape[-1], values.shape[-1])
+    q, k, v = (F.pad(t, (0, width - t.shape[-1])) for t in (queries.transpose(1, 2), keys, values))
     step = max(1, _PAIRS_AT_ONCE // k.shape[2])
     if group.is_whole_prompt and q.shape[2] <= step:
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)

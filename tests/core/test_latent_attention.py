@@ -170,6 +170,7 @@ def test_bounds_on_temporaries_change_nothing(case: Step) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latent_attention, "_PAIRS_AT_ONCE", 50)
         patch.setattr(latent_attention, "_SLOTS_AT_ONCE", 50)
+        patch.setattr(latent_attention, "_EXPANDED_AT_ONCE", 50)
         torch.testing.assert_close(case.run().double(), case.truth(), rtol=1e-4, atol=1e-5)
 
 
