@@ -12,7 +12,7 @@ from torch import Tensor
 
 # Requests with this many new tokens or fewer are attended to in one batch: decoding, and verification of drafts.
 _FEW_TOKENS = 16
-# Bounds on temporaries: in a prefill, (query, key) pairs of one head's mask, and pairs of a head and a slot of which key
+# Bounds on temporaries: in a prefill, (query, key) pairs of a head's mask, and pairs of a head and a slot of which key
 # and value are expanded; in latent space, scores of all heads, and slots of a batch that are gathered from the cache,
 # in fp32: few enough to stay in a processor's cache.
 _PAIRS_AT_ONCE = 1 << 22
