@@ -12,11 +12,34 @@ from torch import Tensor
 
 # Requests with this many new tokens or fewer are attended to in one batch: decoding, and verification of drafts.
 _FEW_TOKENS = 16
-# Bounds on temporaries: (query, key) pairs of one head's mask in a prefill, scores of all heads in latent space, and
-# gathered slots in a decode batch.
+# Bounds on temporaries: in a prefill, (query, key) pairs of a head's mask, and pairs of a head and a slot of which key
+# and value are expanded; in latent space, scores of all heads, and slots of a batch that are gathered from the cache,
+# in fp32: few enough to stay in a processor's cache.
 _PAIRS_AT_ONCE = 1 << 22
+_EXPANDED_AT_ONCE = 1 << 17
 _SCORES_AT_ONCE = 1 << 22
-_SLOTS_AT_ONCE = 1 << 17
+_SLOTS_AT_ONCE = 1 << 12
+
+
+@dataclass(frozen=True)
+class UpProjection:
+    """`kv_b_proj`, which makes keys and values of latents: whole for prompts, in two halves for what is attended to in
+    latent space."""
+
+    whole: Tensor
+    """[heads (nope + v), L], as published."""
+    w_uk: Tensor
+    """[heads, nope, L]"""
+    w_uv: Tensor
+    """[heads, v, L]"""
+
+    @classmethod
+    def of(cls, weight: Tensor, heads: int, nope: int) -> UpProjection:
+        """weight: as published. The halves are copied once, each with the dimension last that products sum over: over
+        another, a product copies its weight first, or reads it much slower."""
+        parts = weight.unflatten(0, (heads, -1))
+        w_uk, w_uv = parts.split([nope, parts.shape[1] - nope], dim=1)
+        return cls(weight, w_uk.transpose(1, 2).contiguous().transpose(1, 2), w_uv.contiguous())
 
 
 @dataclass(frozen=True)
@@ -87,26 +110,23 @@ class PagedBatch:
         groups = []
         for (new, _), bucket in buckets.items():
             longest = max(seq_lens[request] for request in bucket)
-            at_once = max(1, _SLOTS_AT_ONCE // longest)
-            for first in range(0, len(bucket), at_once):
-                requests = bucket[first : first + at_once]
-                lengths = torch.tensor([seq_lens[r] for r in requests]).unsqueeze(1)
-                starts = torch.tensor([query_starts[r] for r in requests]).unsqueeze(1)
-                positions = torch.arange(longest)
-                rows = torch.tensor(requests if table_rows is None else [table_rows[r] for r in requests])
-                # Cut first: an engine's table is as wide as the longest context that there may be.
-                blocks = block_table[:, : (longest - 1) // block_size + 1][rows].long()[:, positions // block_size]
-                slots = blocks * block_size + positions % block_size
-                groups.append(
-                    RequestGroup(
-                        queries=starts + torch.arange(new),
-                        slots=torch.where(positions < lengths, slots, slots[:, :1]),
-                        positions=lengths - new + torch.arange(new),
-                        trees=None if trees is None else trees[torch.tensor(requests)],
-                        is_whole_prompt=len(requests) == 1 and new == longest and trees is None,
-                        is_all_visible=new == 1 and all(seq_lens[r] == longest for r in requests),
-                    )
+            lengths = torch.tensor([seq_lens[r] for r in bucket]).unsqueeze(1)
+            starts = torch.tensor([query_starts[r] for r in bucket]).unsqueeze(1)
+            positions = torch.arange(longest)
+            rows = torch.tensor(bucket if table_rows is None else [table_rows[r] for r in bucket])
+            # Cut first: an engine's table is as wide as the longest context that there may be.
+            blocks = block_table[:, : (longest - 1) // block_size + 1][rows].long()[:, positions // block_size]
+            slots = blocks * block_size + positions % block_size
+            groups.append(
+                RequestGroup(
+                    queries=starts + torch.arange(new),
+                    slots=torch.where(positions < lengths, slots, slots[:, :1]),
+                    positions=lengths - new + torch.arange(new),
+                    trees=None if trees is None else trees[torch.tensor(bucket)],
+                    is_whole_prompt=len(bucket) == 1 and new == longest and trees is None,
+                    is_all_visible=new == 1 and all(seq_lens[r] == longest for r in bucket),
                 )
+            )
         return cls(groups=tuple(groups))
 
 
@@ -118,66 +138,116 @@ def write_latents(cache: Tensor, latents: Tensor, rope_keys: Tensor, slots: Tens
 
 
 def paged_attention(
-    queries: Tensor, cache: Tensor, batch: PagedBatch, w_uk: Tensor, w_uv: Tensor, softmax_scale: float
+    queries: Tensor, cache: Tensor, batch: PagedBatch, up: UpProjection, softmax_scale: float
 ) -> Tensor:
     """Causal attention of new tokens over their requests' cached latents.
 
-    queries: [T, heads, nope + rope], scaled and rotated; cache: [S, L + rope], new tokens already written;
-    w_uk: [heads, nope, L] and w_uv: [heads, v, L], the two halves of `kv_b_proj`. Any sizes. Returns
-    [T, heads, v] in the queries' dtype; scores and softmax are fp32.
+    queries: [T, heads, nope + rope], scaled and rotated; cache: [S, L + rope], new tokens already written. Any sizes.
+    Returns [T, heads, v] in the queries' dtype; scores and softmax are fp32.
     """
-    output = queries.new_empty(queries.shape[0], queries.shape[1], w_uv.shape[1])
+    output = queries.new_empty(queries.shape[0], queries.shape[1], up.w_uv.shape[1])
     for group in batch.groups:
-        keys = cache[group.slots]  # [G, N, L + rope]
         new = queries[group.queries]  # [G, Q, heads, nope + rope]
-        attend = _attend_expanded if _is_prefill(group, w_uk, w_uv) else _attend_absorbed
-        output[group.queries] = attend(new, keys, group, w_uk, w_uv, softmax_scale).to(output.dtype)
+        attend = _attend_expanded if _is_prefill(group, up) else _attend_absorbed
+        output[group.queries] = attend(new, cache, group, up, softmax_scale).to(output.dtype)
     return output
 
 
-def _is_prefill(group: RequestGroup, w_uk: Tensor, w_uv: Tensor) -> bool:
+def _is_prefill(group: RequestGroup, up: UpProjection) -> bool:
     """Whether expanding the latents into keys and values costs less than attending in latent space.
 
     With Q queries on N keys, a head multiplies N L (nope + v) to expand and then Q N (nope + v) to attend; in
     latent space it is Q N 2 L (the rope part is common to both).
     """
     new = group.queries.shape[1]
-    latent, expanded = w_uk.shape[2], w_uk.shape[1] + w_uv.shape[1]
+    latent, expanded = up.w_uk.shape[2], up.w_uk.shape[1] + up.w_uv.shape[1]
     return latent * expanded + new * expanded < new * 2 * latent
 
 
-def _attend_absorbed(
-    queries: Tensor, keys: Tensor, group: RequestGroup, w_uk: Tensor, w_uv: Tensor, scale: float
-) -> Tensor:
+def _attend_absorbed(queries: Tensor, cache: Tensor, group: RequestGroup, up: UpProjection, scale: float) -> Tensor:
     """Attention over latents: `w_uk` goes into the query, `w_uv` onto the result. Returns [G, Q, heads, v]."""
-    nope, latent = w_uk.shape[1], w_uk.shape[2]
+    nope, latent = up.w_uk.shape[1:]
     q_nope, q_rope = queries.split([nope, queries.shape[-1] - nope], dim=-1)
-    q_latent = torch.einsum("gqhp,hpl->gqhl", q_nope, w_uk)
-    keys, whole = keys.float(), torch.cat((q_latent, q_rope), dim=-1).float()
+    q_latent = torch.einsum("gqhp,hpl->gqhl", q_nope, up.w_uk)
+    whole = torch.cat((q_latent, q_rope), dim=-1).float()
+    slots_at_once = max(1, _SLOTS_AT_ONCE // len(group.slots))
+    if group.slots.shape[1] <= slots_at_once:
+        context = _attend_at_once(whole, cache, group, latent, scale)
+    else:
+        context = _attend_in_blocks(whole, cache, group, latent, scale, slots_at_once)
+    return torch.einsum("gqhl,hvl->gqhv", context.to(up.w_uv.dtype), up.w_uv)
+
+
+def _attend_at_once(queries: Tensor, cache: Tensor, group: RequestGroup, latent: int, scale: float) -> Tensor:
+    """queries: fp32 [G, Q, heads, L + rope]. Returns fp32 [G, Q, heads, L]."""
+    keys = cache[group.slots].float()
+    context = queries.new_empty(*queries.shape[:3], latent)  # at once: small ones would keep an allocator's memory
     step = max(1, _SCORES_AT_ONCE // (queries.shape[2] * group.slots.numel()))
-    context = torch.empty(*queries.shape[:3], latent)  # at once: small ones in between would keep an allocator's memory
     for first in range(0, queries.shape[1], step):
-        part = whole[:, first : first + step]
-        scores = part.flatten(1, 2) @ keys.transpose(1, 2) * scale
-        if not group.is_all_visible:
-            visible = group.visible(first, first + step).repeat_interleave(queries.shape[2], dim=1)
-            scores.masked_fill_(~visible, float("-inf"))
+        scores = _scores(queries, keys, group, scale, slice(first, first + step), slice(None))
         attended = scores.softmax(dim=-1) @ keys[..., :latent]
-        context[:, first : first + step] = attended.unflatten(1, part.shape[1:3])
-    return torch.einsum("gqhl,hvl->gqhv", context.to(w_uv.dtype), w_uv)
+        context[:, first : first + step] = attended.unflatten(1, (-1, queries.shape[2]))
+    return context
 
 
-def _attend_expanded(
-    queries: Tensor, keys: Tensor, group: RequestGroup, w_uk: Tensor, w_uv: Tensor, scale: float
+def _attend_in_blocks(
+    queries: Tensor, cache: Tensor, group: RequestGroup, latent: int, scale: float, slots_at_once: int
 ) -> Tensor:
-    """Attention over keys and values expanded from the latents for each head. Returns [G, Q, heads, v]."""
-    latents, rope_keys = keys.split([w_uk.shape[2], keys.shape[-1] - w_uk.shape[2]], dim=-1)
-    k_nope = torch.einsum("gnl,hpl->ghnp", latents, w_uk.to(latents.dtype))
-    values = torch.einsum("gnl,hvl->ghnv", latents, w_uv.to(latents.dtype))
-    k = torch.cat((k_nope, rope_keys.unsqueeze(1).expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
+    """As `_attend_at_once`, one block of slots after the other, so that temporaries do not grow with the context: of
+    the softmax there are the greatest score so far, and sums of exponentials of the differences to it."""
+    count, new, heads = queries.shape[:3]
+    greatest = queries.new_full((count, new * heads, 1), float("-inf"))
+    total = queries.new_zeros(count, new * heads, 1)
+    context = queries.new_zeros(count, new * heads, latent)
+    step = max(1, _SCORES_AT_ONCE // (heads * count * slots_at_once))
+    for start in range(0, group.slots.shape[1], slots_at_once):
+        block = slice(start, start + slots_at_once)
+        keys = cache[group.slots[:, block]].float()
+        for first in range(0, new, step):
+            rows = slice(first * heads, (first + step) * heads)
+            scores = _scores(queries, keys, group, scale, slice(first, first + step), block)
+            before = greatest[:, rows]
+            # Finite from the first block on, as every query sees the first slot.
+            now = torch.maximum(before, scores.amax(dim=-1, keepdim=True))
+            weights, kept = scores.sub_(now).exp_(), (before - now).exp_()
+            total[:, rows] = total[:, rows] * kept + weights.sum(dim=-1, keepdim=True)
+            context[:, rows] = (context[:, rows] * kept).baddbmm_(weights, keys[..., :latent])
+            greatest[:, rows] = now
+    return context.div_(total).unflatten(1, (new, heads))
+
+
+def _scores(queries: Tensor, keys: Tensor, group: RequestGroup, scale: float, new: slice, slots: slice) -> Tensor:
+    """Of some queries, on the keys of some slots: fp32 [G, Q heads, slots], -inf where a slot is not seen."""
+    scores = queries[:, new].flatten(1, 2) @ keys.transpose(1, 2) * scale
+    if not group.is_all_visible:
+        visible = group.visible(new.start, new.stop)[..., slots].repeat_interleave(queries.shape[2], dim=1)
+        scores.masked_fill_(~visible, float("-inf"))
+    return scores
+
+
+def _attend_expanded(queries: Tensor, cache: Tensor, group: RequestGroup, up: UpProjection, scale: float) -> Tensor:
+    """Attention over keys and values expanded from the latents, some heads at a time. Returns [G, Q, heads, v]."""
+    heads, nope, latent = up.w_uk.shape
+    rows = cache[group.slots]
+    latents, rope_keys = rows.split([latent, rows.shape[-1] - latent], dim=-1)
+    whole = up.whole.to(rows.dtype).unflatten(0, (heads, -1))
+    attended = queries.new_empty(*queries.shape[:3], up.w_uv.shape[1])
+    step = max(1, _EXPANDED_AT_ONCE // group.slots.numel())
+    for some in (slice(first, first + step) for first in range(0, heads, step)):
+        weight = whole[some]
+        expanded = F.linear(latents, weight.flatten(0, 1)).unflatten(-1, weight.shape[:2]).transpose(1, 2)
+        k_nope, values = expanded.split([nope, expanded.shape[-1] - nope], dim=-1)
+        k = torch.cat((k_nope, rope_keys.unsqueeze(1).expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
+        attended[:, :, some] = _attend_to(queries[:, :, some].to(k.dtype), k, values, group, scale).to(attended.dtype)
+    return attended
+
+
+def _attend_to(queries: Tensor, keys: Tensor, values: Tensor, group: RequestGroup, scale: float) -> Tensor:
+    """queries: [G, Q, heads, nope + rope]; keys: [G, heads, N, nope + rope]; values: [G, heads, N, v]. Returns
+    [G, Q, heads, v]."""
     # torch's fused CPU kernel wants values as wide as keys; zero columns are dropped again below.
-    width = max(k.shape[-1], values.shape[-1])
-    q, k, v = (F.pad(t, (0, width - t.shape[-1])) for t in (queries.transpose(1, 2).to(k.dtype), k, values))
+    width = max(keys.shape[-1], values.shape[-1])
+    q, k, v = (F.pad(t, (0, width - t.shape[-1])) for t in (queries.transpose(1, 2), keys, values))
     step = max(1, _PAIRS_AT_ONCE // k.shape[2])
     if group.is_whole_prompt and q.shape[2] <= step:
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)

@@ -16,7 +16,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longcat_core.layers import latent_attention
-from longcat_core.layers.latent_attention import PagedBatch, RequestGroup, paged_attention, write_latents
+from longcat_core.layers.latent_attention import (
+    PagedBatch,
+    RequestGroup,
+    UpProjection,
+    paged_attention,
+    write_latents,
+)
 from tests.oracle import relative_error
 
 SCALE = 0.3
@@ -73,11 +79,16 @@ class Step:
             starts.append(starts[-1] + len(query))
         lengths = [len(latents) for latents in self.latents]
         batch = PagedBatch.build(starts, lengths, self.block_table, self.block_size)
-        return paged_attention(torch.cat(self.queries), cache, batch, self.w_uk, self.w_uv, SCALE)
+        return paged_attention(torch.cat(self.queries), cache, batch, up_projection(self.w_uk, self.w_uv), SCALE)
 
     def truth(self) -> Tensor:
         pairs = zip(self.queries, self.latents, strict=True)
         return torch.cat([dense(query, latents, self.w_uk, self.w_uv) for query, latents in pairs])
+
+
+def up_projection(w_uk: Tensor, w_uv: Tensor) -> UpProjection:
+    heads, nope = w_uk.shape[:2]
+    return UpProjection.of(torch.cat((w_uk, w_uv), dim=1).flatten(0, 1), heads, nope)
 
 
 def dense(queries: Tensor, latents: Tensor, w_uk: Tensor, w_uv: Tensor) -> Tensor:
@@ -159,6 +170,7 @@ def test_bounds_on_temporaries_change_nothing(case: Step) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latent_attention, "_PAIRS_AT_ONCE", 50)
         patch.setattr(latent_attention, "_SLOTS_AT_ONCE", 50)
+        patch.setattr(latent_attention, "_EXPANDED_AT_ONCE", 50)
         torch.testing.assert_close(case.run().double(), case.truth(), rtol=1e-4, atol=1e-5)
 
 
@@ -281,7 +293,9 @@ def test_a_node_attends_to_its_request_and_its_path(lengths: list[int], nodes: i
     w_uk, w_uv = normal(heads, nope, rank), normal(heads, value, rank)
     starts = range(0, len(queries) + 1, nodes)
     batch = PagedBatch.build(starts, [n + nodes for n in lengths], table, 1, trees)
-    ours = paged_attention(queries, cache, batch, w_uk, w_uv, SCALE).view(len(lengths), nodes, heads, value)
+    ours = paged_attention(queries, cache, batch, up_projection(w_uk, w_uv), SCALE).view(
+        len(lengths), nodes, heads, value
+    )
     for r, (length, slots) in enumerate(zip(lengths, order, strict=True)):
         for node in range(nodes):
             seen = torch.cat((slots[:length], slots[length:][trees[r, node]]))
@@ -318,11 +332,23 @@ def test_of_a_table_as_wide_as_the_models_context_only_the_blocks_in_use_are_rea
             assert slots[: lengths[request]].tolist() == list(range(first, first + lengths[request]))
 
 
-def test_a_batch_of_long_contexts_is_gathered_in_bounded_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latent_attention, "_SLOTS_AT_ONCE", 100)
-    table = torch.arange(10 * 40).view(10, 40)
-    batch = PagedBatch.build(query_starts=range(11), seq_lens=[33] * 10, block_table=table, block_size=1)
-    assert max(group.slots.numel() for group in batch.groups) == 99
+@pytest.mark.parametrize("new", [1, 3])
+def test_temporaries_of_decoding_do_not_grow_with_the_context(new: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latent_attention, "_SLOTS_AT_ONCE", 60)
+    requests, heads, rank, rope = 5, 2, 8, 4
+    largest = {}
+    for length in (100, 1000):
+        cache = torch.randn(requests * length, rank + rope)
+        table = torch.randperm(requests * length).view(requests, length)
+        batch = PagedBatch.build(range(0, requests * new + 1, new), [length] * requests, table, 1)
+        queries = torch.randn(requests * new, heads, 6 + rope)
+        up = up_projection(torch.randn(heads, 6, rank), torch.randn(heads, 6, rank))
+        with Largest(cache) as seen:
+            paged_attention(queries, cache, batch, up, SCALE)
+        largest[length] = seen.elements
+    # But for which slots a query sees, a bit each.
+    assert largest[1000] <= max(largest[100], requests * new * 1000)
+    assert largest[100] < requests * 100 * (rank + rope)
 
 
 @pytest.mark.parametrize("is_expanded", [True, False])
@@ -345,10 +371,10 @@ def test_the_scores_of_a_long_chunk_are_made_in_bounded_parts(
 
     monkeypatch.setattr(RequestGroup, "visible", noting)
     cache = torch.randn(128, latent + rope)
-    weights = torch.randn(heads, nope, latent), torch.randn(heads, nope, latent)
+    up = up_projection(torch.randn(heads, nope, latent), torch.randn(heads, nope, latent))
     queries = torch.randn(64, heads, nope + rope)
-    attended = paged_attention(queries, cache, batch, *weights, SCALE)
+    attended = paged_attention(queries, cache, batch, up, SCALE)
     assert masks == [512] * 16
     monkeypatch.setattr(latent_attention, "_PAIRS_AT_ONCE", 1 << 20)
     monkeypatch.setattr(latent_attention, "_SCORES_AT_ONCE", 1 << 20)
-    torch.testing.assert_close(attended, paged_attention(queries, cache, batch, *weights, SCALE))
+    torch.testing.assert_close(attended, paged_attention(queries, cache, batch, up, SCALE))

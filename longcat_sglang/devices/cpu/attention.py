@@ -19,7 +19,7 @@ from sglang.srt.model_executor.model_runner import ModelRunner
 from torch import Tensor
 
 from longcat_core.layers import rotary
-from longcat_core.layers.latent_attention import PagedBatch, paged_attention
+from longcat_core.layers.latent_attention import PagedBatch, UpProjection, paged_attention
 
 if TYPE_CHECKING:
     from longcat_sglang.model import LongcatAttention
@@ -65,7 +65,7 @@ class LatentAttentionBackend(AttentionBackend):
     def support_triton(self) -> bool:
         return False
 
-    def forward_extend(  # type: ignore[override]  # called by `attend` alone, with both weights
+    def forward_extend(  # type: ignore[override]  # called by `attend` alone, with the weight
         self,
         q: Tensor,
         k: Tensor,
@@ -74,8 +74,7 @@ class LatentAttentionBackend(AttentionBackend):
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
         *,
-        w_uk: Tensor,
-        w_uv: Tensor,
+        up: UpProjection,
         **_: Any,
     ) -> Tensor:
         """q: [T, heads, nope + rope]; k: [T, 1, latent + rope]; v: its first `latent` columns. Returns [T, heads v]."""
@@ -84,7 +83,7 @@ class LatentAttentionBackend(AttentionBackend):
             slots = KVWriteLoc(forward_batch.out_cache_loc, None)
             self._cache.set_kv_buffer(layer, slots, k, v)  # type: ignore[arg-type]  # what MLATokenToKVPool takes
         cache = self._cache.get_key_buffer(layer.layer_id).squeeze(1)
-        attended = paged_attention(q, cache, self.forward_metadata, w_uk, w_uv, layer.scaling)
+        attended = paged_attention(q, cache, self.forward_metadata, up, layer.scaling)
         return attended.flatten(1)
 
     forward_decode = forward_extend  # type: ignore[assignment]
@@ -139,7 +138,7 @@ def attend(
     query = torch.cat((q_nope, q_rope), dim=-1)
     latent = attention.kv_a_layernorm(latent).unsqueeze(1)
     keys = torch.cat((latent, k_rope), dim=-1)
-    w_uk, w_uv = attention.w_kc, attention.w_vc.transpose(1, 2)
-    attended = attention.attn_mqa(query, keys, latent, forward_batch, w_uk=w_uk, w_uv=w_uv)
+    up = UpProjection(attention.kv_b_proj.weight, attention.w_kc, attention.w_vc.transpose(1, 2))
+    attended = attention.attn_mqa(query, keys, latent, forward_batch, up=up)
     output, _ = attention.o_proj(attended)
     return output

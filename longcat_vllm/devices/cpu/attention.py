@@ -24,7 +24,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from longcat_core.layers.latent_attention import PagedBatch, paged_attention, write_latents
+from longcat_core.layers.latent_attention import PagedBatch, UpProjection, paged_attention, write_latents
 
 
 @dataclass
@@ -67,12 +67,10 @@ class LatentAttentionImpl(MLAAttentionImpl[LatentAttentionMetadata]):
         if self.dcp_world_size > 1 or self.pcp_world_size > 1:
             raise ValueError("LongCat on a CPU: context parallelism is not supported; use tensor parallelism")
         self.num_heads, self.head_size, self.scale, self.num_kv_heads = num_heads, head_size, scale, num_kv_heads
-        self._nope, self._v, self._kv_b_proj = mla["qk_nope_head_dim"], mla["v_head_dim"], mla["kv_b_proj"]
+        self._nope, self._kv_b_proj = mla["qk_nope_head_dim"], mla["kv_b_proj"]
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Take `kv_b_proj` apart, as views: [heads, nope + v, latent]."""
-        weight = self._kv_b_proj.weight.to(act_dtype).unflatten(0, (self.num_heads, self._nope + self._v))
-        self._w_uk, self._w_uv = weight.split([self._nope, self._v], dim=1)
+        self._up = UpProjection.of(self._kv_b_proj.weight.to(act_dtype), self.num_heads, self._nope)
 
     def do_kv_cache_update(
         self,
@@ -100,7 +98,7 @@ class LatentAttentionImpl(MLAAttentionImpl[LatentAttentionMetadata]):
         output_scale: Tensor | None = None,
     ) -> None:
         cache = kv_c_and_k_pe_cache.view(-1, self.head_size)
-        attended = paged_attention(q, cache, attn_metadata.batch, self._w_uk, self._w_uv, self.scale)
+        attended = paged_attention(q, cache, attn_metadata.batch, self._up, self.scale)
         output.copy_(attended.flatten(1))
 
     def forward_mqa(
