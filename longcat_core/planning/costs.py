@@ -80,8 +80,8 @@ def timed(name: str, cost: Cost, rates: Rates) -> Timed:
 def layer_costs(model: Model, layout: Layout, precision: Precision, rates: Rates, load: Load) -> dict[str, Cost]:
     """Of a layer with experts, by the names of `parallel.schedule`; what a deployment does not have is not there.
 
-    `T` rows of a replica, `B` requests, `L` tokens of context, `k` FFN experts a token. Sources: the report's Table 7 by
-    inference, docs/plan.md; bytes and operations of MLA as FlashMLA's deep dive has them; payloads as DeepEP's README.
+    Sources: the report's Table 7, from whose numbers the formulas are inferred (docs/plan.md); bytes and operations of
+    MLA as FlashMLA's deep dive has them; payloads as DeepEP's README.
     """
     found: dict[str, Cost] = {}
     for n in range(model.attentions_a_layer):
@@ -172,9 +172,7 @@ def _imbalance(layout: Layout, rates: Rates, load: Load) -> float:
     return random_imbalance(layout.ep, load.rows * layout.dp * load.ffn_experts / layout.ep)
 
 
-def _experts(
-    model: Model, layout: Layout, precision: Precision, rates: Rates, load: Load, imbalance: float
-) -> Cost:
+def _experts(model: Model, layout: Layout, precision: Precision, rates: Rates, load: Load, imbalance: float) -> Cost:
     tokens = load.rows * layout.dp
     untouched = 0.0 if rates.reads_every_expert else (1 - load.ffn_experts / model.experts) ** tokens
     read = layout.experts_a_rank(model) * (1 - untouched) + model.shared_experts

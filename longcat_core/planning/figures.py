@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import date
 from typing import Any
 
 KINDS = ("spec", "measured", "computed", "assumed")
@@ -24,7 +24,7 @@ class Figure:
     kind: str
     """One of `KINDS`."""
     source: str
-    date: date
+    date: datetime.date
     """Of the source, or the day on which it was read where it has none."""
     is_unverified: bool = False
     """No source that can be checked says so; it is marked wherever it is shown."""
@@ -34,7 +34,7 @@ class Figure:
         """The kind, as it is shown."""
         return f"{self.kind}, unverified" if self.is_unverified else self.kind
 
-    def months(self, today: date) -> int:
+    def months(self, today: datetime.date) -> int:
         """Its age in whole months."""
         difference = 12 * (today.year - self.date.year) + today.month - self.date.month
         return difference - (today.day < self.date.day)
@@ -55,7 +55,7 @@ def figure_of(name: str, raw: Mapping[str, Any]) -> Figure:
         raise ValueError(f"{name}: kind {raw['kind']!r}, wanted one of {', '.join(KINDS)}")
     if not raw["source"]:
         raise ValueError(f"{name}: no source")
-    when = date.fromisoformat(raw["date"])
+    when = datetime.date.fromisoformat(raw["date"])
     return Figure(name, raw["value"], raw["unit"], raw["kind"], raw["source"], when, raw.get("unverified", False))
 
 

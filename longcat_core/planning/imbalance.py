@@ -23,8 +23,8 @@ def random_imbalance(ranks: int, rows_a_rank: float) -> float:
 def recorded_imbalance(counts: Sequence[Sequence[float]], ranks: int, is_balanced: bool = False) -> float:
     """counts [layers, experts]: how often each FFN expert was chosen. The busiest rank over the mean, mean over layers.
 
-    Ranks have neighbouring experts, as engines place them. is_balanced: as after EPLB without redundant experts, here the
-    greedy packing of its first step: the most used expert goes to the rank with the least, of as many experts each.
+    Ranks have neighbouring experts, as engines place them. is_balanced: as after EPLB without redundant experts, by its
+    greedy packing: the most used expert goes to the rank with the least so far, as many experts to each.
 
     Raises:
         ValueError: if the ranks do not divide the experts, or nothing was counted.
@@ -36,9 +36,11 @@ def recorded_imbalance(counts: Sequence[Sequence[float]], ranks: int, is_balance
             raise ValueError(f"routing: {len(layer)} experts, which {ranks} ranks do not divide")
         if not sum(layer):
             raise ValueError("routing: a layer in which no expert was chosen")
-        loads = _packed(layer, ranks, each) if is_balanced else [
-            sum(layer[rank * each : (rank + 1) * each]) for rank in range(ranks)
-        ]
+        loads = (
+            _packed(layer, ranks, each)
+            if is_balanced
+            else [sum(layer[rank * each : (rank + 1) * each]) for rank in range(ranks)]
+        )
         found.append(max(loads) * ranks / sum(layer))
     if not found:
         raise ValueError("routing: no layer")

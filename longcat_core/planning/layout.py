@@ -17,8 +17,8 @@ BYTES = {"bf16": 2.0, "fp8": 1 + BLOCK_SCALES}
 
 @dataclass(frozen=True)
 class Precision:
-    """Of weights ("bf16" or "fp8") and of the cache (one of `CACHE_FORMS`). Router fp32; embeddings, head, n-gram tables
-    bf16."""
+    """Of weights ("bf16" or "fp8") and of the cache (one of `CACHE_FORMS`). The router is in fp32, embeddings, output
+    head and n-gram tables are in bf16."""
 
     experts: str = "bf16"
     attention: str = "bf16"
@@ -61,7 +61,9 @@ class Layout:
         return self.tp * self.dp
 
     def __str__(self) -> str:
-        parts = [f"{name.upper()}{size}" for name, size in (("tp", self.tp), ("dp", self.dp), ("ep", self.ep)) if size > 1]
+        parts = [
+            f"{name.upper()}{size}" for name, size in (("tp", self.tp), ("dp", self.dp), ("ep", self.ep)) if size > 1
+        ]
         return " ".join(parts) or "one GPU"
 
     def problems(self, model: Model) -> Iterator[str]:

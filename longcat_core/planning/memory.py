@@ -39,10 +39,10 @@ class Weights:
 def weights(model: Model, layout: Layout, precision: Precision, with_mtp: bool = False) -> Weights:
     """Of the rank that has most.
 
-    What ranks share: heads, dense FFNs, embeddings and n-gram tables (by tensor parallelism), experts. Every rank has the
+    Ranks share heads, dense FFNs, embeddings and n-gram tables by tensor parallelism, and experts. Every rank has the
     projections into latent space, the router, the MTP layer's projection of its two inputs, and those of n-grams. The
-    MTP layer takes the model's embedding for its own, as engines do. Against the dry run of vLLM's CUDA build, for
-    LongCat-Flash-Chat in bf16: 141.9 and 72.0 GB on 8 and 16 GPUs.
+    MTP layer takes the model's embedding for its own, as engines do. Source: docs/dry-run.md, where vLLM's CUDA build
+    allocates as much: 141.9 and 72.0 GB for LongCat-Flash-Chat in bf16 on 8 and 16 GPUs.
     """
     hidden, tp = model.hidden_size, layout.tp
     replicated = model.attention.replicated_parameters(hidden)

@@ -1,4 +1,4 @@
-"""What a plan must know of a model: the sizes of its attention, FFNs, experts and tables (data/models, or a config.json)."""
+"""What a plan must know of a model, from data/models or a config.json: sizes of attention, FFNs, experts, tables."""
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ class Model:
 
     @property
     def mtp_parameters(self) -> int:
-        """Of the MTP layer without its embedding: an attention, a dense FFN, and the projection of two inputs to one."""
+        """Of the MTP layer without its embedding: an attention, a dense FFN, the projection of two inputs to one."""
         return self.attention_parameters + self.ffn_parameters + 2 * self.hidden_size * self.hidden_size
 
     @property

@@ -101,7 +101,7 @@ def rates(gpu: Gpu, name: str = "stock") -> Rates:
         raise ValueError(f"rates: {name!r}, wanted one of {', '.join(known)}")
     raw = known[name]
     shares, machine = figures_of(raw["figures"]), gpu.figures
-    value = {each: figure.value for each, figure in (machine | shares).items()}
+    value = {each: figure.value for each, figure in {**machine, **shares}.items()}
     memory = value["memory_tb_per_s"] * value["memory_share"]
     return Rates(
         name=name,
@@ -123,7 +123,10 @@ def rates(gpu: Gpu, name: str = "stock") -> Rates:
         reads_every_expert=raw["reads_every_expert"],
         splits_batches=raw["splits_batches"],
         omitted=frozenset(raw["omitted"]),
-        figures=(*(f for n, f in machine.items() if n not in ("multiprocessors", "price_dollars_per_hour")), *shares.values()),
+        figures=(
+            *(f for n, f in machine.items() if n not in ("multiprocessors", "price_dollars_per_hour")),
+            *shares.values(),
+        ),
         memory_bytes=gpu.memory_bytes,
         dollars_an_hour=machine.get("price_dollars_per_hour"),
     )

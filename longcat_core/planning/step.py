@@ -1,4 +1,4 @@
-"""The time of one decode step: a layer's stages, in which tracks run beside each other, and what is around the layers."""
+"""The time of one decode step: a layer's stages, whose tracks run beside each other, and what is around the layers."""
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
@@ -72,8 +72,7 @@ def step_time(
     turns = plan.batches if rates.splits_batches else 1
     of_turn = load.half() if turns == 2 else load
     costs = layer_costs(model, layout, precision, rates, of_turn)
-    is_paired = turns == 2
-    stages = _stages(plan, costs, rates, turns if is_paired else 1)
+    stages = _stages(plan, costs, rates, turns)
     dense = 0.0
     if model.first_dense_layers:
         of_dense = dense_layer_costs(model, layout, precision, rates, load)
@@ -81,7 +80,8 @@ def step_time(
         dense = model.first_dense_layers * (layer + rates.layer_seconds / 2)
     one = Load(load.requests, load.requests, load.context, load.ffn_experts)
     head = timed("head", head_cost(model, layout, load), rates).seconds
-    mtp = sum(timed(name, cost, rates).seconds for name, cost in mtp_costs(model, layout, precision, rates, one).items())
+    of_mtp = mtp_costs(model, layout, precision, rates, one)
+    mtp = sum(timed(name, cost, rates).seconds for name, cost in of_mtp.items())
     return StepTime(
         stages=stages,
         layers=model.layers - model.first_dense_layers,
