@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from longcat_cli import plan_report
+from longcat_core.planning import dry_run as reports
 from longcat_core.planning import hardware, imbalance, models, plan, rates, search
 from longcat_core.planning.drafts import Drafts
 from longcat_core.planning.figures import Figure
@@ -94,6 +95,10 @@ def command(
     share: Annotated[float, typer.Option(min=0.01, max=1.0, help="Of a GPU's memory, for the engine.")] = SHARE,
     kept_gb: Annotated[float, typer.Option(min=0.0, help="Kept back for activations and graphs.")] = KEPT_BYTES / 1e9,
     price: Annotated[float | None, typer.Option(min=0.0, help="Dollars a GPU hour.")] = None,
+    dry_run: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Of longcat dry-run --json: memory and launches as the engine has them."),
+    ] = None,
     preset: Annotated[Preset | None, typer.Option(help="A table of the report beside what is computed.")] = None,
     calibrate: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Measure this machine's CPU in a minute, and write it there.")
@@ -138,6 +143,8 @@ def command(
             kept_bytes=kept_gb * 1e9,
             dollars_an_hour=_price(price) or listed,
         )
+        if dry_run is not None:
+            deployment = plan.with_dry_run(deployment, reports.read(dry_run)[0])
         if problems := list(deployment.problems()):
             raise ValueError("; ".join(problems))
 

@@ -43,7 +43,7 @@ def draw(points: Sequence[Plan], chosen: Plan, path: Path) -> Path:
             textcoords="offset points",
             fontsize=7,
         )
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.15 * max(each.tokens_per_second_a_user for each in points))
     axes.set_ylim(bottom=0)
     return save(drawn, path)
 

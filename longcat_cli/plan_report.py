@@ -18,7 +18,7 @@ from longcat_core.planning import launch, report_tables
 from longcat_core.planning.figures import Figure
 from longcat_core.planning.layout import precision
 from longcat_core.planning.memory import checkpoint_bytes, weights
-from longcat_core.planning.plan import Choice, Deployment, Plan, notes
+from longcat_core.planning.plan import Choice, Deployment, Plan, assumptions, notes
 from longcat_core.planning.report_tables import Row
 
 SHOWN_LAYOUTS = 8
@@ -30,13 +30,15 @@ def show(choice: Choice, found: Sequence[Choice], today: datetime.date, console:
     plan, deployment = choice.plan, choice.plan.deployment
     console.print(
         f"[bold]{escape(deployment.model.name)}[/bold] on {deployment.machine}, {deployment.layout}, "
-        f"{deployment.overlap} overlapped; rates: {deployment.rates.name}"
+        f"overlap: {deployment.overlap}; rates: {deployment.rates.name}"
     )
     if len(found) > 1:
         console.print(_layouts(found))
     console.print(_memory(choice))
+    console.print(_cache(choice), highlight=False, soft_wrap=True)
     if plan.fits:
         console.print(_stages(plan))
+        console.print(_step(plan), highlight=False, soft_wrap=True)
         console.print(_answer(choice))
     else:
         console.print(
@@ -48,7 +50,7 @@ def show(choice: Choice, found: Sequence[Choice], today: datetime.date, console:
             console.print(f"{engine}: [bold]{escape(line)}[/bold]", highlight=False, soft_wrap=True)
     for line in (*launch.remarks(deployment), *notes(deployment, today)):
         console.print(f"- {escape(line)}", highlight=False, soft_wrap=True)
-    console.print(_assumptions(assumptions(deployment)))
+    console.print(_assumptions(assumptions(deployment, today)))
 
 
 def _layouts(found: Sequence[Choice]) -> Table:
@@ -69,17 +71,21 @@ def _memory(choice: Choice) -> Table:
         (f"not the engine's: {1 - memory.share:.0%}", memory.total_bytes * (1 - memory.share)),
         ("kept back for activations and graphs", memory.kept_bytes),
         *((f"weights: {part.replace('_', ' ')}", size) for part, size in vars(memory.weights).items() if size),
-        ("weights", memory.weights.total),
+        ("weights", memory.weights_bytes),
         ("room for the cache", memory.room_bytes),
     ):
         table.add_row(name, f"{size / 1e9:.1f}")
-    least = _range(deployment)
-    table.caption = (
+    return table
+
+
+def _cache(choice: Choice) -> str:
+    deployment = choice.plan.deployment
+    memory = deployment.memory
+    return (
         f"cache: {memory.cache_bytes_a_token:,.0f} bytes a token on each GPU; a replica ({deployment.layout.tp} "
         f"GPU{'s' if deployment.layout.tp > 1 else ''}) holds {memory.tokens_a_replica:,} tokens, "
-        f"{choice.by_memory:,} requests of {deployment.context}{least}"
+        f"{choice.by_memory:,} requests of {deployment.context}{_range(deployment)}"
     )
-    return table
 
 
 def _range(deployment: Deployment) -> str:
@@ -92,7 +98,7 @@ def _range(deployment: Deployment) -> str:
 
 
 def _stages(plan: Plan) -> Table:
-    table = _table("stage of a layer", "operation", "us", "bound", "MB", "GFLOP", "MB sent")
+    table = _table("stage of a layer", "operation", "us", "bound", "MB read", "GFLOP", "MB sent, one way")
     for stage in plan.step.stages:
         table.add_row(f"[bold]{stage.name}[/bold]", "", f"[bold]{stage.seconds * 1e6:.1f}[/bold]", "", "", "", "")
         for n, track in enumerate(stage.tracks):
@@ -109,13 +115,16 @@ def _stages(plan: Plan) -> Table:
                     f"{(cost.nvlink_bytes + cost.network_bytes) / 1e6:.2f}",
                 )
     table.add_row("launches and gaps", "", f"{plan.step.overhead_seconds * 1e6:.1f}", "latency", "", "", "")
-    step = plan.step
-    table.caption = (
-        f"{step.layers} layers of {step.layer_seconds * 1e6:.0f} us, dense layers {step.dense_layer_seconds * 1e3:.2f} "
-        f"ms, output head {step.head_seconds * 1e3:.2f} ms, drafts {step.mtp_seconds * 1e3:.2f} ms: a step of "
-        f"{step.seconds * 1e3:.2f} ms. Sent: one way, by one GPU"
-    )
     return table
+
+
+def _step(plan: Plan) -> str:
+    step = plan.step
+    dense = f", dense layers {step.dense_layer_seconds * 1e3:.2f} ms" if step.dense_layer_seconds else ""
+    return (
+        f"step: {step.layers} layers of {step.layer_seconds * 1e6:.0f} us{dense}, output head "
+        f"{step.head_seconds * 1e3:.2f} ms, drafts {step.mtp_seconds * 1e3:.2f} ms: {step.seconds * 1e3:.2f} ms"
+    )
 
 
 def _answer(choice: Choice) -> Table:
@@ -145,14 +154,6 @@ def _count(requests: float | None) -> str:
     return "no goal" if requests is None else f"{requests:,.0f}"
 
 
-def assumptions(deployment: Deployment) -> list[Figure]:
-    """All figures that the plan rests on."""
-    found = list(deployment.rates.figures)
-    if deployment.dollars_an_hour is not None:
-        found.append(deployment.dollars_an_hour)
-    return found
-
-
 def _assumptions(figures: Sequence[Figure]) -> Table:
     table = Table("assumed or given", "value", "known as", "source", "date", show_edge=False)
     for each in figures:
@@ -178,7 +179,7 @@ def as_json(choice: Choice, found: Sequence[Choice], today: datetime.date) -> st
             "total_bytes": memory.total_bytes,
             "share": memory.share,
             "kept_bytes": memory.kept_bytes,
-            "weights_bytes": memory.weights.total,
+            "weights_bytes": memory.weights_bytes,
             "weights_bytes_by_part": asdict(memory.weights),
             "cache_room_bytes": memory.room_bytes,
             "cache_bytes_a_token": memory.cache_bytes_a_token,
@@ -199,7 +200,7 @@ def as_json(choice: Choice, found: Sequence[Choice], today: datetime.date) -> st
         "bottlenecks": [asdict(each) for each in plan.bottlenecks()],
         "commands": launch.commands(deployment, plan.requests) if plan.fits else {},
         "notes": [*launch.remarks(deployment), *notes(deployment, today)],
-        "assumptions": [asdict(each) for each in assumptions(deployment)],
+        "assumptions": [asdict(each) for each in assumptions(deployment, today)],
         "layouts": [_summary(each) for each in found],
     }
     return json.dumps(raw, indent=1, default=str)
@@ -244,6 +245,11 @@ def show_preset(preset: str, context: int | None, is_json: bool, console: Consol
         return
     for name, rows in tables.items():
         console.print(_comparison(name, rows))
+        shares = [
+            each for each in rows[0].plan.deployment.rates.figures if each.name.endswith(("share", "_us", "speedup"))
+        ]
+        values = ", ".join(f"{each.name} {each.value:g}" for each in shares)
+        console.print(f"- {rows[0].plan.deployment.rates.about}: {values}", highlight=False, soft_wrap=True)
     for each in assumed:
         console.print(f"- {each.known}: {escape(each.what)}", highlight=False, soft_wrap=True)
     if preset == "report-table-6":

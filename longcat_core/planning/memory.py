@@ -88,10 +88,16 @@ class Memory:
     weights: Weights
     cache_bytes_a_token: float
     """On this GPU."""
+    allocated_bytes: float | None = None
+    """For weights, by an engine in a dry run: in place of what is computed."""
+
+    @property
+    def weights_bytes(self) -> float:
+        return self.weights.total if self.allocated_bytes is None else self.allocated_bytes
 
     @property
     def room_bytes(self) -> float:
-        return self.total_bytes * self.share - self.kept_bytes - self.weights.total
+        return self.total_bytes * self.share - self.kept_bytes - self.weights_bytes
 
     @property
     def tokens_a_replica(self) -> int:
@@ -113,9 +119,11 @@ def memory(
     kept_bytes: float = KEPT_BYTES,
     with_mtp: bool = False,
     with_mtp_cache: bool = False,
+    allocated_bytes: float | None = None,
 ) -> Memory:
     """with_mtp: whether the MTP layer is loaded. with_mtp_cache: whether it drafts, and so caches tokens of its own."""
     a_token = model.cache_bytes_a_token(precision.cache, with_mtp_cache)
     if model.attention.is_cache_split():
         a_token /= layout.tp
-    return Memory(gpu_bytes, share, kept_bytes, weights(model, layout, precision, with_mtp), a_token)
+    computed = weights(model, layout, precision, with_mtp)
+    return Memory(gpu_bytes, share, kept_bytes, computed, a_token, allocated_bytes)

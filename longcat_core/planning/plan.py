@@ -3,18 +3,19 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterator
-from dataclasses import dataclass
-from datetime import date
+from dataclasses import dataclass, replace
 
 from longcat_core.planning.costs import Load
-from longcat_core.planning.drafts import Drafts
+from longcat_core.planning.drafts import GATE_KEEPS, Drafts
+from longcat_core.planning.dry_run import Report
 from longcat_core.planning.figures import PRICE_MONTHS, Figure
 from longcat_core.planning.layout import Layout, Precision
 from longcat_core.planning.memory import KEPT_BYTES, SHARE, Memory, memory
 from longcat_core.planning.models import Model
 from longcat_core.planning.price import dollars_a_million_tokens
-from longcat_core.planning.rates import Rates
+from longcat_core.planning.rates import Rates, operator_seconds
 from longcat_core.planning.step import StepTime, schedule, step_time
 
 NO_DRAFTS = Drafts()
@@ -41,6 +42,8 @@ class Deployment:
     share: float = SHARE
     kept_bytes: float = KEPT_BYTES
     dollars_an_hour: Figure | None = None
+    allocated_bytes: float | None = None
+    """For weights on one GPU, by an engine in a dry run; None if they are computed."""
 
     def problems(self) -> Iterator[str]:
         """Why it cannot be planned."""
@@ -66,6 +69,7 @@ class Deployment:
             kept_bytes=self.kept_bytes,
             with_mtp=drafts,
             with_mtp_cache=drafts,
+            allocated_bytes=self.allocated_bytes,
         )
 
     @property
@@ -221,7 +225,59 @@ def given(deployment: Deployment, requests: float) -> Choice:
     return Choice(deployment.at(requests), None, deployment.requests_that_fit, "given")
 
 
-def notes(deployment: Deployment, today: date) -> Iterator[str]:
+def with_dry_run(deployment: Deployment, report: Report) -> Deployment:
+    """With the weights, the activations and the launches of a layer that an engine's dry run has found.
+
+    Raises:
+        ValueError: if the dry run ended before it had them.
+    """
+    steps = [step for step in report.steps if step.name == "decode"]
+    if report.memory is None or not steps:
+        raise ValueError("dry run: it has no memory or no step of decode; see what it says with longcat dry-run")
+    launches = sum(steps[0].in_layer(1).values())
+    memory = report.memory
+    return replace(
+        deployment,
+        rates=replace(deployment.rates, layer_seconds=launches * operator_seconds()),
+        share=memory.requested / memory.total,
+        kept_bytes=memory.activations,
+        allocated_bytes=memory.weights,
+    )
+
+
+def assumptions(deployment: Deployment, today: datetime.date) -> list[Figure]:
+    """All figures that a plan rests on."""
+
+    def of(name: str, value: float, unit: str, kind: str, source: str) -> Figure:
+        return Figure(name, value, unit, kind, source, today)
+
+    found = list(deployment.rates.figures)
+    if deployment.dollars_an_hour is not None:
+        found.append(deployment.dollars_an_hour)
+    found.append(
+        of("memory_share", deployment.share, "of a GPU's memory", "assumed", "--share; vLLM's default is 0.92")
+    )
+    kept = "--kept-gb; aiconfigurator takes 3.9 GiB, SGLang 0.5.21 at least 10 GiB"
+    found.append(of("kept_gb", deployment.kept_bytes / 1e9, "GB", "assumed", kept))
+    experts = deployment.load(1).ffn_experts
+    how = "the mean that training holds: the share of FFN experts among all"
+    how = how if deployment.ffn_experts is None else "--ffn-experts"
+    found.append(of("ffn_experts_a_token", experts, "FFN experts in each layer", "assumed", how))
+    if deployment.drafts.count:
+        kind = "given with --acceptance"
+        found.append(of("acceptance", deployment.drafts.acceptance, "of drafts", "assumed", kind))
+    if deployment.drafts.has_gate:
+        gate = "arXiv 2502.13652: C2T on a chain, MTP layer, threshold 0.8"
+        found.append(of("gate_keeps", GATE_KEEPS, "of drafts", "measured", gate))
+    if deployment.rates.has_imbalance and deployment.layout.ep > 1:
+        how = "random routing: 1 + sqrt(2 ln ranks / rows of a rank)" if deployment.imbalance is None else "--routing"
+        value = deployment.imbalance or 0.0
+        name = "busiest_rank_over_mean"
+        found.append(of(name, value, "(0: by the batch)" if not value else "", "computed", how))
+    return found
+
+
+def notes(deployment: Deployment, today: datetime.date) -> Iterator[str]:
     """What a reader has to know beside the numbers."""
     price = deployment.dollars_an_hour
     if price is None:
@@ -234,6 +290,10 @@ def notes(deployment: Deployment, today: date) -> Iterator[str]:
             f"{deployment.layout.ep} ranks do not divide {deployment.model.experts} experts: "
             f"{redundant} redundant copies fill the last slots"
         )
+    if unverified := [each.name for each in assumptions(deployment, today) if each.is_unverified]:
+        yield f"unverified, so take what rests on it with care: {', '.join(unverified)}"
+    if deployment.allocated_bytes is not None:
+        yield "weights, activations and launches of a layer are a dry run's"
     yield "decode only: prefill, its share of the time and its effect on waiting requests are not in these numbers"
     if deployment.rates.name != "calibrated":
         yield "computed: no LongCat model has been measured with this plugin on a GPU"

@@ -14,6 +14,11 @@ from longcat_core.planning.hardware import DATA, Gpu, read
 
 SETS = DATA / "rates.json"
 LATENCIES = DATA / "all_to_all.json"
+USED = (
+    *("memory_mib", "memory_tb_per_s", "bf16_tflops", "fp8_tflops", "attention_tflops"),
+    *("nvlink_gb_per_s", "nvlink_gpus", "all_to_all_gb_per_s"),
+)
+"""Of a machine's figures, in a plan."""
 
 
 @dataclass(frozen=True)
@@ -123,17 +128,16 @@ def rates(gpu: Gpu, name: str = "stock") -> Rates:
         reads_every_expert=raw["reads_every_expert"],
         splits_batches=raw["splits_batches"],
         omitted=frozenset(raw["omitted"]),
-        figures=(
-            *(f for n, f in machine.items() if n not in ("multiprocessors", "price_dollars_per_hour")),
-            *shares.values(),
-        ),
+        figures=(*(machine[name] for name in USED), *(f for n, f in shares.items() if n != "operators_a_layer")),
         memory_bytes=gpu.memory_bytes,
         dollars_an_hour=machine.get("price_dollars_per_hour"),
     )
 
 
-OPERATORS_A_LAYER = 48
-"""Of a ScMoE layer in an engine's graph or eager forward: assumed, 237 us a layer on an H200 over 5 us each."""
+def operator_seconds() -> float:
+    """Of an operator in a stock engine's graph, as the fixed cost of a layer is taken to be made of."""
+    stock = figures_of(read(SETS)["stock"]["figures"])
+    return stock["layer_overhead_us"].value * 1e-6 / stock["operators_a_layer"].value
 
 
 def calibrated(path: Path) -> tuple[str, Rates]:
@@ -166,7 +170,7 @@ def calibrated(path: Path) -> tuple[str, Rates]:
         outside_bytes_per_second=figures["memory_gb_per_s"].value * 1e9,
         gpus_inside=1,
         overlap_share=0.0,
-        layer_seconds=OPERATORS_A_LAYER * operator,
+        layer_seconds=assumed["operators_a_layer"].value * operator,
         has_latency=False,
         has_imbalance=False,
         reads_every_expert=False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from longcat_core.planning.drafts import Drafts
 from longcat_core.planning.figures import Figure, figure_of
@@ -77,7 +78,8 @@ def theory(context: int | None = None) -> tuple[list[Row], list[Assumption]]:
 
 
 def measured(rates_name: str | None = None) -> tuple[list[Row], list[Assumption]]:
-    """Table 6: 128 H800, tokens a second of a user, by the batch that the printed rates for a GPU and a user come to.
+    """Table 6: 128 H800, tokens a second of a user, by the batch that the printed rates for a GPU and a user come to;
+    and what the same rates say of three other measurements.
 
     rates_name: a set of data/rates.json; by default the preset's.
     """
@@ -91,7 +93,16 @@ def measured(rates_name: str | None = None) -> tuple[list[Row], list[Assumption]
         plan = deployment.at(a_gpu / a_user)
         compared = Comparison("tokens/s a user", plan.tokens_per_second_a_user, a_user, "tokens/s")
         found.append(Row(each["name"], plan, (compared,)))
+    found += [_beside(raw, each, name, overlap) for each in raw["beside"]]
     return found, [Assumption(*pair) for pair in raw["assumptions"]]
+
+
+def _beside(raw: Mapping[str, Any], row: Mapping[str, Any], name: str, overlap: str) -> Row:
+    """What was not fitted."""
+    plan = _deployment({**raw, "overlap": overlap}, row, name, None).at(row["requests"])
+    computed = {"time a token": plan.seconds_a_token * 1e3, "tokens/s a GPU": plan.tokens_per_second_a_gpu}
+    quantity = row["quantity"]
+    return Row(row["name"], plan, (Comparison(quantity, computed[quantity], row["printed"], row["unit"]),))
 
 
 def rates_of_table_6() -> tuple[str, ...]:
@@ -102,20 +113,18 @@ def price_of_the_report() -> Figure:
     return figure_of("price_dollars_per_hour", read(PRESETS / "report-table-7.json")["price_dollars_per_hour"])
 
 
-def _deployment(preset: Mapping[str, object], row: Mapping[str, object], name: str, context: int | None) -> Deployment:
+def _deployment(preset: Mapping[str, Any], row: Mapping[str, Any], name: str, context: int | None) -> Deployment:
     both = {**preset, **row}
-    tokens = context if context is not None else both["context_tokens"]
-    assert isinstance(tokens, int)
-    known = gpu(str(both["gpu"]))
+    known = gpu(both["gpu"])
     return Deployment(
-        model=model(str(both["model"])),
+        model=model(both["model"]),
         machine=f"{both['gpus']} x {known.name}",
         rates=rates(known, name),
-        layout=Layout(**both["layout"]),  # type: ignore[arg-type]
-        precision=Precision(**both["precision"]),  # type: ignore[arg-type]
-        context=tokens,
-        overlap=str(both["overlap"]),
-        drafts=Drafts(int(str(both["drafts"])), float(str(both["acceptance"]))),
+        layout=Layout(**both["layout"]),
+        precision=Precision(**both["precision"]),
+        context=context or both["context_tokens"],
+        overlap=both["overlap"],
+        drafts=Drafts(both["drafts"], both["acceptance"]),
         dollars_an_hour=price_of_the_report(),
     )
 
