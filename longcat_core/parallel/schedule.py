@@ -187,20 +187,18 @@ SCHEDULES: Mapping[str, tuple[Schedule, Schedule | None]] = {
 def faults(schedule: Schedule, layer: Mapping[str, Operation]) -> Iterator[str]:
     """Where a schedule leaves an operation out, or runs one before or beside another whose output it reads.
 
-    Of a schedule with two batches each track is one batch's, so that only the order within a batch is looked at: all
-    operations of a stage, in the order in which the tracks' operations can follow each other.
+    The tracks of a schedule with two batches are different batches', which take turns: only the order within a track is
+    looked at.
     """
     planned = schedule.operations
     for name in sorted(layer.keys() - set(planned)):
         yield f"{name} is left out"
     for name in sorted({name for name in planned if planned.count(name) > 1 or name not in layer}):
         yield f"{name} is there twice, or not of this layer"
-    if schedule.batches > 1:
-        return
     done: set[str] = set()
     for stage in schedule.stages:
         for track in stage.tracks:
-            seen = set(done)
+            seen = set(done) if schedule.batches == 1 else set(planned) - set(track)
             for name in track:
                 for wanted in layer[name].after:
                     if wanted not in seen:

@@ -16,7 +16,7 @@ SETS = DATA / "rates.json"
 LATENCIES = DATA / "all_to_all.json"
 USED = (
     *("memory_mib", "memory_tb_per_s", "bf16_tflops", "fp8_tflops", "attention_tflops"),
-    *("nvlink_gb_per_s", "nvlink_gpus", "all_to_all_gb_per_s"),
+    *("nvlink_gb_per_s", "nvlink_gpus", "nic_gb_per_s", "all_to_all_gb_per_s"),
 )
 """Of a machine's figures, in a plan."""
 
