@@ -25,6 +25,7 @@ from longcat_core.planning.rates import Rates
 class Weights(StrEnum):
     bf16 = "bf16"
     fp8 = "fp8"
+    fp8_ffns = "fp8-ffns"
     fp8_all = "fp8-all"
 
 
@@ -68,7 +69,7 @@ def command(
         float | None, typer.Option(min=0.0, help="As fast for each as a million tokens at this price allow.")
     ] = None,
     weights: Annotated[
-        Weights, typer.Option("--precision", help="fp8: experts alone; fp8-all: all linear layers.")
+        Weights, typer.Option("--precision", help="fp8: experts alone; fp8-ffns: dense FFNs too; fp8-all: all.")
     ] = Weights.bf16,
     cache: Annotated[Cache, typer.Option(help="How a token is cached.")] = Cache.bf16,
     drafts: Annotated[int, typer.Option(min=0, help="Of the MTP layer, in a step.")] = 0,

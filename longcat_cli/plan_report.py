@@ -21,6 +21,7 @@ from longcat_core.planning.memory import checkpoint_bytes, weights
 from longcat_core.planning.plan import Choice, Deployment, Plan, assumptions, notes
 from longcat_core.planning.report_tables import Row
 
+BOUNDS = {"given": "as asked for", "memory": "bound by memory", "time": "bound by time"}
 SHOWN_LAYOUTS = 8
 SHOWN_BOTTLENECKS = 4
 
@@ -133,7 +134,7 @@ def _answer(choice: Choice) -> Table:
     price = plan.dollars_a_million_tokens
     unverified = deployment.dollars_an_hour is not None and deployment.dollars_an_hour.is_unverified
     rows = {
-        "requests at once, in a replica": f"{plan.requests:g}, bound by {choice.bound}",
+        "requests at once, in a replica": f"{plan.requests:g}, {BOUNDS[choice.bound]}",
         "by time, by memory": f"{_count(choice.by_time)}, {choice.by_memory:,}",
         "tokens a step of a request": f"{deployment.drafts.tokens_a_step:.2f}",
         "time a token": f"{plan.seconds_a_token * 1e3:.2f} ms",

@@ -32,19 +32,27 @@ class Precision:
         return self.experts
 
 
+PRECISIONS = {
+    "bf16": ("bf16", "bf16", "bf16", "bf16"),
+    "fp8": ("fp8", "bf16", "bf16", "bf16"),
+    "fp8-ffns": ("fp8", "bf16", "fp8", "fp8"),
+    "fp8-all": ("fp8", "fp8", "fp8", "fp8"),
+}
+"""Of experts, attention, dense FFNs and the MTP layer."""
+
+
 def precision(weights: str, cache: str = "bf16") -> Precision:
-    """weights: "bf16"; "fp8", of experts alone; "fp8-all", of all linear layers. Which of an FP8 release's other layers
-    are in FP8 its `ignored_layers` say; the two are the least and the most.
+    """weights: "bf16"; "fp8", of experts alone; "fp8-ffns", of dense FFNs and the MTP layer as well; "fp8-all", of all
+    linear layers. Which of an FP8 release's layers are in FP8 its `ignored_layers` say.
 
     Raises:
         ValueError: if there is no such precision.
     """
     if cache not in CACHE_FORMS:
         raise ValueError(f"cache: {cache!r}, wanted one of {', '.join(CACHE_FORMS)}")
-    if weights not in ("bf16", "fp8", "fp8-all"):
-        raise ValueError(f"precision: {weights!r}, wanted bf16, fp8 or fp8-all")
-    experts, others = {"bf16": ("bf16", "bf16"), "fp8": ("fp8", "bf16"), "fp8-all": ("fp8", "fp8")}[weights]
-    return Precision(experts, others, others, others, cache)
+    if weights not in PRECISIONS:
+        raise ValueError(f"precision: {weights!r}, wanted one of {', '.join(PRECISIONS)}")
+    return Precision(*PRECISIONS[weights], cache)
 
 
 @dataclass(frozen=True)

@@ -251,7 +251,8 @@ def assumptions(deployment: Deployment, today: datetime.date) -> list[Figure]:
     def of(name: str, value: float, unit: str, kind: str, source: str) -> Figure:
         return Figure(name, value, unit, kind, source, today)
 
-    found = list(deployment.rates.figures)
+    unused = _unused(deployment)
+    found = [figure for figure in deployment.rates.figures if figure.name not in unused]
     if deployment.dollars_an_hour is not None:
         found.append(deployment.dollars_an_hour)
     found.append(
@@ -274,6 +275,21 @@ def assumptions(deployment: Deployment, today: datetime.date) -> list[Figure]:
         value = deployment.imbalance or 0.0
         name = "busiest_rank_over_mean"
         found.append(of(name, value, "(0: by the batch)" if not value else "", "computed", how))
+    return found
+
+
+def _unused(deployment: Deployment) -> set[str]:
+    """Figures of the machine and the rates that play no part in this deployment."""
+    layout, speed = deployment.layout, deployment.rates
+    found = set()
+    if layout.gpus <= speed.gpus_inside or layout.gpus == 1:
+        found |= {"all_to_all_gb_per_s", "all_to_all_share", "nic_gb_per_s"}
+    if layout.gpus == 1 or speed.gpus_inside == 1:
+        found |= {"nvlink_gb_per_s", "nvlink_share"}
+    if deployment.overlap == "none":
+        found.add("overlap_share")
+    if deployment.precision.cache == "bf16":
+        found.add("fp8_cache_speedup")
     return found
 
 

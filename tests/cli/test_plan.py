@@ -101,6 +101,16 @@ def test_unverified_numbers_are_marked_in_the_output() -> None:
     assert as_json(*words, "--price", "1")["dollars_a_million_tokens"] > 0
 
 
+def test_only_what_plays_a_part_is_listed() -> None:
+    one, node, nodes = (
+        {each["name"] for each in as_json("lite", "--gpus", gpus, "--batch", "1")["assumptions"]}
+        for gpus in ("B200", "8xB200", "16xB200")
+    )
+    assert one < node < nodes
+    assert "nvlink_gb_per_s" in node - one
+    assert "all_to_all_gb_per_s" in nodes - node
+
+
 def test_a_price_of_more_than_twelve_months_is_noted() -> None:
     known = gpu("H800")
     speed = rates(known)
