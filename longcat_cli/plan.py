@@ -18,7 +18,7 @@ from longcat_core.planning.drafts import Drafts
 from longcat_core.planning.figures import Figure
 from longcat_core.planning.layout import Layout, layouts, precision
 from longcat_core.planning.memory import KEPT_BYTES, SHARE
-from longcat_core.planning.plan import Choice, Deployment, GoalError
+from longcat_core.planning.plan import Choice, Deployment, GoalError, Plan
 from longcat_core.planning.rates import Rates
 
 
@@ -158,7 +158,12 @@ def command(
 
         if sum(each is not None for each in (batch, goal_tokens_per_user, goal_dollars)) > 1:
             raise ValueError("--batch, --goal-tokens-per-user, --goal-dollars: one of them")
-        found = search.find(deployment, choose) if find else []
+
+        def value(each: Plan) -> float:
+            """What is left open by a goal: a price leaves the speed of a user, a speed that of a GPU."""
+            return each.tokens_per_second_a_gpu if goal_dollars is None else each.tokens_per_second_a_user
+
+        found = search.find(deployment, choose, value) if find else []
         choice = found[0] if found else choose(deployment)
     except GoalError as error:
         typer.echo(f"longcat: out of reach: {error}", err=True)

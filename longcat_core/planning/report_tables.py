@@ -24,7 +24,7 @@ class Assumption:
 
     what: str
     known: str
-    """"stated" or "inferred"."""
+    """"stated", as others quote the report, or "inferred"."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def measured(rates_name: str | None = None) -> tuple[list[Row], list[Assumption]
         deployment = _deployment(raw | {"overlap": overlap}, each, name, each["context_tokens"])
         plan = deployment.at(a_gpu / a_user)
         compared = Comparison("tokens/s a user", plan.tokens_per_second_a_user, a_user, "tokens/s")
-        found.append(Row(each["name"], plan, (compared,)))
+        found.append(Row(f"{each['name']}, {plan.requests:.0f} requests a GPU", plan, (compared,)))
     found += [_beside(raw, each, name, overlap) for each in raw["beside"]]
     return found, [Assumption(*pair) for pair in raw["assumptions"]]
 

@@ -16,8 +16,10 @@ def deployments(deployment: Deployment) -> Iterator[Deployment]:
         yield replace(deployment, layout=layout)
 
 
-def find(deployment: Deployment, choose: Callable[[Deployment], Choice]) -> list[Choice]:
-    """What a goal leads to on every layout that holds the model: the most tokens a second for a GPU first.
+def find(
+    deployment: Deployment, choose: Callable[[Deployment], Choice], value: Callable[[Plan], float]
+) -> list[Choice]:
+    """What a goal leads to on every layout that holds the model: the greatest value first.
 
     Raises:
         GoalError: if no layout reaches the goal; with the message of the last.
@@ -32,7 +34,7 @@ def find(deployment: Deployment, choose: Callable[[Deployment], Choice]) -> list
             failure = GoalError(f"{each.layout}: {error}")
     if failure is not None and not found:
         raise failure
-    return sorted(found, key=lambda choice: -choice.plan.tokens_per_second_a_gpu)
+    return sorted(found, key=lambda choice: -value(choice.plan))
 
 
 def points(each: Iterable[Deployment]) -> list[Plan]:

@@ -191,6 +191,13 @@ def test_find_tries_every_layout_and_shows_the_best() -> None:
     assert found["layout"] == found["layouts"][0]["layout"]
 
 
+def test_find_for_a_price_shows_the_fastest_for_a_user() -> None:
+    found = as_json(*FP8, "--find", "--goal-dollars", "2")
+    speeds = [each["tokens_per_second_a_user"] for each in found["layouts"]]
+    assert speeds == sorted(speeds, reverse=True)
+    assert all(each["dollars_a_million_tokens"] <= 2 for each in found["layouts"])
+
+
 def test_nothing_is_above_and_right_of_the_frontier() -> None:
     plans = points(deployments(chat()))
     best = frontier(plans)
