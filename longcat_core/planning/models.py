@@ -144,6 +144,8 @@ class Model:
     """Where weights are published, by precision."""
     is_shortcut: bool = False
     """Whether the experts' output is added only at the layer's end (ScMoE)."""
+    remark: str = ""
+    """What a reader of a plan has to know of the model."""
 
     @property
     def ffn_experts_a_token(self) -> float:
@@ -273,6 +275,7 @@ def of_config(raw: Mapping[str, Any], name: str) -> Model:
         ties_embeddings=config.tie_word_embeddings,
         tables=tables,
         is_shortcut=True,
+        remark=read(MODELS / "lite.json")["remark"] if tables is not None else "",
     )
 
 

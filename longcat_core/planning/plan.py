@@ -295,6 +295,8 @@ def _unused(deployment: Deployment) -> set[str]:
 
 def notes(deployment: Deployment, today: datetime.date) -> Iterator[str]:
     """What a reader has to know beside the numbers."""
+    if deployment.model.remark:
+        yield deployment.model.remark
     price = deployment.dollars_an_hour
     if price is None:
         yield f"no price: none was found for {deployment.machine}; give one with --price"

@@ -101,6 +101,11 @@ def test_unverified_numbers_are_marked_in_the_output() -> None:
     assert as_json(*words, "--price", "1")["dollars_a_million_tokens"] > 0
 
 
+def test_what_is_known_of_a_model_is_said() -> None:
+    assert "left to the engines' own classes" in run("lite", "--gpus", "H200").output
+    assert "sparse attention and indexer are not modelled" in run("longcat-2.0", "--gpus", "32xB200").output
+
+
 def test_only_what_plays_a_part_is_listed() -> None:
     one, node, nodes = (
         {each["name"] for each in as_json("lite", "--gpus", gpus, "--batch", "1")["assumptions"]}
