@@ -29,10 +29,13 @@ SHOWN_BOTTLENECKS = 4
 def show(choice: Choice, found: Sequence[Choice], today: datetime.date, console: Console) -> None:
     """found: what other layouts come to, where they were looked for."""
     plan, deployment = choice.plan, choice.plan.deployment
+    model = deployment.model
     console.print(
-        f"[bold]{escape(deployment.model.name)}[/bold] on {deployment.machine}, {deployment.layout}, "
+        f"[bold]{escape(model.name)}[/bold] on {deployment.machine}, {deployment.layout}, "
         f"overlap: {deployment.overlap}; rates: {deployment.rates.name}"
     )
+    activated = model.activated_parameters(deployment.load(1).ffn_experts)
+    console.print(f"{model.total_parameters / 1e9:.1f} B parameters, {activated / 1e9:.1f} B a token", highlight=False)
     if len(found) > 1:
         console.print(_layouts(found))
     console.print(_memory(choice))
@@ -175,6 +178,8 @@ def as_json(choice: Choice, found: Sequence[Choice], today: datetime.date) -> st
         "overlap": deployment.overlap,
         "context_tokens": deployment.context,
         "precision": asdict(deployment.precision),
+        "parameters": deployment.model.total_parameters,
+        "activated_parameters": deployment.model.activated_parameters(deployment.load(1).ffn_experts),
         "checkpoint_bytes": checkpoint_bytes(deployment.model, deployment.precision),
         "memory_of_a_gpu": {
             "total_bytes": memory.total_bytes,

@@ -137,14 +137,9 @@ class Plan:
         """Shares of a step, the largest first: operations on the longest track of their stage, what is around them."""
         step, found = self.step, []
         for stage in step.stages:
-            if stage.longest is not None:
-                track = max(stage.tracks, key=lambda track: sum(each.seconds for each in track))
-                shown = sum(each.seconds for each in track)
-                found += [
-                    Share(each.name, each.bound, step.layers * stage.seconds * each.seconds / shown / step.seconds)
-                    for each in track
-                    if shown
-                ]
+            track = max(stage.tracks, key=lambda track: sum(each.seconds for each in track))
+            of_layers = step.layers * stage.seconds / max(sum(each.seconds for each in track), 1e-30)
+            found += [Share(each.name, each.bound, of_layers * each.seconds / step.seconds) for each in track]
         fixed = step.layers * step.overhead_seconds / step.seconds
         found.append(Share("launches and gaps", "latency", fixed))
         around = (step.head_seconds + step.mtp_seconds + step.dense_layer_seconds) / step.seconds
@@ -256,7 +251,7 @@ def assumptions(deployment: Deployment, today: datetime.date) -> list[Figure]:
     if deployment.dollars_an_hour is not None:
         found.append(deployment.dollars_an_hour)
     found.append(
-        of("memory_share", deployment.share, "of a GPU's memory", "assumed", "--share; vLLM's default is 0.92")
+        of("gpu_memory_share", deployment.share, "of a GPU's memory", "assumed", "--share; vLLM's default is 0.92")
     )
     kept = "--kept-gb; aiconfigurator takes 3.9 GiB, SGLang 0.5.21 at least 10 GiB"
     found.append(of("kept_gb", deployment.kept_bytes / 1e9, "GB", "assumed", kept))

@@ -91,10 +91,6 @@ def sets() -> tuple[str, ...]:
     return tuple(read(SETS))
 
 
-def about(name: str) -> str:
-    return str(read(SETS)[name]["about"])
-
-
 def rates(gpu: Gpu, name: str = "stock") -> Rates:
     """Of a GPU, with the shares of a set of data/rates.json.
 

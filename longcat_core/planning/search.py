@@ -19,7 +19,7 @@ def deployments(deployment: Deployment) -> Iterator[Deployment]:
 def find(
     deployment: Deployment, choose: Callable[[Deployment], Choice], value: Callable[[Plan], float]
 ) -> list[Choice]:
-    """What a goal leads to on every layout that holds the model: the greatest value first.
+    """What a goal, or a batch, leads to on every layout that holds it: the greatest value first.
 
     Raises:
         GoalError: if no layout reaches the goal; with the message of the last.
@@ -29,7 +29,9 @@ def find(
         if each.requests_that_fit < 1:
             continue
         try:
-            found.append(choose(each))
+            choice = choose(each)
+            if choice.plan.fits:
+                found.append(choice)
         except GoalError as error:
             failure = GoalError(f"{each.layout}: {error}")
     if failure is not None and not found:

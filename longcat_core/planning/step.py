@@ -20,12 +20,6 @@ class StageTime:
     """Without operations that the deployment does not have."""
     seconds: float
 
-    @property
-    def longest(self) -> Timed | None:
-        """The longest operation of the longest track."""
-        track = max(self.tracks, key=lambda track: sum(each.seconds for each in track), default=())
-        return max(track, key=lambda each: each.seconds, default=None)
-
 
 @dataclass(frozen=True)
 class StepTime:
@@ -51,8 +45,10 @@ class StepTime:
 
 
 def schedule(model: Model, overlap: str) -> Schedule:
-    """Raises:
-    ValueError: if there is no such overlap, or the model has no shortcut to overlap within a batch.
+    """What runs beside what in a layer with experts.
+
+    Raises:
+        ValueError: if there is no such overlap, or the model has no shortcut to overlap within a batch.
     """
     if overlap not in SCHEDULES:
         raise ValueError(f"overlap: {overlap!r}, wanted one of {', '.join(SCHEDULES)}")

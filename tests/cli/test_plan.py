@@ -45,6 +45,7 @@ def test_a_plan_says_memory_stages_rates_price_commands_and_assumptions() -> Non
     assert result.exit_code == 0
     for part in (
         "LongCat-Flash-Chat on 8 x H200, TP8 EP8, overlap: none; rates: stock",
+        "560.7 B parameters, 27.1 B a token",
         "room for the cache",
         "65,664 bytes a token on each GPU; a replica (8 GPUs) holds",
         "attention 1 core",
@@ -194,6 +195,11 @@ def test_find_tries_every_layout_and_shows_the_best() -> None:
     assert rates_ == sorted(rates_, reverse=True)
     assert found["tokens_per_second_a_gpu"] == rates_[0]
     assert found["layout"] == found["layouts"][0]["layout"]
+
+
+def test_find_leaves_out_layouts_that_do_not_hold_a_batch() -> None:
+    found = as_json(*FP8, "--find", "--batch", "128")
+    assert [each["layout"]["dp"] for each in found["layouts"]] == [4, 2, 1]
 
 
 def test_find_for_a_price_shows_the_fastest_for_a_user() -> None:
