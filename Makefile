@@ -1,6 +1,6 @@
-# Builds an environment for each engine, .venv-vllm and .venv-sglang, and runs demo, tests and benchmarks in them, and
-# .venv-cuda, in which vLLM's CUDA build runs without a GPU (docs/dry-run.md);
-# needs Python 3.11 with pip.
+# Builds an environment for each engine, .venv-vllm and .venv-sglang, and runs demo, tests and benchmarks in them;
+# .venv-cuda, in which vLLM's CUDA build runs without a GPU (docs/dry-run.md); and .venv-agents, for the example agents.
+# Needs Python 3.11 with pip.
 PYTHON ?= python3.11
 # The engine of `make demo`: vllm or sglang.
 ENGINE ?= vllm
@@ -9,21 +9,22 @@ DEVICE := $(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu)
 PIP = $(@D)/bin/python -m pip --disable-pip-version-check install
 SITE = $$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 
-.PHONY: vllm sglang demo test test-vllm test-sglang cuda-check lint bench
+.PHONY: vllm sglang agents demo test test-vllm test-sglang cuda-check lint bench
 
 vllm: .venv-vllm/.installed
 sglang: .venv-sglang/.installed
+agents: .venv-agents/.installed
 
 demo: $(ENGINE)
 	.venv-$(ENGINE)/bin/python examples/demo.py
 
 test: test-vllm test-sglang
 
-test-vllm: vllm
+test-vllm: vllm agents
 	@echo "== core, the command line and vLLM"
 	.venv-vllm/bin/python -m pytest tests --ignore tests/sglang --ignore tests/cuda
 
-test-sglang: sglang
+test-sglang: sglang agents
 	@echo "== SGLang"
 	.venv-sglang/bin/python -m pytest tests/engines tests/sglang
 
@@ -85,6 +86,11 @@ endef
 .venv-sglang/.installed: pyproject.toml requirements/sglang-cpu.txt $(wildcard requirements/torchvision-operators/*)
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(install-sglang-$(DEVICE))
+	touch $@
+
+.venv-agents/.installed: requirements/agents.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(PIP) -r requirements/agents.txt
 	touch $@
 
 # What .venv-vllm has comes after what is installed here, so that only CUDA builds are installed a second time.

@@ -100,15 +100,16 @@ HOOKS: tuple[Hook, ...] = (
         remove_when="A detector can say that it needs them.",
     ),
     _Registered(
-        name="end of a prompt",
+        name="tokenizer",
         target="sglang.srt.managers.tokenizer_manager.TokenizerManager.init_tokenizer_and_processor",
-        around="longcat_sglang.requests:tokenize_without_an_end",
+        around="longcat_sglang.requests:tokenize_as_prepared",
         concerns="longcat_sglang.engine:tokenizes_for_longcat",
         stage=Stage.DEPLOYMENT,
         why="A `tokenizer.json` that was saved with LongCat's `add_eos_token` ends every text with </longcat_s>: every "
-        "prompt of /v1/completions, and a chat whose last message is to be continued. Not in the processes of "
-        "--tokenizer-worker-num, in which SGLang loads no plugins.",
-        remove_when="LongCat's tokenizer.json is published without the end in its post-processor.",
+        "prompt of /v1/completions, and a chat whose last message is to be continued. A chat with a checkpoint without "
+        "a template is refused. Not in the processes of --tokenizer-worker-num, in which SGLang loads no plugins.",
+        remove_when="LongCat's tokenizer.json is published without the end in its post-processor, and SGLang has its "
+        "templates.",
     ),
     _Registered(
         name="prompt check of a stream",

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
+from longcat_core.chat.templates import choose
 from longcat_core.tokenization import leave_open
 
 if TYPE_CHECKING:
@@ -13,13 +15,23 @@ if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
+logger = logging.getLogger(__name__)
 
-def tokenize_without_an_end(
-    original: Callable[..., None], manager: TokenizerManager, *args: Any, **kwargs: Any
-) -> None:
-    """Whatever route a prompt takes: each encodes with the manager's tokenizer."""
+
+def tokenize_as_prepared(original: Callable[..., None], manager: TokenizerManager, *args: Any, **kwargs: Any) -> None:
+    """Whatever route a prompt takes: each encodes with the manager's tokenizer. A checkpoint without a chat template
+    gets LongCat's, by its tokens."""
     original(manager, *args, **kwargs)
-    leave_open(manager.tokenizer)
+    tokenizer = manager.tokenizer
+    leave_open(tokenizer)
+    if tokenizer is not None and tokenizer.chat_template is None:
+        template = choose(tokenizer.get_vocab())
+        tokenizer.chat_template = template.text
+        logger.info(
+            "The checkpoint has no chat template: LongCat's %r is taken, as the tokens are of that format. "
+            "--chat-template takes another.",
+            template.name,
+        )
 
 
 def refuse_what_is_outside_the_vocabulary(

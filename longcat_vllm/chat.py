@@ -8,6 +8,7 @@ vLLM calls engine-based: they are fed with what is new, keep what they hold, and
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,8 @@ from longcat_vllm.engine import VLLM
 from longcat_vllm.hooks import HOOKS
 
 if TYPE_CHECKING:
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
     from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
     from vllm.parser.abstract_parser import Parser
     from vllm.tokenizers import TokenizerLike
@@ -65,6 +67,7 @@ class LongcatToolParser(ToolParser):
 
     def __init__(self, tokenizer: TokenizerLike, tools: list[Any] | None = None) -> None:
         super().__init__(tokenizer, tools)
+        _hook()
         self._stream: ChatParser | None = None
         self._held: list[Event] = []
 
@@ -270,6 +273,18 @@ def hand_on_the_prompt(
     assert isinstance(reasoning, LongcatReasoningParser)
     reasoning.adjust_initial_state_from_prompt(prompt_token_ids)
     reasoning.be_followed_by(parser.tool_parser)
+
+
+def leave_out_half_arguments(
+    original: Callable[..., AnthropicMessagesResponse], serving: Any, response: ChatCompletionResponse
+) -> AnthropicMessagesResponse:
+    """Of a call that `max_tokens` cut off: Anthropic's format has no place for them, and `stop_reason` says it."""
+    for call in response.choices[0].message.tool_calls:
+        try:
+            json.loads(call.function.arguments)
+        except json.JSONDecodeError:
+            call.function.arguments = "{}"
+    return original(serving, response)
 
 
 @functools.cache

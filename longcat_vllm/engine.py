@@ -68,3 +68,8 @@ def drafts_for_longcat(proposer: Any, *_: Any, **__: Any) -> bool:
 def reads_reasoning_of_longcat(parser: Any, *_: Any, **__: Any) -> bool:
     """Of any model, as --reasoning-parser says it."""
     return type(parser.reasoning_parser).__module__ == CHAT
+
+
+def reads_calls_of_longcat(serving: Any, *_: Any, **__: Any) -> bool:
+    """Of any model, as --tool-call-parser says it."""
+    return getattr(getattr(serving.parser_cls, "tool_parser_cls", None), "__module__", None) == CHAT

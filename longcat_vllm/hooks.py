@@ -79,6 +79,14 @@ HOOKS: tuple[Hook, ...] = (
         why="vLLM has none for LongCat.",
         remove_when="vLLM has one.",
     ),
+    Entry(
+        name="chat template",
+        target="vllm.transformers_utils.chat_templates.registry._MODEL_TYPE_TO_CHAT_TEMPLATE_FALLBACK['longcat_flash']",
+        put="longcat_vllm.registration:register_chat_template",
+        found="longcat_vllm.registration:registered_chat_template",
+        why="A checkpoint without a chat template cannot be talked to. This is vLLM's table for such.",
+        remove_when="vLLM's table has LongCat's templates, by the tokens of a checkpoint.",
+    ),
     Wrapper(
         name="prompt of reasoning",
         target="vllm.parser.abstract_parser.Parser.set_prompt_token_ids",
@@ -90,6 +98,16 @@ HOOKS: tuple[Hook, ...] = (
         "(`DelegatingParser`).",
         remove_when="`DelegatingParser.set_prompt_token_ids` calls the reasoning parser's "
         "`adjust_initial_state_from_prompt`.",
+    ),
+    Wrapper(
+        name="calls that are cut off",
+        target="vllm.entrypoints.anthropic.serving.AnthropicServingMessages.messages_full_converter",
+        around="longcat_vllm.chat:leave_out_half_arguments",
+        concerns="longcat_vllm.engine:reads_calls_of_longcat",
+        stage=Stage.PARSER,
+        why="/v1/messages answers 400 instead of all that was generated, if `max_tokens` ends it within a call: vLLM "
+        "reads every call's arguments as JSON (entrypoints/anthropic/serving.py:868).",
+        remove_when="vLLM answers with what is there, as it does in a stream.",
     ),
     Wrapper(
         name="CPU platform settings",

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longcat_core.family import ARCHITECTURE, ARCHITECTURES
@@ -104,6 +106,30 @@ def registered_config_check() -> str:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     return str(getattr(MODELS_CONFIG_MAP.get(ARCHITECTURE), "__module__", "none"))
+
+
+def register_chat_template() -> None:
+    from vllm.transformers_utils.chat_templates import registry
+
+    if registered_chat_template() != __name__:  # vLLM warns of a second time
+        registry.register_chat_template_fallback_path("longcat_flash", _chat_template)
+
+
+def registered_chat_template() -> str:
+    from vllm.transformers_utils.chat_templates import registry
+
+    found = registry._MODEL_TYPE_TO_CHAT_TEMPLATE_FALLBACK.get("longcat_flash")
+    return str(getattr(found, "__module__", "none"))
+
+
+@cache
+def _chat_template(tokenizer: str) -> Path:
+    """By the tokens of a tokenizer, given by name or directory: LongCat's templates have one model type."""
+    from vllm.tokenizers import get_tokenizer
+
+    from longcat_core.chat.templates import choose
+
+    return choose(get_tokenizer(tokenizer).get_vocab()).path
 
 
 def register_tool_parser() -> None:

@@ -14,3 +14,5 @@ class Metrics(NamedTuple):
     preemptions: str
     pruned: str
     """Drafts that a gate kept from verification."""
+    verifications: str
+    """Of drafts."""

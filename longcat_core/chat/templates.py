@@ -37,9 +37,14 @@ class Template:
     """Tags that are one token each in a checkpoint that has learnt this format, and stay in decoded text."""
 
     @property
+    def path(self) -> Path:
+        """Its file."""
+        return _DIRECTORY / f"{self.name}.jinja"
+
+    @property
     def text(self) -> str:
         """The template, in Jinja."""
-        return (_DIRECTORY / f"{self.name}.jinja").read_text(encoding="utf-8")
+        return self.path.read_text(encoding="utf-8")
 
 
 _MARKERS = (CALL_OPEN, CALL_CLOSE, THINK_OPEN, THINK_CLOSE)

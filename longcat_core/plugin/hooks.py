@@ -20,7 +20,7 @@ class Stage(Enum):
     """When a hook is installed."""
 
     PROCESS = "a process of the engine starts, whatever it serves"
-    PARSER = "LongCat's parser of reasoning is asked for"
+    PARSER = "a parser of LongCat's is asked for"
     DEPLOYMENT = "a LongCat model is about to be served"
     MODEL = "a LongCat model is built in this process"
 

@@ -25,7 +25,7 @@ def zero_experts_unscaled(monkeypatch: pytest.MonkeyPatch) -> None:
         routing = route(*args, routed_scaling_factor=routed_scaling_factor, **kwargs)
         return routing._replace(identity=routing.identity / routed_scaling_factor)
 
-    monkeypatch.setattr(f"{engine.PACKAGE}.moe.route", unscaled)
+    monkeypatch.setattr(f"{engine.PACKAGE}.devices.cpu.device.route", unscaled)
 
 
 def query_scale_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +48,7 @@ def correction_bias_in_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def biased(logits: Tensor, bias: Tensor, **kwargs: int) -> Routing:
         return route((logits.softmax(-1) + bias).clamp(min=1e-9).log(), torch.zeros_like(bias), **kwargs)
 
-    monkeypatch.setattr(f"{engine.PACKAGE}.moe.route", biased)
+    monkeypatch.setattr(f"{engine.PACKAGE}.devices.cpu.device.route", biased)
 
 
 @pytest.mark.parametrize(

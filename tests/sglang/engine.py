@@ -38,6 +38,7 @@ METRICS = Metrics(
     generated='sglang:realtime_tokens_total{mode="decode"}',
     preemptions="sglang:num_retracted_requests_total",
     pruned="sglang:spec_num_drafts_pruned_total",
+    verifications="sglang:spec_verify_calls_total",
 )
 AS_THE_STOCK_COMMAND: dict[str, Any] = {}
 """Engine arguments: the tests' engines are as it is."""
@@ -169,6 +170,16 @@ GATED_FLAGS = ["--json-model-override-args", GATED["json_model_override_args"]]
 def speculation_flags(draft_tokens: int) -> list[str]:
     """What a user types for that."""
     return ["--speculative-algorithm", "NEXTN", "--speculative-num-steps", str(draft_tokens)]
+
+
+PARSER_FLAGS = ["--tool-call-parser", "longcat", "--reasoning-parser", "longcat"]
+DRAFTS_BEHIND_THE_END = True
+"""Whether `usage` counts them as reasoning (docs/upstream.md, 40)."""
+
+
+def matching(regex: str) -> dict[str, Any]:
+    """Parameters of a request whose answer is to match, reasoning aside."""
+    return {"regex": regex}
 
 
 def speculation_metrics(steps: Sequence[Step]) -> dict[str, float]:

@@ -33,7 +33,7 @@ BAD_REQUESTS = {
     "more logprobs than there are tokens": Bad(400, "max allowed", changes={"logprobs": 10**6}),
     "role that the chat template does not know": Bad(
         400,
-        "role robot: wanted system, user, assistant or tool",
+        "role robot: wanted system, developer, user, assistant or tool",
         CHAT,
         {"messages": [{"role": "robot", "content": "beep"}]},
     ),

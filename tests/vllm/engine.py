@@ -44,6 +44,7 @@ METRICS = Metrics(
     generated="vllm:generation_tokens_total",
     preemptions="vllm:num_preemptions_total",
     pruned="vllm:spec_decode_num_draft_tokens_pruned_total",
+    verifications="vllm:spec_decode_num_drafts_total",
 )
 Break = Callable[[pytest.MonkeyPatch], None]
 
@@ -148,6 +149,15 @@ GATED_FLAGS = ["--additional-config", json.dumps(GATED["additional_config"])]
 def speculation_flags(draft_tokens: int) -> list[str]:
     """What a user types for that."""
     return ["--speculative-config", json.dumps(speculation(draft_tokens)["speculative_config"])]
+
+
+PARSER_FLAGS = ["--enable-auto-tool-choice", "--tool-call-parser", "longcat", "--reasoning-parser", "longcat"]
+DRAFTS_BEHIND_THE_END = False
+
+
+def matching(regex: str) -> dict[str, Any]:
+    """Parameters of a request whose answer is to match, reasoning aside."""
+    return {"structured_outputs": {"regex": regex}}
 
 
 def speculation_metrics(steps: Sequence[Step]) -> dict[str, float]:
