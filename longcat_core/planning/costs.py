@@ -119,7 +119,8 @@ def layer_costs(model: Model, layout: Layout, precision: Precision, rates: Rates
 
 
 def dense_layer_costs(model: Model, layout: Layout, precision: Precision, rates: Rates, load: Load) -> dict[str, Cost]:
-    """Of a layer with one attention and one dense FFN."""
+    """Of a layer with one attention and one dense FFN. A set of rates leaves sums out of it, and nothing else: what the
+    report's theory hides under the all-to-all of other layers takes its time here."""
     found = {f"attention_0_{n}": cost for n, cost in _attention(model, layout, precision, rates, load).items()}
     found["dense_ffn_0"] = _linear(model.ffn_parameters / layout.tp, precision.dense_ffns, load.rows)
     if layout.tp > 1:

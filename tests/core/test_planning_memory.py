@@ -110,7 +110,7 @@ def test_lite_takes_a_gpu() -> None:
     ],
 )
 def test_who_fits_where(machine: str, layout: Layout, weights_: str, loaded: float, room: float, tokens: int) -> None:
-    """facts of docs/plan.md: 0.90 of the memory, 4 GB kept back, the MTP layer loaded."""
+    """As in docs/plan.md: 0.90 of the memory, 4 GB kept back, the MTP layer loaded."""
     found = memory(CHAT, layout, precision(weights_), gpu(machine).memory_bytes, with_mtp=True)
     assert found.weights.total / 1e9 == pytest.approx(loaded, abs=0.1)
     assert found.room_bytes / 1e9 == pytest.approx(room, abs=0.1)
