@@ -82,7 +82,7 @@ def who_fits() -> str:
             room = found.room_bytes / 1e9
             yield (
                 f"{known.name}, {weights}",
-                f"{layout.gpus} x {machine}",
+                f"{layout.gpus} x {machine}{', unverified' * gpu(machine).figures['memory_mib'].is_unverified}",
                 str(layout),
                 f"{found.weights.total / 1e9:.1f}",
                 f"{room:.1f}" if room > 0 else f"*no*: {-room:.1f} are missing",
