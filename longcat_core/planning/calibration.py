@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -28,14 +29,16 @@ class CalibrationError(ValueError):
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of what is measured. The whole takes less than a minute on two cores."""
+    """Of what is measured: six things, in less than a minute together."""
 
     bytes_read: int = 1 << 29
     weights: tuple[int, int, int] = (16, 2048, 4096)
     """Matrices of so many rows and columns in bf16, together beyond any cache: each is used once in turn."""
     rows: tuple[int, ...] = (1, 8, 64, 512)
     operators: int = 2000
-    passes: int = 5
+    passes: int = 80
+    """Of each, fewer if they take longer than `seconds` together; at least one."""
+    seconds: float = 6.0
 
 
 SIZES = Sizes()
@@ -72,22 +75,22 @@ def write(calibration: Mapping[str, object], path: Path) -> None:
 def _bandwidth(sizes: Sizes) -> float:
     """Bytes a second of reading a tensor once."""
     data = torch.ones(sizes.bytes_read // 4, dtype=torch.float32)
-    return data.nbytes / _median(data.sum, sizes.passes)
+    return data.nbytes / _median(data.sum, sizes)
 
 
 def _products(sizes: Sizes) -> dict[int, float]:
     """Operations a second by rows, with weights that come from memory."""
     count, columns, depth = sizes.weights
-    weights = [torch.randn(columns, depth).to(torch.bfloat16) for _ in range(count)]
+    first = torch.randn(columns, depth).to(torch.bfloat16)
+    weights = itertools.cycle([first, *(first.clone() for _ in range(count - 1))])
     found = {}
     for rows in sizes.rows:
         inputs = torch.randn(rows, depth).to(torch.bfloat16)
 
         def once(inputs: torch.Tensor = inputs) -> None:
-            for weight in weights:
-                F.linear(inputs, weight)
+            F.linear(inputs, next(weights))
 
-        found[rows] = 2 * rows * columns * depth * count / _median(once, sizes.passes)
+        found[rows] = 2 * rows * columns * depth / _median(once, sizes)
     return found
 
 
@@ -99,14 +102,14 @@ def _operator_seconds(sizes: Sizes) -> float:
         for _ in range(sizes.operators):
             torch.add(little, little)
 
-    return _median(once, sizes.passes) / sizes.operators
+    return _median(once, sizes) / sizes.operators
 
 
-def _median(action: Callable[[], object], passes: int) -> float:
+def _median(action: Callable[[], object], sizes: Sizes) -> float:
     """Seconds; the first pass, which allocates, is not counted."""
     action()
-    times = []
-    for _ in range(passes):
+    times: list[float] = []
+    while not times or (len(times) < sizes.passes and sum(times) < sizes.seconds):
         start = time.perf_counter()
         action()
         times.append(time.perf_counter() - start)

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from longcat_core.planning.calibration import SIZES, CalibrationError, Sizes, calibrate, write
+from longcat_core.planning.calibration import SIZES, CalibrationError, Sizes, _median, calibrate, write
 from longcat_core.planning.figures import figures_of
 from longcat_core.planning.layout import Layout, precision
 from longcat_core.planning.models import model
@@ -43,6 +45,17 @@ def test_it_measures_the_rows_that_a_decode_step_has() -> None:
     assert SIZES.rows == (1, 8, 64, 512)
     count, columns, depth = SIZES.weights
     assert count * columns * depth * 2 >= 1 << 28, "more than any cache holds"
+
+
+def test_a_slow_machine_is_measured_in_fewer_passes() -> None:
+    """At most 6 seconds of each of 6 things, and a pass more, after one to warm up."""
+    assert SIZES.seconds * 6 < 40
+    passes = []
+    _median(lambda: passes.append(time.sleep(0.02)), replace(TINY, passes=100, seconds=0.05))
+    assert 2 <= len(passes) <= 5
+    passes.clear()
+    _median(lambda: passes.append(None), replace(TINY, passes=3))
+    assert len(passes) == 4
 
 
 def test_a_busy_machine_is_refused() -> None:
