@@ -35,7 +35,7 @@ def show(choice: Choice, found: Sequence[Choice], today: datetime.date, console:
         f"overlap: {deployment.overlap}; rates: {deployment.rates.name}"
     )
     activated = model.activated_parameters(deployment.load(1).ffn_experts)
-    console.print(f"{model.total_parameters / 1e9:.1f} B parameters, {activated / 1e9:.1f} B a token", highlight=False)
+    console.print(f"{_short(model.total_parameters)} parameters, {_short(activated)} a token", highlight=False)
     if len(found) > 1:
         console.print(_layouts(found))
     console.print(_memory(choice))
@@ -55,6 +55,10 @@ def show(choice: Choice, found: Sequence[Choice], today: datetime.date, console:
     for line in (*launch.remarks(deployment), *notes(deployment, today)):
         console.print(f"- {escape(line)}", highlight=False, soft_wrap=True)
     console.print(_assumptions(assumptions(deployment, today)))
+
+
+def _short(parameters: float) -> str:
+    return f"{parameters / 1e9:.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"
 
 
 def _layouts(found: Sequence[Choice]) -> Table:
@@ -78,7 +82,7 @@ def _memory(choice: Choice) -> Table:
         ("weights", memory.weights_bytes),
         ("room for the cache", memory.room_bytes),
     ):
-        table.add_row(name, f"{size / 1e9:.1f}")
+        table.add_row(name, f"{size / 1e9:.1f}" if abs(size) >= 1e8 else f"{size / 1e9:.4f}")
     return table
 
 

@@ -72,7 +72,7 @@ class Layout:
         parts = [
             f"{name.upper()}{size}" for name, size in (("tp", self.tp), ("dp", self.dp), ("ep", self.ep)) if size > 1
         ]
-        return " ".join(parts) or "one GPU"
+        return " ".join(parts) or "one rank"
 
     def problems(self, model: Model) -> Iterator[str]:
         """Why the model cannot be split so."""
