@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu.expected
 
-prints the tables of docs/kernels.md. Nothing here was measured: a launch costs what longcat_core/planning/hardware.json
+prints the tables of docs/kernels.md. Nothing here was measured: a launch costs what longcat_core/planning/data
 assumes, each byte is read once, tiles are multiplied with their padding at an assumed share of the peak, and the slower
 of the two is a product's time. compiled.json says for which tiles the code uses the device's own tensor-core
 instructions, and that enough programs are at once on a multiprocessor for memory to be read at its rate.

@@ -87,7 +87,7 @@ class Measured:
 
     @property
     def rates(self) -> Rates | None:
-        """Of this device; None if it was not measured, and its data sheet is not in hardware.json."""
+        """Of this device; None if it was not measured, and its data sheet is not in planning/data/machines."""
         memory: float | None = None
         products: dict[str, float | None] = {"16 bit": None, "fp8": None}
         try:

@@ -1,4 +1,4 @@
-"""GPUs as data: what one has, each number with its kind and its source (hardware.json)."""
+"""GPUs as data: what one has, each number with its kind and its source (data/machines, a file each)."""
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
@@ -6,15 +6,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-DATA = Path(__file__).with_name("hardware.json")
+from longcat_core.planning.figures import Figure, figures_of
+
+DATA = Path(__file__).with_name("data")
+MACHINES = DATA / "machines"
 MIB = 1 << 20
-KINDS = ("spec", "measured", "computed", "assumed")
-"""How a number is known: stated by a maker or in a public file, measured, computed from others, or assumed."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Gpu:
     operations_per_second: Mapping[str, float]
     """Multiplications and additions on tensor cores, by the precision of both operands as `kernels.tiles` names it."""
     assumptions: Assumptions
+    figures: Mapping[str, Figure] = field(default_factory=dict, repr=False, compare=False)
+    """All numbers of its file, with their sources; links and prices are only here."""
 
     @property
     def memory_bytes(self) -> int:
@@ -88,7 +91,7 @@ def machine(text: str) -> Machine:
     """`8xH200`, or `H200` for one.
 
     Raises:
-        ValueError: if it is written otherwise, or the GPU is not in hardware.json.
+        ValueError: if it is written otherwise, or the GPU has no file.
     """
     found = re.fullmatch(r"(?:(\d+)\s*[xX*]\s*)?([A-Za-z][\w-]*)", text.strip())
     if found is None or found[1] == "0":
@@ -97,49 +100,63 @@ def machine(text: str) -> Machine:
 
 
 def gpus() -> tuple[str, ...]:
-    """The names of all GPUs that are known."""
-    return tuple(_data()["gpus"])
+    """The names of all GPUs that are known, from the slowest product to the fastest."""
+    return tuple(sorted(_files(), key=_speed))
 
 
 def gpu(name: str) -> Gpu:
     """By its short name, as "H100", or as `torch.cuda.get_device_name` has it.
 
     Raises:
-        ValueError: if the GPU is not in hardware.json.
+        ValueError: if the GPU has no file.
     """
-    known = _data()["gpus"]
-    found = next((short for short, data in known.items() if name in (short, *data["device_names"])), None)
+    files = _files()
+    found = next((short for short, data in files.items() if name in (short, *data["device_names"])), None)
     if found is None:
-        raise ValueError(f"GPU {name!r}: wanted one of {', '.join(known)}; add it to {DATA.name} with its sources")
-    data = known[found]
-    assumed = _values(_data()["assumptions"])
+        raise ValueError(f"GPU {name!r}: wanted one of {', '.join(gpus())}; add a file to planning/data/machines")
+    data = files[found]
+    figures = figures_of(data["figures"])
+    assumed = {name: figure.value for name, figure in assumptions().items()}
     return Gpu(
         name=found,
         driver_name=data["device_names"][0],
         architecture_name=data["architecture"],
         architecture=architecture(data["architecture"]),
-        multiprocessors=int(data["multiprocessors"]["value"]),
-        memory_mib=int(data["memory_mib"]["value"]),
+        multiprocessors=int(figures["multiprocessors"].value),
+        memory_mib=int(figures["memory_mib"].value),
         context_mib=int(assumed.pop("context_mib")),
-        bytes_per_second=data["memory_tb_per_s"]["value"] * 1e12,
+        bytes_per_second=figures["memory_tb_per_s"].value * 1e12,
         operations_per_second={
-            "16 bit": data["bf16_tflops"]["value"] * 1e12,
-            "fp8": data["fp8_tflops"]["value"] * 1e12,
+            "16 bit": figures["bf16_tflops"].value * 1e12,
+            "fp8": figures["fp8_tflops"].value * 1e12,
         },
         assumptions=Assumptions(launch_seconds=assumed.pop("launch_us") * 1e-6, **assumed),
+        figures=figures,
     )
 
 
 def architecture(name: str) -> Architecture:
     """By its name, as "sm_90"."""
-    figures = _values(_data()["architectures"][name])
-    return Architecture(**{field: int(value) for field, value in figures.items()})
+    figures = figures_of(read(DATA / "architectures.json")[name])
+    return Architecture(**{field: int(figure.value) for field, figure in figures.items()})
+
+
+def assumptions() -> dict[str, Figure]:
+    """What of a data sheet's figures is taken to be reached, of all GPUs."""
+    return figures_of(read(DATA / "assumptions.json"))
 
 
 @cache
-def _data() -> Any:
-    return json.loads(DATA.read_text())
+def read(path: Path) -> Any:
+    """A data file; not to be changed."""
+    return json.loads(path.read_text())
 
 
-def _values(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    return {name: figure["value"] for name, figure in figures.items()}
+def _speed(name: str) -> tuple[float, ...]:
+    figures = _files()[name]["figures"]
+    return tuple(figures[each]["value"] for each in ("bf16_tflops", "memory_mib", "nvlink_gb_per_s"))
+
+
+@cache
+def _files() -> dict[str, Any]:
+    return {path.stem: read(path) for path in sorted(MACHINES.glob("*.json"))}

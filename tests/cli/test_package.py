@@ -122,7 +122,9 @@ def test_the_wheel_has_of_nano_what_is_served(files: set[str]) -> None:
 
 
 def test_the_wheel_has_what_is_known_of_hardware(files: set[str]) -> None:
-    assert "longcat_core/planning/hardware.json" in files
+    data = {path.relative_to(ROOT).as_posix() for path in (ROOT / "longcat_core/planning/data").rglob("*.json")}
+    assert "longcat_core/planning/data/machines/H200.json" in data
+    assert data <= files
 
 
 def test_the_wheel_has_the_chat_templates(files: set[str]) -> None:
