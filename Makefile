@@ -28,10 +28,14 @@ test-sglang: sglang
 	.venv-sglang/bin/python -m pytest tests/engines tests/sglang
 
 # KERNELS=all compiles FlashInfer's MLA for LongCat's sizes as well, in minutes.
-cuda-check: .venv-cuda/.installed $(if $(filter all,$(KERNELS)),.venv-cuda/.nvcc)
+cuda-check: .venv-cuda/.installed .venv-cuda-sglang/.installed $(if $(filter all,$(KERNELS)),.venv-cuda/.nvcc)
 	@echo "== vLLM's CUDA build, without a GPU"
-	.venv-cuda/bin/python -m longcat_core.null_gpu 8xH200 .venv-cuda/bin/python -m pytest tests/cuda
+	$(on-null-gpus) .venv-cuda/bin/python -m pytest tests/cuda --ignore tests/cuda/test_sglang.py
+	@echo "== SGLang's CUDA build, without a GPU"
+	$(on-null-gpus) .venv-cuda-sglang/bin/python -m pytest tests/cuda/test_sglang.py
 	$(if $(filter all,$(KERNELS)),.venv-cuda/bin/python -m benchmarks.gpu.compile_flashinfer)
+
+on-null-gpus = .venv-cuda/bin/python -m longcat_core.null_gpu 8xH200
 
 # The one mypy, in vLLM's environment, reads SGLang's as well. Each run has its own cache, as their settings differ.
 MYPY_ENGINES = .venv-vllm/bin/mypy --config-file mypy-engines.toml
@@ -97,4 +101,13 @@ endef
 
 .venv-cuda/.nvcc: requirements/nvcc.txt .venv-cuda/.installed
 	$(PIP) --no-deps -r requirements/nvcc.txt
+	touch $@
+
+# The same for SGLang, with PyTorch and Triton of .venv-cuda.
+.venv-cuda-sglang/.installed: requirements/sglang-cuda.txt .venv-cuda/.installed .venv-sglang/.installed
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(PIP) --no-deps --no-compile -r requirements/sglang-cuda.txt
+	$(PIP) --no-deps --editable .
+	for environment in .venv-cuda .venv-sglang; do \
+	  $$environment/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"; done > $(SITE)/environments.pth
 	touch $@

@@ -16,6 +16,7 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_SKIP_P2P_CHECK": "1",  # which copies between GPUs in processes of its own
+    "VLLM_DEEP_GEMM_WARMUP": "skip",
     "VLLM_NCCL_SO_PATH": process.library("libnccl.so.2"),
     "VLLM_CUDART_SO_PATH": process.library("libcudart.so.13"),
     # What is compiled here is nothing, and must not be found by an engine on a GPU.

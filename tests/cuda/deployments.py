@@ -48,11 +48,13 @@ class Deployment:
     v2_model_runner: bool = True
     is_traced: bool = False
     rank: int = 0
+    package: str = "longcat_vllm"
 
     def request(self, models: Path) -> Request:
+        context = ("--context-length", "16384") if self.package == "longcat_sglang" else ("--max-model-len", "16384")
         return Request(
             model=str(models / self.model),
-            options=(*self.options.split(), "--max-model-len", "16384"),
+            options=(*self.options.split(), *context),
             environment=(("VLLM_USE_V2_MODEL_RUNNER", str(int(self.v2_model_runner))),),
             rank=self.rank,
             is_traced=self.is_traced,

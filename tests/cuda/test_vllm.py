@@ -91,7 +91,7 @@ EXPERTS = {
     DATA_PARALLEL: "FlashInferExperts",
     LITE: "TritonExpertsOfFewTokens",
     OURS: "LongcatExperts",
-    BLACKWELL: "FlashInferExperts",
+    BLACKWELL: "TritonExpertsOfFewTokens",
 }
 
 
