@@ -346,6 +346,14 @@ SERVED: tuple[Option, ...] = (
         "in FP8.",
         "interpreted on a CPU, in the tests; no GPU has run it",
     ),
+    Option(
+        "--kv-cache-dtype fp8_e4m3",
+        Outcome.SERVED,
+        "On Hopper SGLang's own choice of attention, fa3, casts the whole cache to the model's dtype in each step, and "
+        "so does flashinfer: a warning says so. `--decode-attention-backend flashmla` and `triton` read it in FP8. "
+        "Refused on a CPU.",
+        f"{READ}; both ways in a dry run, without a GPU",
+    ),
     Option("--load-format sharded_state", Outcome.SERVED, "What `save_sharded_model` wrote; not checked before.", RUN),
     Option("--enable-single-batch-overlap", Outcome.SERVED, "No layer of LongCat asks for it: it does nothing.", READ),
     Option("--enable-return-routed-experts", Outcome.SERVED, "-1 stands for a zero expert.", READ),
