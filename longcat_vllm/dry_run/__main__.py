@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from longcat_core.null_gpu import flashinfer_modules, process, triton_driver
+from longcat_core.null_gpu import cutlass_kernels, flashinfer_modules, process, triton_driver
 from longcat_core.planning.dry_run import Report, Request
 
 ENVIRONMENT = {
@@ -39,6 +39,7 @@ def main(requests: Path, reports: Path) -> None:
     os.environ.update(ENVIRONMENT)
     triton_driver.install()
     flashinfer_modules.install()
+    cutlass_kernels.install()
     from vllm.model_executor.models import registry
     from vllm.plugins import load_general_plugins
 
