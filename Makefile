@@ -1,5 +1,5 @@
 # Builds an environment for each engine, .venv-vllm and .venv-sglang, and runs demo, tests and benchmarks in them, and
-# .venv-cuda, in which vLLM's CUDA build runs without a GPU (docs/dry-run.md);
+# .venv-cuda and .venv-cuda-sglang, in which their CUDA builds run without a GPU (docs/dry-run.md);
 # needs Python 3.11 with pip.
 PYTHON ?= python3.11
 # The engine of `make demo`: vllm or sglang.
@@ -9,7 +9,7 @@ DEVICE := $(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu)
 PIP = $(@D)/bin/python -m pip --disable-pip-version-check install
 SITE = $$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 
-.PHONY: vllm sglang demo test test-vllm test-sglang cuda-check lint bench
+.PHONY: vllm sglang demo test test-vllm test-sglang cuda-check cuda-check-vllm cuda-check-sglang lint bench
 
 vllm: .venv-vllm/.installed
 sglang: .venv-sglang/.installed
@@ -27,13 +27,17 @@ test-sglang: sglang
 	@echo "== SGLang"
 	.venv-sglang/bin/python -m pytest tests/engines tests/sglang
 
+cuda-check: cuda-check-vllm cuda-check-sglang
+
 # KERNELS=all compiles FlashInfer's MLA for LongCat's sizes as well, in minutes.
-cuda-check: .venv-cuda/.installed .venv-cuda-sglang/.installed $(if $(filter all,$(KERNELS)),.venv-cuda/.nvcc)
+cuda-check-vllm: .venv-cuda/.installed $(if $(filter all,$(KERNELS)),.venv-cuda/.nvcc)
 	@echo "== vLLM's CUDA build, without a GPU"
 	$(on-null-gpus) .venv-cuda/bin/python -m pytest tests/cuda --ignore tests/cuda/test_sglang.py
+	$(if $(filter all,$(KERNELS)),.venv-cuda/bin/python -m benchmarks.gpu.compile_flashinfer)
+
+cuda-check-sglang: .venv-cuda-sglang/.installed
 	@echo "== SGLang's CUDA build, without a GPU"
 	$(on-null-gpus) .venv-cuda-sglang/bin/python -m pytest tests/cuda/test_sglang.py
-	$(if $(filter all,$(KERNELS)),.venv-cuda/bin/python -m benchmarks.gpu.compile_flashinfer)
 
 on-null-gpus = .venv-cuda/bin/python -m longcat_core.null_gpu 8xH200
 
