@@ -38,7 +38,7 @@ def dry_run(request: Request, gpus: int, gpu_name: str) -> Report:
     report = Report(request, engine=f"SGLang {sglang.__version__}", machine=f"{gpus} x {gpu_name}")
     kernels.install()
     with ExitStack() as stack:
-        log = stack.enter_context(told("", TOLD))
+        log = stack.enter_context(told(["sglang", "longcat_sglang"], TOLD))
         stack.enter_context(mock.patch.dict(os.environ, dict(request.environment)))
         try:
             arguments = prepare_server_args(["--model-path", request.model, *FORCED, *request.options])
