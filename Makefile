@@ -1,6 +1,6 @@
 # Builds an environment for each engine, .venv-vllm and .venv-sglang, and runs demo, tests and benchmarks in them;
-# .venv-cuda, in which vLLM's CUDA build runs without a GPU (docs/dry-run.md); and .venv-agents, for the example agents.
-# Needs Python 3.11 with pip.
+# .venv-cuda and .venv-cuda-sglang, in which their CUDA builds run without a GPU (docs/dry-run.md); and .venv-agents, for
+# the example agents. Needs Python 3.11 with pip.
 PYTHON ?= python3.11
 # The engine of `make demo`: vllm or sglang.
 ENGINE ?= vllm
@@ -9,7 +9,7 @@ DEVICE := $(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu)
 PIP = $(@D)/bin/python -m pip --disable-pip-version-check install
 SITE = $$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 
-.PHONY: vllm sglang agents demo test test-vllm test-sglang cuda-check lint bench
+.PHONY: vllm sglang agents demo test test-vllm test-sglang cuda-check cuda-check-vllm cuda-check-sglang lint bench
 
 vllm: .venv-vllm/.installed
 sglang: .venv-sglang/.installed
@@ -28,11 +28,19 @@ test-sglang: sglang agents
 	@echo "== SGLang"
 	.venv-sglang/bin/python -m pytest tests/engines tests/sglang
 
+cuda-check: cuda-check-vllm cuda-check-sglang
+
 # KERNELS=all compiles FlashInfer's MLA for LongCat's sizes as well, in minutes.
-cuda-check: .venv-cuda/.installed $(if $(filter all,$(KERNELS)),.venv-cuda/.nvcc)
+cuda-check-vllm: .venv-cuda/.installed $(if $(filter all,$(KERNELS)),.venv-cuda/.nvcc)
 	@echo "== vLLM's CUDA build, without a GPU"
-	.venv-cuda/bin/python -m longcat_core.null_gpu 8xH200 .venv-cuda/bin/python -m pytest tests/cuda
+	$(on-null-gpus) .venv-cuda/bin/python -m pytest tests/cuda --ignore tests/cuda/test_sglang.py
 	$(if $(filter all,$(KERNELS)),.venv-cuda/bin/python -m benchmarks.gpu.compile_flashinfer)
+
+cuda-check-sglang: .venv-cuda-sglang/.installed
+	@echo "== SGLang's CUDA build, without a GPU"
+	$(on-null-gpus) .venv-cuda-sglang/bin/python -m pytest tests/cuda/test_sglang.py
+
+on-null-gpus = .venv-cuda/bin/python -m longcat_core.null_gpu 8xH200
 
 # The one mypy, in vLLM's environment, reads SGLang's as well. Each run has its own cache, as their settings differ.
 MYPY_ENGINES = .venv-vllm/bin/mypy --config-file mypy-engines.toml
@@ -103,4 +111,13 @@ endef
 
 .venv-cuda/.nvcc: requirements/nvcc.txt .venv-cuda/.installed
 	$(PIP) --no-deps -r requirements/nvcc.txt
+	touch $@
+
+# The same for SGLang, with PyTorch and Triton of .venv-cuda.
+.venv-cuda-sglang/.installed: requirements/sglang-cuda.txt .venv-cuda/.installed .venv-sglang/.installed
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(PIP) --no-deps --no-compile -r requirements/sglang-cuda.txt
+	$(PIP) --no-deps --editable .
+	for environment in .venv-cuda .venv-sglang; do \
+	  $$environment/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"; done > $(SITE)/environments.pth
 	touch $@

@@ -46,7 +46,7 @@ def command(
     rank: Annotated[int, typer.Option(min=0, help="The rank to build; the first of a tensor-parallel group.")] = 0,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="In the step of prefill, all requests together.")] = 2048,
     requests: Annotated[int, typer.Option(min=1, help="In both steps.")] = 16,
-    no_trace: Annotated[bool, typer.Option("--no-trace", help="Leave torch.compile out.")] = False,
+    no_trace: Annotated[bool, typer.Option("--no-trace", help="Leave torch.compile out, as SGLang does.")] = False,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all that was found there as well.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the engine's whole log.")] = False,
 ) -> None:
@@ -63,7 +63,8 @@ def command(
         with _directory(model) as directory:
             first = Request(directory, tuple(context.args), rank=rank, prompt_tokens=prompt_tokens, requests=requests)
             with Console(stderr=True).status("building one rank"):
-                reports = _reports(package, first, machine, not no_trace, verbose)
+                is_traced = not no_trace and package == "longcat_vllm"
+                reports = _reports(package, first, machine, is_traced, verbose)
     except (NullGpuError, ValueError) as error:
         typer.echo(f"longcat: {error}", err=True)
         raise typer.Exit(2) from None

@@ -43,6 +43,8 @@ def settle(server_args: ServerArgs) -> None:
         setattr(hf_config, OWN_CLASS, True)
         return
     check(server_args, settings, model_config)
+    for caution in devices.of(settings.device).cautions(server_args, settings, model_config):
+        logger.warning("longcat-serving: %s", caution)
     if (backend := devices.of(settings.device).attention_backend) is not None:
         declare_resolution(server_args, "longcat-serving", attention_backend=backend)
     if settings.moe_a2a_backend == "deepep" and settings.moe_runner_backend == "auto":

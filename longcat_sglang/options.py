@@ -146,10 +146,7 @@ WRONG: tuple[Rule, ...] = (
         _refused("--dwdp-size", "it implies --moe-dense-tp-size 1, and would sum MoE outputs over ranks once more"),
         lambda settings, _: (settings.dwdp_size or 1) > 1,
     ),
-    Rule(
-        _refused("--enable-waterfill", "it asks for DeepEP after its options were checked"),
-        _is_set("enable_waterfill"),
-    ),
+    Rule(_refused("--enable-waterfill", "it asks for DeepEP after options were checked"), _is_set("enable_waterfill")),
     Rule(
         _refused("--dcp-size", "decode context parallelism was not tried with LongCat's two attentions a layer"),
         lambda settings, _: (settings.dcp_size or 1) > 1,
@@ -194,10 +191,7 @@ WRONG: tuple[Rule, ...] = (
         _refused("--offload-group-size", "SGLang offloads only layers that it builds itself, so it would do nothing"),
         lambda settings, _: settings.offload_group_size > 0,
     ),
-    Rule(
-        _refused("--is-embedding", "LongCat has no pooling head"),
-        _is_set("is_embedding"),
-    ),
+    Rule(_refused("--is-embedding", "LongCat has no pooling head"), _is_set("is_embedding")),
     Rule(
         _refused(
             "--load-format layered",
@@ -345,6 +339,13 @@ SERVED: tuple[Option, ...] = (
         "--moe-a2a-backend or --enable-deterministic-inference, and if a rank has less than whole blocks of an expert "
         "in FP8.",
         "interpreted on a CPU, in the tests; no GPU has run it",
+    ),
+    Option(
+        "--kv-cache-dtype fp8_e4m3",
+        Outcome.SERVED,
+        "SGLang's choice on Hopper, fa3, casts the whole cache to the model's dtype in each step, as does flashinfer: "
+        "a warning says so. `--decode-attention-backend flashmla` and `triton` read it in FP8. Refused on a CPU.",
+        f"{READ}; both ways in a dry run, without a GPU",
     ),
     Option("--load-format sharded_state", Outcome.SERVED, "What `save_sharded_model` wrote; not checked before.", RUN),
     Option("--enable-single-batch-overlap", Outcome.SERVED, "No layer of LongCat asks for it: it does nothing.", READ),

@@ -29,6 +29,7 @@ TILES: dict[str, dict[str, tuple[tuple[int, Tile], ...]]] = {
         "16 bit": (
             (16, Tile(rows=16, columns=128, depth=64, warps=4, stages=4, is_swapped=True)),
             (32, Tile(rows=32, columns=128, depth=64, warps=4, stages=4, is_swapped=True)),
+            (128, Tile(rows=64, columns=128, depth=64, warps=8, stages=3, is_swapped=False)),
             (1 << 30, Tile(rows=128, columns=128, depth=64, warps=8, stages=3, is_swapped=False)),
         ),
         "fp8": (

@@ -14,6 +14,8 @@ CALLS: Counter[str] = Counter()
 
 ON_THE_HOST = ("init", "get_", "set_", "plan")
 """Functions whose names begin so launch nothing."""
+OF_TRTLLM = ("decode", "prefill", "mla._core")
+"""Modules that call TensorRT-LLM's attention for Blackwell, of which FlashInfer first downloads the list of files."""
 MLA_PLAN = "plan_with_staged_workspace_bytes"
 """The function of which more is read than that it was called: numbers of blocks, then where each field is
 (`MLAPlanInfo` in scheduler.cuh, FlashInfer 0.7), and how many bytes were written."""
@@ -63,3 +65,7 @@ def install() -> None:
         return
     core = importlib.import_module("flashinfer.jit.core")
     core.JitSpec.build_and_load = lambda spec: NullModule(f"flashinfer {spec.name}")
+    for name in OF_TRTLLM:
+        user: Any = importlib.import_module(f"flashinfer.{name}")
+        assert hasattr(user, "get_trtllm_gen_fmha_module"), name
+        user.get_trtllm_gen_fmha_module = lambda: NullModule("flashinfer fmha_gen")

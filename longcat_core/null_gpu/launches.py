@@ -8,18 +8,22 @@ import re
 from collections import Counter
 from functools import cache
 
-from longcat_core.null_gpu import flashinfer_modules, triton_driver
+from longcat_core.null_gpu import flashinfer_modules, triton_driver, world
 
 KINDS: tuple[tuple[str, str], ...] = (
-    ("collective", r"^nccl|cross_device_reduce|all_?reduce|all_?gather|reduce_?scatter|multimem|deep_ep|nvshmem"),
+    (
+        "collective",
+        r"^nccl|^torch.distributed|cross_device_reduce|all_?reduce|all_?gather|reduce_?scatter|multimem|deep_ep|nvshmem",
+    ),
     ("experts", r"fused_moe|run_moe|m_grouped|^triton (gate_up|down)_kernel"),
     ("routing", r"moe_|topk|TopK|bitonicSort|softmax_warp|expert|^triton (route|count|sum|place|combine)_kernel"),
     ("product", r"^cublas|gemm|splitK|router_product"),
-    ("cache", r"_and_cache|slot_mapping|block_table|gather_\w*cache"),
-    ("attention", r"flash|mla_|Mla|Fmha|fmha|attn|attention|merge_states"),
+    ("cache", r"_and_cache|slot_mapping|block_table|gather_\w*cache|set_\w*kv_buffer"),
+    ("norm", r"rms_?norm|layer_?norm"),
+    ("activation", r"act_and_mul|silu|run_activation"),
+    ("rotary", r"rope|rotary"),
     ("quantise", r"quant|scaled_fp8"),
-    ("norm", r"rms_norm|layer_norm"),
-    ("activation", r"act_and_mul|silu"),
+    ("attention", r"flash(?!infer)|mla|Mla|Fmha|fmha|attn|attention|merge_states"),
 )
 """What a kernel is for, by its name; the first that fits."""
 
@@ -44,6 +48,7 @@ def counted() -> Counter[str]:
     for name, count in triton_driver.LAUNCHES.items():
         launches[f"triton {name}"] += count
     launches.update(flashinfer_modules.CALLS)
+    launches.update(world.COLLECTIVES)
     return launches
 
 

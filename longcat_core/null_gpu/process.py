@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -45,6 +46,7 @@ def run(package: str, requests: Sequence[Request], machine: Machine, is_verbose:
 def answer_each(requests: Path, reports: Path, answer: Callable[[Request], Report]) -> None:
     """In the process that `run` has started, once the engine is imported: a fork for each request, as an engine does
     not give back all that it takes. One that dies has a report of that."""
+    gc.freeze()  # what was imported is not looked through by each fork's collections, which are many
     done: list[Report] = []
     for raw in json.loads(requests.read_text()):
         request, scratch = request_of(raw), reports.with_name(f"report-{len(done)}.json")

@@ -10,8 +10,11 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def told(logger: str, words: Sequence[str], but: Sequence[str] = ()) -> Iterator[list[str]]:
-    """Lines that have one of the words in them, and all warnings, once each; none that begins as one of `but`."""
+def told(loggers: Sequence[str], words: Sequence[str], but: Sequence[str] = ()) -> Iterator[list[str]]:
+    """Lines that have one of the words in them, and all warnings, once each; none that begins as one of `but`.
+
+    loggers: names, and not the root's, whose handlers an engine removes when it configures its log.
+    """
     lines: list[str] = []
 
     class Lines(logging.Handler):
@@ -22,11 +25,13 @@ def told(logger: str, words: Sequence[str], but: Sequence[str] = ()) -> Iterator
                 lines.append(message)
 
     handler = Lines()
-    logging.getLogger(logger).addHandler(handler)
+    for logger in loggers:
+        logging.getLogger(logger).addHandler(handler)
     try:
         yield lines
     finally:
-        logging.getLogger(logger).removeHandler(handler)
+        for logger in loggers:
+            logging.getLogger(logger).removeHandler(handler)
 
 
 def text_of(error: Exception) -> str:

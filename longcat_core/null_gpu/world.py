@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch.distributed as dist
@@ -12,6 +13,13 @@ from torch.futures import Future
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 BACKEND = "mirror"
+COLLECTIVES: Counter[str] = Counter()
+"""Of tensors on the device, through PyTorch's groups, since the process started; those of NCCL itself are launches."""
+
+
+def _counted(name: str, tensor: Tensor) -> None:
+    if tensor.device.type != "cpu":
+        COLLECTIVES[f"torch.distributed {name}"] += 1
 
 
 class Done(Work):
@@ -51,11 +59,16 @@ class Mirror(ProcessGroup):
     def size(self) -> int:
         return self._size
 
+    @property
+    def group_name(self) -> str:
+        return dist.distributed_c10d._world.pg_names[self]
+
     def getBackendName(self) -> str:  # noqa: N802  # PyTorch's name
         return BACKEND
 
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> Work:
         for tensor in tensors:
+            _counted("all_reduce", tensor)
             if tensor.device.type == "cpu" and opts is not None and opts.reduceOp == dist.ReduceOp.SUM:
                 self._sum(tensor)
         return Done(tensors)
@@ -71,13 +84,17 @@ class Mirror(ProcessGroup):
 
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Work:
         for each, own in zip(outputs, inputs, strict=True):
+            _counted("all_gather", own)
             for output in each:
                 output.copy_(own)
         return Done(outputs)
 
     def _allgather_base(self, output: Tensor, own: Tensor, opts: Any = None) -> Work:
+        _counted("all_gather", own)
         output.view(self._size, -1).copy_(own.reshape(1, -1).expand(self._size, -1))
         return Done(output)
+
+    all_gather_single = _allgather_base  # type: ignore[assignment]
 
     def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Work:
         return self.allgather(outputs, inputs) if outputs else Done()
@@ -89,9 +106,13 @@ class Mirror(ProcessGroup):
         return Done(tensors)
 
     def _reduce_scatter_base(self, output: Tensor, own: Tensor, opts: Any = None) -> Work:
+        _counted("reduce_scatter", own)
         return Done(output)
 
+    reduce_scatter_single = _reduce_scatter_base  # type: ignore[assignment]
+
     def alltoall_base(self, output: Tensor, own: Tensor, *sizes: Any) -> Work:
+        _counted("all_to_all", own)
         return Done(output)
 
     def barrier(self, opts: Any = None) -> Work:
@@ -127,4 +148,5 @@ def join(rank: int, size: int) -> None:
 
     dist.new_group = mirrored  # type: ignore[assignment]
     dist.broadcast_object_list = _broadcast_object_list  # type: ignore[assignment]
+    dist.monitored_barrier = lambda *args, **kwargs: None  # which is gloo's alone
     dist.init_process_group(BACKEND, rank=rank, world_size=size, store=FakeStore())

@@ -77,6 +77,10 @@ class Device(ABC):
         server_args: what the user gave; settings: what SGLang made of it so far."""
 
     @abstractmethod
+    def cautions(self, server_args: Any, settings: Any, model_config: Any) -> list[str]:
+        """What works here and is slow, each with what to give instead. server_args, settings: as of `unsupported`."""
+
+    @abstractmethod
     def obstacles_to_gate(self) -> list[str]:
         """Why no draft gate can be used here."""
 

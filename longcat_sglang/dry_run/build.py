@@ -12,6 +12,7 @@ from unittest import mock
 import sglang
 import torch
 from sglang.benchmark import one_batch
+from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed import bootstrap
 from sglang.srt.layers.moe import initialize_moe_config
@@ -20,11 +21,11 @@ from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.runtime_context import SpawnRanks, publish, spawn_world_rank
 from sglang.srt.server_args import prepare_server_args
 
-from longcat_core.null_gpu import world
 from longcat_core.null_gpu.steps import Executed, counting
 from longcat_core.null_gpu.told import text_of, told
 from longcat_core.planning.dry_run import Report, Request, Step
-from longcat_sglang.dry_run import observe
+from longcat_sglang.dry_run import kernels, observe
+from longcat_sglang.dry_run.rank import become
 
 TOLD = ("backend", "Using ", "kernel", "KV Cache", "KV cache", "memory", "Memory")
 """Words in lines of SGLang's log that tell a choice or its consequence."""
@@ -35,8 +36,9 @@ FORCED = ("--load-format", "dummy", "--skip-tokenizer-init", "--device", "cuda",
 def dry_run(request: Request, gpus: int, gpu_name: str) -> Report:
     """Build the model runner and step it, as far as it goes; whatever stops it is in the report."""
     report = Report(request, engine=f"SGLang {sglang.__version__}", machine=f"{gpus} x {gpu_name}")
+    kernels.install()
     with ExitStack() as stack:
-        log = stack.enter_context(told("", TOLD))
+        log = stack.enter_context(told(["sglang", "longcat_sglang"], TOLD))
         stack.enter_context(mock.patch.dict(os.environ, dict(request.environment)))
         try:
             arguments = prepare_server_args(["--model-path", request.model, *FORCED, *request.options])
@@ -47,10 +49,8 @@ def dry_run(request: Request, gpus: int, gpu_name: str) -> Report:
         report = replace(report, choices=observe.configured(arguments))
         try:
             report = _built(request, arguments, report)
-        except torch.OutOfMemoryError as error:
-            report = replace(report, does_not_fit=str(error))
         except Exception as error:
-            if "Not enough memory" in str(error):
+            if isinstance(error, torch.OutOfMemoryError) or "GPU memory" in str(error):
                 report = replace(report, does_not_fit=str(error))
             else:
                 report = replace(report, failed=text_of(error))
@@ -58,13 +58,17 @@ def dry_run(request: Request, gpus: int, gpu_name: str) -> Report:
 
 
 def _require_gpus(arguments: Any, gpus: int) -> None:
-    ranks = arguments.tp_size * arguments.pp_size
-    if ranks > gpus:
+    if (ranks := _ranks(arguments)) > gpus:
         raise ValueError(f"ranks: {ranks}, wanted at most {gpus}, as there are GPUs; give more in --gpus")
 
 
+def _ranks(arguments: Any) -> int:
+    """Data-parallel attention is among the tensor-parallel ranks."""
+    return int(arguments.tp_size * arguments.pp_size)
+
+
 def _built(request: Request, arguments: Any, report: Report) -> Report:
-    world.join(request.rank, arguments.tp_size * arguments.pp_size)
+    become(request.rank, _ranks(arguments))
     rank = spawn_world_rank(arguments, tp_rank=request.rank, pp_rank=0)
     publish(arguments, role="scheduler", ranks=SpawnRanks(world_rank=rank, gpu_id=request.rank))
     initialize_moe_config()
@@ -72,9 +76,10 @@ def _built(request: Request, arguments: Any, report: Report) -> Report:
     model = ModelConfig.from_server_args(arguments)
     bootstrap.init_parallel_runtime(server_args=arguments, device="cuda", dist_port=0)
     bootstrap.init_layer_runtime(model_config=model)
+    view: Any = resolving_view(arguments)
     runner = ModelRunner(
         model_config=model,
-        mem_fraction_static=arguments.mem_fraction_static,
+        mem_fraction_static=view.mem_fraction_static,
         gpu_id=request.rank,
         nccl_port=0,
         server_args=arguments,
@@ -82,6 +87,7 @@ def _built(request: Request, arguments: Any, report: Report) -> Report:
     report = observe.built(report, runner)
     runner.alloc_memory_pool()
     runner.init_attention_backends()
+    runner.init_cuda_graphs()
     report = replace(report, memory=observe.memory(runner))
     return replace(report, steps=_stepped(runner, request))
 
@@ -89,11 +95,15 @@ def _built(request: Request, arguments: Any, report: Report) -> Report:
 def _stepped(runner: Any, request: Request) -> tuple[Step, ...]:
     """As SGLang's own benchmark of one batch: a step of all prompts, and one of decoding."""
     length = max(request.prompt_tokens // request.requests, 1)
-    requests = one_batch.prepare_synthetic_inputs_for_latency_test(request.requests, length)
     stepped = one_batch._TorchBenchRunner(runner)
+
+    def prompts() -> Any:
+        return one_batch.prepare_synthetic_inputs_for_latency_test(request.requests, length)
+
+    stepped.extend(prompts())  # the first one compiles kernels, some by launching them
     prefill = Executed(length * request.requests, request.requests)
     with counting(prefill, runner.model):
-        tokens, _, batch = stepped.extend(requests)
+        tokens, _, batch = stepped.extend(prompts())
     decode = Executed(request.requests, request.requests)
     with counting(decode, runner.model):
         stepped.decode(torch.ones_like(tokens), batch)

@@ -9,13 +9,14 @@ import os
 import sys
 from pathlib import Path
 
-from longcat_core.null_gpu import flashinfer_modules, process, triton_driver
+from longcat_core.null_gpu import cutlass_kernels, flashinfer_modules, process, triton_driver
 from longcat_core.planning.dry_run import Report, Request
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_SKIP_P2P_CHECK": "1",  # which copies between GPUs in processes of its own
+    "VLLM_DEEP_GEMM_WARMUP": "skip",
     "VLLM_NCCL_SO_PATH": process.library("libnccl.so.2"),
     "VLLM_CUDART_SO_PATH": process.library("libcudart.so.13"),
     # What is compiled here is nothing, and must not be found by an engine on a GPU.
@@ -24,6 +25,10 @@ ENVIRONMENT = {
 }
 IMPORTED_ONCE = (
     "vllm.distributed.device_communicators.cuda_communicator",
+    "vllm.model_executor.layers.quantization.online.base",
+    "vllm.model_executor.models.qwen3_vl",
+    "vllm.model_executor.warmup.minimax_m3_msa_warmup",
+    "vllm.v1.attention.backends.flashinfer",
     "vllm.v1.attention.backends.mla.flashattn_mla",
     "vllm.v1.attention.backends.mla.flashmla",
     "vllm.v1.worker.gpu.model_runner",
@@ -31,13 +36,14 @@ IMPORTED_ONCE = (
     "vllm.v1.worker.gpu_worker",
     "longcat_vllm.mtp",
 )
-"""What every deployment needs, so that only the first pays for it."""
+"""What vLLM imports for every deployment, needed or not, here once."""
 
 
 def main(requests: Path, reports: Path) -> None:
     os.environ.update(ENVIRONMENT)
     triton_driver.install()
     flashinfer_modules.install()
+    cutlass_kernels.install()
     from vllm.model_executor.models import registry
     from vllm.plugins import load_general_plugins
 

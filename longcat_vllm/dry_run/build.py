@@ -38,7 +38,7 @@ def dry_run(request: Request, gpus: int, gpu_name: str) -> Report:
     """Build the engine and step it, as far as it goes; whatever stops it is in the report."""
     report = Report(request, engine=f"vLLM {vllm.__version__}", machine=f"{gpus} x {gpu_name}")
     with ExitStack() as stack:
-        log = stack.enter_context(told("vllm", TOLD, but=["Initializing a V1 LLM engine"]))
+        log = stack.enter_context(told(["vllm"], TOLD, but=["Initializing a V1 LLM engine"]))
         stack.enter_context(mock.patch.dict(os.environ, dict(request.environment)))
         envs.disable_envs_cache()
         if not request.is_traced:

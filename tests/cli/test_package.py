@@ -115,6 +115,13 @@ def test_the_wheel_has_our_packages_with_their_types_and_nothing_else(wheel: Pat
     assert f"{metadata}/licenses/LICENSE" in files
 
 
+def test_the_wheel_has_what_the_dry_run_compiles_and_reads(files: set[str]) -> None:
+    data = {path for folder in ("null_gpu", "planning") for path in (ROOT / "longcat_core" / folder).rglob("*.*")}
+    wanted = {path.relative_to(ROOT).as_posix() for path in data if path.suffix in (".c", ".h", ".json")}
+    assert "longcat_core/null_gpu/include/crt/host_defines.h" in wanted
+    assert wanted <= files
+
+
 def test_the_wheel_has_of_nano_what_is_served(files: set[str]) -> None:
     folder = "longcat_nano/checkpoint/"
     assert {name.removeprefix(folder) for name in files if name.startswith(folder)} == NANO

@@ -35,8 +35,9 @@ def report_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     def report_of(deployment: Deployment) -> Report:
         assert deployment in named, f"{deployment} is not named by the test"
         if deployment not in reports:
-            same = [each for each in named if each.machine == deployment.machine]
-            found = run("longcat_vllm", [each.request(models) for each in same], hardware.machine(deployment.machine))
+            machine, package = deployment.machine, deployment.package
+            same = [each for each in named if (each.machine, each.package) == (machine, package)]
+            found = run(package, [each.request(models) for each in same], hardware.machine(machine))
             reports.update(zip(same, found, strict=True))
         return reports[deployment]
 

@@ -12,6 +12,8 @@ from longcat_core.planning.dry_run import Request
 from tests.cases import CHAT
 
 LAYERS = 28
+BLOCKS_OF_SMALL_MODELS = 4096
+"""Of the cache. vLLM has an object for each, and where a few layers leave 130 GB to it they take seconds to make."""
 LITE_TRUNK = CHAT | {
     "hidden_size": 3072,
     "num_layers": 14,
@@ -29,7 +31,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "chat-4-layers": CHAT | {"num_layers": 4},
     "chat-fp8-4-layers": CHAT | {"num_layers": 4, "quantization_config": BLOCKS},
     "lite-trunk": LITE_TRUNK,
-    "lite-trunk-fp8": LITE_TRUNK | {"quantization_config": BLOCKS},
 }
 
 
@@ -48,11 +49,15 @@ class Deployment:
     v2_model_runner: bool = True
     is_traced: bool = False
     rank: int = 0
+    package: str = "longcat_vllm"
 
     def request(self, models: Path) -> Request:
+        given = ["--context-length", "16384"] if self.package == "longcat_sglang" else ["--max-model-len", "16384"]
+        if self.package == "longcat_vllm" and MODELS[self.model]["num_layers"] < LAYERS:
+            given += ["--num-gpu-blocks-override", str(BLOCKS_OF_SMALL_MODELS)]
         return Request(
             model=str(models / self.model),
-            options=(*self.options.split(), "--max-model-len", "16384"),
+            options=(*self.options.split(), *given),
             environment=(("VLLM_USE_V2_MODEL_RUNNER", str(int(self.v2_model_runner))),),
             rank=self.rank,
             is_traced=self.is_traced,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.vllm import flashinfer_mla
-from tests.vllm.test_decode_plan import Batch, plans
+from tests.vllm.decode_batches import Batch, plans
 
 fa3_backend = pytest.importorskip(
     "flashinfer.mla._batch_mla._backends.fa3_backend", reason="FlashInfer is part of .venv-cuda"

@@ -16,34 +16,26 @@ from tests.cuda.deployments import DP8, EP8, MODELS, TP8, Deployment, drafts
 ALL_REDUCES_A_LAYER = 4
 """Two of attentions, one of the first dense FFN, one of the second and the experts together."""
 
-BF16 = Deployment("8xB200", "chat", EP8)
-BF16_ON_H200 = Deployment("8xH200", "chat", EP8)
+BF16 = Deployment("8xH200", "chat", EP8)
 FP8 = Deployment("8xH200", "chat-fp8", EP8)
-TWO_NODES = Deployment("16xH100", "chat", "--tensor-parallel-size 16 --enable-expert-parallel")
 FOUR_LAYERS = Deployment("8xH200", "chat-4-layers", EP8)
-FP8_FOUR_LAYERS = Deployment("8xH200", "chat-fp8-4-layers", EP8)
 FP8_CACHE = Deployment("8xH200", "chat-fp8-4-layers", f"{EP8} --kv-cache-dtype fp8")
 TENSOR_PARALLEL = Deployment("8xH200", "chat-4-layers", TP8)
 LITE = Deployment("8xH200", "lite-trunk", "")
-LITE_FP8 = Deployment("8xH200", "lite-trunk-fp8", "")
 DATA_PARALLEL = Deployment("8xH200", "chat-fp8-4-layers", DP8)
-V1 = Deployment("8xH200", "chat-fp8-4-layers", EP8, v2_model_runner=False)
 MTP = [
     Deployment("8xH200", "chat-fp8-4-layers", f"{EP8} {drafts(number)}", v2_model_runner=is_v2)
-    for number in (1, 3)
-    for is_v2 in (True, False)
+    for number, is_v2 in ((3, True), (1, False))
 ]
-STAGES = [
-    Deployment("8xH200", "chat-fp8-4-layers", "--pipeline-parallel-size 2 --tensor-parallel-size 4", rank=rank)
-    for rank in (0, 4)
-]
+LAST_STAGE = Deployment("8xH200", "chat-fp8-4-layers", "--pipeline-parallel-size 2 --tensor-parallel-size 4", rank=4)
 OURS = Deployment("8xH200", "chat-4-layers", f'{EP8} --additional-config {{"longcat":{{"kernels":true}}}}')
 FLASHINFER_MLA = f'{EP8} --additional-config {{"longcat":{{"flashinfer_mla":true}}}}'
 OURS_MLA = Deployment("8xH200", "chat-4-layers", f"{FLASHINFER_MLA} {drafts(1)}")
 OURS_MLA_FP8 = Deployment("8xH200", "chat-fp8-4-layers", f"{FLASHINFER_MLA} --kv-cache-dtype fp8")
-BLACKWELL = Deployment("8xB200", "chat-fp8-4-layers", EP8)
-RUNNING = [BF16, FP8, TWO_NODES, FOUR_LAYERS, FP8_FOUR_LAYERS, FP8_CACHE, TENSOR_PARALLEL, LITE, LITE_FP8]
-RUNNING += [DATA_PARALLEL, V1, *MTP, *STAGES, OURS, OURS_MLA, OURS_MLA_FP8, BLACKWELL]
+BLACKWELL = Deployment("8xB200", "chat-4-layers", EP8)
+BLACKWELL_FP8 = Deployment("8xB200", "chat-fp8-4-layers", EP8)
+RUNNING = [FP8, FOUR_LAYERS, FP8_CACHE, TENSOR_PARALLEL, LITE, DATA_PARALLEL, *MTP, LAST_STAGE]
+RUNNING += [OURS, OURS_MLA, OURS_MLA_FP8, BLACKWELL, BLACKWELL_FP8]
 
 
 def name_of(deployment: Deployment) -> str:
@@ -70,7 +62,7 @@ def test_it_is_built_and_steps(deployment: Deployment, report_of: Reports) -> No
 
 ATTENTION = {
     FOUR_LAYERS: "FLASH_ATTN_MLA (FlashAttnMLAImpl)",
-    FP8_FOUR_LAYERS: "FLASH_ATTN_MLA (FlashAttnMLAImpl)",
+    FP8: "FLASH_ATTN_MLA (FlashAttnMLAImpl)",
     FP8_CACHE: "FLASHMLA (FlashMLAImpl)",
     BLACKWELL: "FLASHINFER_MLA (FlashInferMLAImpl)",
     OURS_MLA: "LONGCAT_FLASHINFER_MLA (FlashInferPagedMLAImpl)",
@@ -87,11 +79,12 @@ def test_attention_is_vllms_own_choice_or_what_was_requested(
 
 EXPERTS = {
     FOUR_LAYERS: "TritonExpertsOfFewTokens",
-    FP8_FOUR_LAYERS: "FlashInferExperts",
+    FP8: "FlashInferExperts",
     DATA_PARALLEL: "FlashInferExperts",
     LITE: "TritonExpertsOfFewTokens",
     OURS: "LongcatExperts",
     BLACKWELL: "FlashInferExperts",
+    BLACKWELL_FP8: "TritonExpertsOfFewTokens",
 }
 
 
@@ -104,10 +97,10 @@ def test_experts_skip_zero_experts_and_have_a_map_of_ffn_experts(
     assert choices["expert map"] == f"({experts},) torch.int32"
 
 
-@pytest.mark.parametrize(("deployment", "ranks", "gigabytes"), [(BF16, 8, 141.9), (TWO_NODES, 16, 72.0)])
-def test_a_rank_holds_its_share_of_the_published_tensors(
-    deployment: Deployment, ranks: int, gigabytes: float, report_of: Reports
-) -> None:
+@pytest.mark.deployments(BF16)
+def test_a_rank_holds_its_share_of_the_published_tensors(report_of: Reports) -> None:
+    """Also where they leave no room for anything else."""
+    ranks = 8
     config = spellings.read(MODELS["chat"])
     whole = ("q_a_", "kv_a_", "layernorm", "model.norm", "router")
     wanted = sum(
@@ -115,14 +108,14 @@ def test_a_rank_holds_its_share_of_the_published_tensors(
         for name, shape in names.expected_tensors(config, with_mtp=False).items()
     )
     derived = ("W_UK_T", "W_UV", "inverse_frequencies", "expert_map")
-    tensors = report_of(deployment).tensors
+    tensors = report_of(BF16).tensors
     held = sum(each.bytes for each in tensors if not each.name.endswith(derived))
     assert held == pytest.approx(wanted, rel=1e-6)
-    assert round(held / 1e9, 1) == gigabytes
+    assert round(held / 1e9, 1) == 141.9
 
 
 @pytest.mark.parametrize(
-    ("deployment", "wanted"), [(BF16, 64512), (FP8, 64512), (FP8_FOUR_LAYERS, 9216), (FP8_CACHE, 4608), (LITE, 32256)]
+    ("deployment", "wanted"), [(FP8, 64512), (FOUR_LAYERS, 9216), (FP8_CACHE, 4608), (LITE, 32256)], ids=str
 )
 def test_the_cache_takes_a_latent_for_each_attention(deployment: Deployment, wanted: int, report_of: Reports) -> None:
     memory = report_of(deployment).memory
@@ -130,15 +123,15 @@ def test_the_cache_takes_a_latent_for_each_attention(deployment: Deployment, wan
     assert memory.cache_a_token == wanted
 
 
-@pytest.mark.deployments(BF16_ON_H200)
+@pytest.mark.deployments(BF16)
 def test_bf16_leaves_no_room_for_a_cache_on_eight_h200(report_of: Reports) -> None:
-    report = report_of(BF16_ON_H200)
+    report = report_of(BF16)
     assert "No available memory for the cache blocks" in report.does_not_fit
     assert report.memory is not None
     assert report.memory.weights > report.memory.requested
 
 
-@pytest.mark.parametrize("deployment", [FP8, BF16, FOUR_LAYERS, OURS], ids=name_of)
+@pytest.mark.parametrize("deployment", [FP8, FOUR_LAYERS, OURS], ids=name_of)
 @pytest.mark.parametrize("step", ["prefill", "decode"])
 def test_a_layer_has_as_few_sums_over_ranks_as_it_can(deployment: Deployment, step: str, report_of: Reports) -> None:
     report = report_of(deployment)
@@ -147,7 +140,7 @@ def test_a_layer_has_as_few_sums_over_ranks_as_it_can(deployment: Deployment, st
     assert {found.in_layer(layer)["collective"] for layer in layers} == {ALL_REDUCES_A_LAYER}
 
 
-@pytest.mark.parametrize("deployment", [FOUR_LAYERS, FP8_FOUR_LAYERS], ids=name_of)
+@pytest.mark.parametrize("deployment", [FOUR_LAYERS, FP8], ids=name_of)
 def test_a_layer_launches_two_attentions_with_their_caches_and_eight_norms(
     deployment: Deployment, report_of: Reports
 ) -> None:
@@ -159,22 +152,26 @@ def test_a_layer_launches_two_attentions_with_their_caches_and_eight_norms(
     assert launches(report, "decode", 1, "act_and_mul_kernel") == 2 + (deployment is FOUR_LAYERS)
 
 
-@pytest.mark.deployments(FOUR_LAYERS, FP8_FOUR_LAYERS, OURS)
+@pytest.mark.deployments(BLACKWELL)
+def test_the_router_of_a_blackwell_is_vllms_product_of_three_in_bf16(report_of: Reports) -> None:
+    assert launches(report_of(BLACKWELL), "decode", 1, "cutlass Sm100BF16x3RouterGemm") == 1
+
+
+@pytest.mark.deployments(FOUR_LAYERS, FP8, OURS)
 def test_the_experts_of_a_layer_are_two_products_or_one_call(report_of: Reports) -> None:
     assert launches(report_of(FOUR_LAYERS), "decode", 1, "triton fused_moe_kernel") == 2
-    assert launches(report_of(FP8_FOUR_LAYERS), "decode", 1, "run_moe") == 1
+    assert launches(report_of(FP8), "decode", 1, "run_moe") == 1
     assert launches(report_of(OURS), "decode", 1, "triton gate_up_kernel") == 1
     assert launches(report_of(OURS), "decode", 1, "triton down_kernel") == 1
 
 
-TRACED = Deployment("8xH200", "chat-4-layers", f"{EP8} {drafts(3)}", is_traced=True)
-FP8_TRACED = Deployment("8xH200", "chat-fp8-4-layers", EP8, is_traced=True)
+TRACED = Deployment("8xH200", "chat-fp8-4-layers", f"{EP8} {drafts(3)}", is_traced=True)
 
 
-@pytest.mark.parametrize("deployment", [TRACED, FP8_TRACED], ids=name_of)
-def test_torch_compile_traces_the_model_as_a_whole(deployment: Deployment, report_of: Reports) -> None:
+@pytest.mark.deployments(TRACED)
+def test_torch_compile_traces_the_model_as_a_whole(report_of: Reports) -> None:
     """Of two layers. vLLM traces with `fullgraph`, and splits at each attention."""
-    report = report_of(deployment)
+    report = report_of(TRACED)
     assert (report.refused, report.failed) == ("", "")
     backbone = report.graphs[0]
     assert (backbone.model, backbone.pieces) == ("backbone", 5)
@@ -201,13 +198,6 @@ REFUSED = {
     Deployment("8xH200", "chat-fp8-4-layers", f"{DP8} --all2all-backend deepep_low_latency"): (
         "wanted allgather_reducescatter or deepep_high_throughput, as it has room for 11 experts a token"
     ),
-    Deployment(
-        "8xH200",
-        "chat-4-layers",
-        f"--tensor-parallel-size 4 --pipeline-parallel-size 2 {drafts(1)}",
-        v2_model_runner=False,
-    ): "pipeline_parallel_size: 2, wanted 1 with drafts",
-    Deployment("8xH200", "chat-4-layers", f"{EP8} --enable-eplb"): "leave --enable-eplb out",
     Deployment("8xH200", "chat-4-layers", "--tensor-parallel-size 16"): "ranks: 16, wanted at most 8",
     Deployment("8xH200", "chat-4-layers", "--no-such-option"): "--no-such-option",
     Deployment("8xB200", "chat-4-layers", f'{EP8} --additional-config {{"longcat":{{"flashinfer_mla":true}}}}'): (
@@ -225,17 +215,12 @@ def test_what_cannot_be_served_is_refused_before_a_worker_starts(
     assert (report.tensors, report.failed) == ((), "")
 
 
-OWN_CLASS = [
-    Deployment("8xH200", "chat-4-layers", f"{DP8} --all2all-backend nixl_ep"),
-    Deployment("8xH200", "chat-4-layers", f"{EP8} --moe-backend marlin"),
-]
+OWN_CLASS = Deployment("8xH200", "chat-4-layers", f"{EP8} --moe-backend marlin")
 
 
-@pytest.mark.parametrize("deployment", OWN_CLASS, ids=name_of)
-def test_what_is_not_known_to_skip_zero_experts_is_left_to_vllms_own_class(
-    deployment: Deployment, report_of: Reports
-) -> None:
-    assert report_of(deployment).choices["architecture"] == "VllmLongcatFlashForCausalLM"
+@pytest.mark.deployments(OWN_CLASS)
+def test_what_is_not_known_to_skip_zero_experts_is_left_to_vllms_own_class(report_of: Reports) -> None:
+    assert report_of(OWN_CLASS).choices["architecture"] == "VllmLongcatFlashForCausalLM"
 
 
 NEEDS_DEEPEP = Deployment("8xH200", "chat-fp8-4-layers", f"{DP8} --all2all-backend deepep_high_throughput")

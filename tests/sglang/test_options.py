@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt import layers
 from sglang.srt.arg_groups.arg_utils import record_fields
 from sglang.srt.configs.update_config import get_moe_padding_size
 from sglang.srt.server_args import ServerArgs
@@ -190,6 +191,50 @@ def test_behind_deepep_experts_get_deepgemms_kernels(
     monkeypatch.setattr(overrides, "declare_resolution", lambda _, __, **fields: declared.update(fields))
     deployment.settle(given)
     assert declared == wanted
+
+
+@pytest.mark.parametrize(
+    ("asked", "chosen", "is_slow"),
+    [
+        ({"kv_cache_dtype": "fp8_e4m3"}, "fa3", True),
+        ({"kv_cache_dtype": "fp8_e4m3"}, "triton", False),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "fa3", False),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "flashinfer", True),
+        ({"kv_cache_dtype": "fp8_e4m3", "attention_backend": "trtllm_mla"}, "fa3", False),
+        ({"kv_cache_dtype": "fp8_e4m3", "decode_attention_backend": "flashmla"}, "fa3", False),
+        (
+            {"kv_cache_dtype": "fp8_e4m3", "attention_backend": "fa3", "decode_attention_backend": "flashinfer"},
+            "",
+            True,
+        ),
+        ({}, "fa3", False),
+    ],
+    ids=str,
+)
+def test_a_cache_in_fp8_that_is_cast_as_a_whole_in_each_step_has_a_warning(
+    asked: dict[str, str], chosen: str, is_slow: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from sglang.srt.arg_groups import model_override_base, overrides
+
+    given = settings("cuda", **asked)
+    monkeypatch.setattr(deployment.hooks, "install", lambda _: None)
+    monkeypatch.setattr(deployment, "check", lambda *_: None)
+    monkeypatch.setattr(overrides, "resolving_view", lambda _: given)
+    monkeypatch.setattr(overrides, "model_config_of", lambda _: MODEL_CONFIG)
+    monkeypatch.setattr(model_override_base, "get_default_attn_backend", lambda *_, **__: chosen)
+    with caplog.at_level("WARNING"):
+        deployment.settle(given)
+    assert ("give --decode-attention-backend flashmla or triton" in caplog.text) is is_slow
+
+
+def test_sglang_still_casts_the_whole_cache_in_fp8_for_an_attention_of_fa3_and_flashinfer() -> None:
+    """If this fails, `CASTS_AN_FP8_CACHE` may have become wrong. The files are read, as only a GPU imports them."""
+    folder, cast = Path(layers.__path__[0]) / "attention", "get_key_buffer(layer.layer_id).to(q.dtype)"
+    for name, is_cast in (("flashattention", True), ("flashinfer_mla", True), ("flashmla", False)):
+        _, _, decode = (folder / f"{name}_backend.py").read_text().partition("    def forward_decode(")
+        decode = decode.partition("\n    def ")[0]
+        assert "get_key_buffer(layer.layer_id)" in decode
+        assert (cast in decode) is is_cast
 
 
 def test_a_quantisation_that_sglang_finds_in_another_file_is_found() -> None:

@@ -102,6 +102,9 @@ class Cpu(Device):
             )
         return problems
 
+    def cautions(self, server_args: Any, settings: Any, model_config: Any) -> list[str]:
+        return []
+
     def obstacles_to_gate(self) -> list[str]:
         return []
 

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 BACKENDS_BESIDE_KERNELS = (None, "auto", "triton")
 """Values of --moe-runner-backend with which weights stay as they are loaded."""
 
+CASTS_AN_FP8_CACHE, READS_AN_FP8_CACHE = ("fa3", "flashinfer"), ("flashmla", "triton")
+"""SGLang's attention backends for MLA on Hopper: those whose decode calls `get_key_buffer(layer_id).to(q.dtype)`, a
+copy of all slots of the cache if that is in FP8, and those whose kernels read FP8. Read in SGLang 0.5.21."""
+
 
 class Cuda(Device):
     attention_backend = None
@@ -81,6 +85,17 @@ class Cuda(Device):
     def unsupported(self, server_args: Any, settings: Any) -> list[str]:
         return []
 
+    def cautions(self, server_args: Any, settings: Any, model_config: Any) -> list[str]:
+        if not settings.kv_cache_dtype.startswith("fp8"):
+            return []
+        if (backend := _decode_backend(server_args, settings, model_config)) not in CASTS_AN_FP8_CACHE:
+            return []
+        return [
+            f"--kv-cache-dtype {settings.kv_cache_dtype} with the attention backend {backend}: in each step SGLang "
+            "casts the whole cache, in use or not, to the model's dtype, an attention at a time; give "
+            f"--decode-attention-backend {' or '.join(READS_AN_FP8_CACHE)}, or leave --kv-cache-dtype out"
+        ]
+
     def obstacles_to_gate(self) -> list[str]:
         return ["CUDA graphs verify a fixed number of drafts"]
 
@@ -108,6 +123,17 @@ class Cuda(Device):
             Finding("MoE", f"zero experts as id -1, skipped by one of {', '.join(SKIP_ZERO_EXPERTS)}"),
             Finding("FP8", "SGLang's own kernels, with activations in FP8"),
         ]
+
+
+def _decode_backend(server_args: Any, settings: Any, model_config: Any) -> str:
+    """What SGLang will take, which it settles after options were checked (`handle_attention_backend_compatibility`)."""
+    from sglang.srt.arg_groups.model_override_base import get_default_attn_backend
+
+    backend = settings.decode_attention_backend or settings.attention_backend
+    if backend is None:
+        backend = get_default_attn_backend(server_args, use_mla_backend=True, model_config=model_config)
+    # Its FlashAttention 3 knows no e5m2, and Triton's kernels are taken instead.
+    return "triton" if (backend, settings.kv_cache_dtype) == ("fa3", "fp8_e5m2") else str(backend)
 
 
 def capability() -> tuple[int, int] | None:
