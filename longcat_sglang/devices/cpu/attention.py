@@ -138,7 +138,8 @@ def attend(
     query = torch.cat((q_nope, q_rope), dim=-1)
     latent = attention.kv_a_layernorm(latent).unsqueeze(1)
     keys = torch.cat((latent, k_rope), dim=-1)
-    up = UpProjection(attention.kv_b_proj.weight, attention.w_kc, attention.w_vc.transpose(1, 2))
+    kv_b_proj: Any = attention.kv_b_proj.weight
+    up = UpProjection(kv_b_proj, attention.w_kc, attention.w_vc.transpose(1, 2))
     attended = attention.attn_mqa(query, keys, latent, forward_batch, up=up)
     output, _ = attention.o_proj(attended)
     return output
