@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from examples.nano import measure as nano
 from examples.nano import publish, training_record
-from examples.nano.corpus import END, encode, standard_library
+from examples.nano.corpus import END
 from examples.nano.settings import Settings
 from examples.nano.tools.conversations import KINDS, Conversation, Source, names_of
 from examples.nano.tools.domain import ERROR, Call, Files, tools
@@ -51,15 +51,11 @@ def command(
         by_kind[each[0].kind].append(each)
     depth = settings.draft_layer.depth
     drafts = nano.accepted(chains(model, [each for _, each in played[:_DRAFTED]], depth), depth)
-    texts = list(standard_library(settings.held_out).held_out.values())
-    num_bytes = sum(len(text.encode()) for text in texts)
-    python = nano.held_out(model, encode(tokenizer, texts), num_bytes, settings.sequence_length)
     made["results"] = {
         "held_out": score(played)._asdict(),
         "held_out_with_made_up_words": score(made_up)._asdict(),
         "by_kind": {kind: score(each)._asdict() for kind, each in by_kind.items()},
         "drafts": drafts._asdict(),
-        "python_bits_per_byte": python.bits_per_byte,
     }
     publish.write_json(file, made)
     typer.echo(json.dumps(made["results"], indent=2))
