@@ -225,3 +225,10 @@ def test_it_goes_from_a_question_over_calls_to_an_answer(
     assert played.calls == [*calls, []]
     assert all(turn.message.reasoning for turn in played.turns)
     assert answer in played.turns[-1].message.content
+
+
+def test_its_record_says_that_most_calls_are_right_and_most_drafts_accepted() -> None:
+    results = RECORD["results"]
+    assert results["held_out"]["calls"] >= 0.9
+    assert results["held_out"]["answers"] >= 0.8
+    assert results["drafts"]["first"] >= 0.9
