@@ -145,6 +145,12 @@ class BiasController(nn.Module):
         bias[:, : model.n_routed_experts] = ((offset.unsqueeze(1) + self.balance) / width).float()
         return bias
 
+    def begin_at(self, biases: Tensor) -> None:
+        """Go on from the biases of a trained model, fp32 [layers, N + Z]."""
+        ours = biases[:, : self.balance.shape[1]].double() * biases.shape[1]
+        self.integral = ours.mean(dim=1)
+        self.balance = ours - self.integral.unsqueeze(1)
+
     def grow(self) -> None:
         """Stack the layers upon themselves, as the model's."""
         for name, buffer in list(self.named_buffers()):

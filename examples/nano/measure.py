@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import gzip
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -104,13 +104,16 @@ def acceptance(model: LongcatForCausalLM, stream: Tensor, depth: int, new_tokens
         ValueError: if no file is long enough for a prompt.
     """
     chains = greedy_chains(model, stream, depth, new_tokens)
-    if not chains:
-        return None
-    accepted = torch.cat([each.accepted for each in chains])
+    return accepted(chains, depth) if chains else None
+
+
+def accepted(chains: Sequence[drafting.Chains], depth: int) -> Acceptance:
+    """chains: at least one."""
+    leading = torch.cat([each.accepted for each in chains])
     steps = [step for each in chains for step in drafting.walk(each.accepted, depth)]
-    by_depth = [float((accepted >= d).double().mean()) for d in range(1, depth + 1)]
+    by_depth = [float((leading >= d).double().mean()) for d in range(1, depth + 1)]
     length = 1 + sum(step.accepted for step in steps) / len(steps)
-    return Acceptance(by_depth[0], by_depth, length, len(accepted))
+    return Acceptance(by_depth[0], by_depth, length, len(leading))
 
 
 def greedy_chains(model: LongcatForCausalLM, stream: Tensor, depth: int, new_tokens: int) -> list[drafting.Chains]:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from examples.nano.balance import BiasController, Watch, set_biases
+from examples.nano.balance import BiasController, Routed, Watch, set_biases
 from examples.nano.corpus import Batches
 from examples.nano.growth import grown, stacked
 from examples.nano.settings import Settings
@@ -107,6 +107,8 @@ class Part(NamedTuple):
     balance_loss: Tensor | None
     rows: Tensor
     """int64 [layers, FFN experts]: tokens of each."""
+    tokens: int
+    """That went through the layers."""
 
 
 class Trainer:
@@ -149,9 +151,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * rate
 
-        ids = self.batches[self.step].to(self.device)
         with Watch(self.model, settings) as watch:
-            parts = list(self._pool.map(self._part, range(settings.parts), ids.chunk(settings.parts), repeat(watch)))
+            parts = self._parts(watch)
         loss = sum(float(part.loss) for part in parts) / settings.parts
         if not math.isfinite(loss):
             raise DivergedError(f"step {self.step + 1}: a loss of {loss}; lower the learning_rate of the settings")
@@ -161,17 +162,24 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
         self.optimizer.step()
         rows = torch.stack([part.rows for part in parts]).sum(dim=0)
-        set_biases(self.model, self.controller.update(rows, ids.numel(), max(rate, _LEAST_CONTROL)))
+        tokens = sum(part.tokens for part in parts)
+        set_biases(self.model, self.controller.update(rows, tokens, max(rate, _LEAST_CONTROL)))
         self.step += 1
         by_device = rows.unflatten(1, (settings.device_balance.devices, -1)).sum(dim=2)
         return Measured(
             loss=loss,
             draft_loss=_mean([part.draft_loss for part in parts]),
             balance_loss=_mean([part.balance_loss for part in parts]),
-            ffn_experts=(rows.sum(dim=1) / ids.numel()).tolist(),
+            ffn_experts=(rows.sum(dim=1) / tokens).tolist(),
             imbalance=relative_load(rows).amax(dim=1).tolist(),
             device_imbalance=relative_load(by_device).amax(dim=1).tolist(),
         )
+
+    def _parts(self, watch: Watch) -> list[Part]:
+        """Those of this step's batch, side by side."""
+        parts = self.settings.parts
+        ids = self.batches[self.step].to(self.device)
+        return list(self._pool.map(self._part, range(parts), ids.chunk(parts), repeat(watch)))
 
     def _part(self, index: int, ids: Tensor, watch: Watch) -> Part:
         """Losses and gradients of one part of the batch, in a thread of its own."""
@@ -182,6 +190,14 @@ class Trainer:
             routed = watch.take()
             draft_losses = self._draft_losses(hidden, ids, logits, index) if self.model.model.mtp is not None else []
         main_loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+        return self._learned(main_loss, draft_losses, routed, ids.numel())
+
+    def _learned(self, main_loss: Tensor, draft_losses: list[Tensor], routed: list[Routed], tokens: int) -> Part:
+        """The whole loss of a part, and its gradients.
+
+        routed: by layer, what the routers did with the part's tokens.
+        """
+        settings = self.settings
         loss = main_loss
         if draft_losses:
             loss = loss + settings.draft_layer.weight * torch.stack(draft_losses).mean()
@@ -195,6 +211,7 @@ class Trainer:
             draft_loss=draft_losses[0].detach() if draft_losses else None,
             balance_loss=None if balance_loss is None else balance_loss.detach(),
             rows=torch.stack([each.rows for each in routed]),
+            tokens=tokens,
         )
 
     def _draft_losses(self, hidden: Tensor, ids: Tensor, logits: Tensor, index: int) -> list[Tensor]:
@@ -237,17 +254,19 @@ class Trainer:
             self._load_moment(moment, stacked(of_moment, names, layers))
 
     def _add_draft_layer(self) -> None:
-        """A new MTP layer, whose embedding begins as a copy of the model's own."""
-        model = self.model
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.settings.seed + 1)
-            mtp = MTP(model.config)
-            initialize(mtp)
-        mtp.embed_tokens.weight.data.copy_(model.model.embed_tokens.weight.data)
-        model.model.mtp = mtp.to(self.device)
+        self.model.model.mtp = self._new_draft_layer().to(self.device)
         before = self.optimizer_tensors()
         self.optimizer = self._new_optimizer()
         self.load_optimizer_tensors(before)
+
+    def _new_draft_layer(self) -> MTP:
+        """An MTP layer whose embedding begins as a copy of the model's own."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.settings.seed + 1)
+            mtp = MTP(self.model.config)
+            initialize(mtp)
+        mtp.embed_tokens.weight.data.copy_(self.model.model.embed_tokens.weight.data)
+        return mtp
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         """AdamW; norms do not decay. Moments are made at a parameter's first gradient."""
