@@ -2,14 +2,14 @@
 # .venv-cuda and .venv-cuda-sglang, in which their CUDA builds run without a GPU (docs/dry-run.md); and .venv-agents, for
 # the example agents. Needs Python 3.11 with pip.
 PYTHON ?= python3.11
-# The engine of `make demo`: vllm or sglang.
+# The engine of `make demo` and `make demo-agent`: vllm or sglang.
 ENGINE ?= vllm
 
 DEVICE := $(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu)
 PIP = $(@D)/bin/python -m pip --disable-pip-version-check install
 SITE = $$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 
-.PHONY: vllm sglang agents demo test test-vllm test-sglang cuda-check cuda-check-vllm cuda-check-sglang lint bench
+.PHONY: vllm sglang agents demo demo-agent test test-vllm test-sglang cuda-check cuda-check-vllm cuda-check-sglang lint bench
 
 vllm: .venv-vllm/.installed
 sglang: .venv-sglang/.installed
@@ -17,6 +17,9 @@ agents: .venv-agents/.installed
 
 demo: $(ENGINE)
 	.venv-$(ENGINE)/bin/python examples/demo.py
+
+demo-agent: $(ENGINE)
+	.venv-$(ENGINE)/bin/python examples/demo.py --agent
 
 test: test-vllm test-sglang
 

@@ -23,21 +23,30 @@ console = Console(highlight=False)
 
 def main(url: str, question: str) -> int:
     """Returns the exit status: 0 if the model came to an answer."""
-    messages: list[Any] = [{"role": "user", "content": question}]
     try:
         with OpenAI(base_url=url, api_key="none", http_client=DefaultHttpxClient(trust_env=False)) as client:
-            model = client.models.list().data[0].id
-            for _ in range(MOST_ROUNDS):
-                message = said(client, model, messages)
-                messages.append(message)
-                if "tool_calls" not in message:
-                    return 0
-                messages += [result_of(call) for call in message["tool_calls"]]
-    except OpenAIError as error:
+            answer(client, question)
+    except (OpenAIError, RuntimeError) as error:
         console.print(f"{url}: {error}", style="red", markup=False)
         return 1
-    console.print(f"no answer after {MOST_ROUNDS} rounds", style="red")
-    return 1
+    return 0
+
+
+def answer(client: OpenAI, question: str) -> None:
+    """Print all that is said and done until the model answers.
+
+    Raises:
+        RuntimeError: if it does not.
+    """
+    model = client.models.list().data[0].id
+    messages: list[Any] = [{"role": "user", "content": question}]
+    for _ in range(MOST_ROUNDS):
+        message = said(client, model, messages)
+        messages.append(message)
+        if "tool_calls" not in message:
+            return
+        messages += [result_of(call) for call in message["tool_calls"]]
+    raise RuntimeError(f"no answer after {MOST_ROUNDS} rounds")
 
 
 def said(client: OpenAI, model: str, messages: list[Any]) -> dict[str, Any]:

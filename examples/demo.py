@@ -1,4 +1,5 @@
-"""Serves LongCat-Nano, drafts and all, with the stock command of an engine, and has it write Python."""
+"""Serves LongCat-Nano, drafts and all, with the stock command of an engine, and has it write Python; with `--agent` the
+Nano that calls tools, which answers questions with them."""
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
@@ -11,23 +12,29 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 
+import agent
 from openai import APIConnectionError, DefaultHttpxClient, OpenAI, OpenAIError
 from rich.console import Console
 from rich.text import Text
 
 from longcat_cli.terminal import printable
-from longcat_nano import CHECKPOINT
+from longcat_nano import CHECKPOINT, TOOLS_CHECKPOINT
 
 SERVER_LOG = Path(__file__).resolve().parents[1] / ".cache" / "example-server.log"
 COMMANDS = Path(sys.executable).parent
 """Where `vllm` is: beside the Python that runs this."""
 ENGINE = "vLLM" if find_spec("vllm") else "SGLang"
+PARSERS = [
+    *(["--enable-auto-tool-choice"] if ENGINE == "vLLM" else []),
+    *["--tool-call-parser", "longcat", "--reasoning-parser", "longcat"],
+]
+"""Options with which an engine tells calls and reasoning from text."""
 MODEL = "longcat-nano"
 BEGINNINGS = (
     "import os\nimport sys\n\n\ndef main(",
@@ -37,6 +44,11 @@ BEGINNINGS = (
 """What a program may begin with; the model goes on."""
 QUESTION = "Return True if the path is a directory."
 """Of the kind that it was trained on: the first line of a function's docstring."""
+FOR_TOOLS = (
+    "What is 12 plus 30?",
+    "What are 12 plus 30 and 7 times 8?",
+    'Read "notes/zebra.txt".',
+)
 NEW_TOKENS = 64
 SAMPLING = {"temperature": 0.8, "top_p": 0.9}
 """Greedy answers of a model this small repeat themselves."""
@@ -49,10 +61,20 @@ LOG_TAIL = 120
 console = Console(highlight=False)
 
 
-def main() -> int:
+def main(*arguments: str) -> int:
     """Returns the exit status: 0 only if the model answered."""
+    if arguments not in ((), ("--agent",)):
+        console.print(f"{shlex.join(arguments)}: wanted nothing, or --agent", style="red", markup=False)
+        return 2
     _on_signals(_exit_on_signal)
     try:
+        if arguments:
+            with served(TOOLS_CHECKPOINT, PARSERS) as client:
+                for question in FOR_TOOLS:
+                    console.print(Text.assemble(("You      ", "bold"), question))
+                    agent.answer(client, question)
+                    console.print()
+            return 0
         with served(CHECKPOINT) as client:
             written = [*(complete(client, beginning) for beginning in BEGINNINGS), chat(client)]
         console.print(what_it_took(CHECKPOINT, written), soft_wrap=True)
@@ -63,14 +85,23 @@ def main() -> int:
 
 
 @contextmanager
-def served(checkpoint: Path) -> Iterator[OpenAI]:
+def served(checkpoint: Path, options: Sequence[str] = ()) -> Iterator[OpenAI]:
     """A client of a server that lasts as long as the `with` block, however that ends.
 
     Raises:
         RuntimeError: if the server ends, or is not ready in time; the end of its log is printed.
     """
     port = _free_port()
-    command = [*stock_command(checkpoint), "--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port)]
+    command = [
+        *stock_command(checkpoint),
+        *options,
+        "--served-model-name",
+        MODEL,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     console.print("$ " + shlex.join(command), style="dim", markup=False, soft_wrap=True)
     SERVER_LOG.parent.mkdir(exist_ok=True)
     with SERVER_LOG.open("wb") as log:
@@ -210,4 +241,4 @@ def _log_lines() -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))
