@@ -200,7 +200,10 @@ def _put_rules() -> None:
 
 
 def registered_detection() -> str:
-    found = [sys.modules[module] for module in _RULES if not is_awaited(module)]
+    imported = [module for module in _RULES if not is_awaited(module)]
+    if not all(module in sys.modules for module in imported):
+        return "none"
+    found = [sys.modules[module] for module in imported]
     firsts = [rules[0] for each in found for rules in (each.TOOL_CALL_PARSER_RULES, each.REASONING_PARSER_RULES)]
     return next((str(rule.predicate.__module__) for rule in firsts if rule.value != PARSER), __name__)
 
