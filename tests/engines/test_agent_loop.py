@@ -101,7 +101,7 @@ def test_a_required_call_is_guided_behind_reasoning(stream: bool, client: OpenAI
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_the_example_agents_come_to_the_answer(example: str, server: Server, tmp_path: Path) -> None:
     for question, wanted in (
-        ("What is 12 plus 30?", ["add", "42"]),
+        ("What are 12 plus 30 and 7 times 8?", ["add", "multiply", "42", "56"]),
         ('Read "notes/zebra.txt".', ["read_file", "no such file"]),
     ):
         url = f"{server.http.base_url}/v1"
