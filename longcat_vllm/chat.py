@@ -92,11 +92,8 @@ class LongcatToolParser(ToolParser):
         tools = resolve_tool_strictness(callable_tools, request.tool_choice, strict_level)
         if not tools:
             return None
-        wanted = Request(
-            [Tool.read(tool.model_dump()) for tool in tools],
-            _choice(request.tool_choice),
-            parallel=request.parallel_tool_calls is not False,
-        )
+        # Without parallel calls vLLM takes the first call out of this grammar.
+        wanted = Request([Tool.read(tool.model_dump()) for tool in tools], _choice(request.tool_choice))
         phase = Phase.THINK if reasoning else Phase.ANSWER
         return StructuralTag.model_validate(structural_tag(wanted, self._form(), phase))
 
