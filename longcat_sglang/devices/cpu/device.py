@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from longcat_core.config import LongcatConfig
@@ -126,4 +127,12 @@ class Cpu(Device):
             Finding("attention", f"{backend}: any sizes, chunked prefill, radix cache"),
             Finding("MoE", f"rows of FFN experts only; {', '.join(kernels)}"),
             Finding("FP8", "dequantised when it is loaded"),
+            Finding("cores", _cores(torch.get_num_threads(), len(os.sched_getaffinity(0)))),
         ]
+
+
+def _cores(threads: int, cores: int) -> str:
+    """What the model of a stock server with one rank computes on: SGLang leaves it to torch."""
+    if threads >= cores:
+        return f"all {cores} compute"
+    return f"{threads} of {cores} compute, as OMP_NUM_THREADS or torch says; OMP_NUM_THREADS={cores} has all compute"

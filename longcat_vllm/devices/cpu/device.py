@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from longcat_core.config import LongcatConfig
 from longcat_core.layers.routing import RouterFunctions, route
@@ -108,4 +109,23 @@ class Cpu(Device):
             Finding("attention", f"{name}: any sizes, chunked prefill, prefix caching"),
             Finding("MoE", f"rows of FFN experts only; {', '.join(kernels)}"),
             Finding("FP8", "in FP8 with activations in bfloat16" if has_kernels else "dequantised when it is loaded"),
+            Finding("cores", _cores()),
         ]
+
+
+def _cores() -> str:
+    """What vLLM itself says that the model of a stock server with one rank computes on."""
+    from vllm.utils.ompmultiprocessing import OMPProcessManager
+
+    parallel = SimpleNamespace(local_world_size=1, data_parallel_rank_local=None, _api_process_count=1)
+    config: Any = SimpleNamespace(parallel_config=parallel, kv_transfer_config=None)
+    binding = OMPProcessManager(config)
+    if binding.skip_setup:
+        return "not bound: VLLM_CPU_OMP_THREADS_BIND is 'nobind'"
+    computing, kept = len(binding.cpu_lists[0]), len(binding.reserved_cpu_list)
+    if not kept:
+        return f"all {computing} compute"
+    return (
+        f"{computing} of {computing + kept} compute, the rest is kept for vLLM's other processes; "
+        "VLLM_CPU_NUM_OF_RESERVED_CPU=0 has all compute"
+    )
