@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, get_type_hints
 
-from openai.types.chat import ChatCompletionToolParam
-
-ROOT = Path.cwd()
+ROOT = Path.cwd().resolve()
 """What is not below it is not there."""
 
 
@@ -23,35 +23,35 @@ def multiply(a: int, b: int) -> str:
 
 def list_files(directory: str) -> str:
     """List the files of a directory."""
-    found = _below_root(directory)
-    return "\n".join(sorted(each.name for each in found.iterdir())) if found.is_dir() else "Error: no such directory"
+    found = (ROOT / directory).resolve()
+    if not found.is_relative_to(ROOT) or not found.is_dir():
+        return "Error: no such directory"
+    return "\n".join(sorted(each.name for each in found.iterdir()))
 
 
 def read_file(path: str) -> str:
     """Read a text file."""
-    found = _below_root(path)
-    return found.read_text(errors="replace") if found.is_file() else "Error: no such file"
+    found = (ROOT / path).resolve()
+    if not found.is_relative_to(ROOT) or not found.is_file():
+        return "Error: no such file"
+    return found.read_text(errors="replace")
 
 
 FUNCTIONS = (add, multiply, list_files, read_file)
 """A failure is a result too: the model reads it, and says or tries something else."""
 
 
-def _below_root(path: str) -> Path:
-    found = (ROOT / path).resolve()
-    return found if found.is_relative_to(ROOT) else ROOT / "outside"
+_TYPES = {int: "integer", str: "string"}
 
 
-def _declared(name: str, description: str, **types: str) -> ChatCompletionToolParam:
-    schema = {"type": "object", "properties": {key: {"type": kind} for key, kind in types.items()}}
-    function = {"name": name, "description": description, "parameters": schema | {"required": list(types)}}
-    return ChatCompletionToolParam(type="function", function=function)  # type: ignore[typeddict-item]
+def _declared(function: Callable[..., str]) -> dict[str, Any]:
+    types = {name: {"type": _TYPES[kind]} for name, kind in get_type_hints(function).items() if name != "return"}
+    schema = {"type": "object", "properties": types, "required": list(types)}
+    return {
+        "type": "function",
+        "function": {"name": function.__name__, "description": function.__doc__, "parameters": schema},
+    }
 
 
-DECLARED = [
-    _declared("add", "Add two integers.", a="integer", b="integer"),
-    _declared("multiply", "Multiply two integers.", a="integer", b="integer"),
-    _declared("list_files", "List the files of a directory.", directory="string"),
-    _declared("read_file", "Read a text file.", path="string"),
-]
+DECLARED: list[Any] = [_declared(function) for function in FUNCTIONS]
 """As OpenAI's API takes them."""

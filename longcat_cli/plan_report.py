@@ -35,7 +35,8 @@ def show(choice: Choice, found: Sequence[Choice], today: datetime.date, console:
         f"overlap: {deployment.overlap}; rates: {deployment.rates.name}"
     )
     activated = model.activated_parameters(deployment.load(1).ffn_experts)
-    console.print(f"{_short(model.total_parameters)} parameters, {_short(activated)} a token", highlight=False)
+    of_mtp = f", {_short(model.mtp_parameters)} in the MTP layer" if model.has_mtp else ""
+    console.print(f"{_short(model.total_parameters)} parameters, {_short(activated)} a token{of_mtp}", highlight=False)
     if len(found) > 1:
         console.print(_layouts(found))
     console.print(_memory(choice))
@@ -183,6 +184,7 @@ def as_json(choice: Choice, found: Sequence[Choice], today: datetime.date) -> st
         "context_tokens": deployment.context,
         "precision": asdict(deployment.precision),
         "parameters": deployment.model.total_parameters,
+        "mtp_parameters": deployment.model.mtp_parameters if deployment.model.has_mtp else 0,
         "activated_parameters": deployment.model.activated_parameters(deployment.load(1).ffn_experts),
         "checkpoint_bytes": checkpoint_bytes(deployment.model, deployment.precision),
         "memory_of_a_gpu": {

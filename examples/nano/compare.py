@@ -16,10 +16,11 @@ from matplotlib.axes import Axes
 
 from examples.nano import publish
 from examples.nano.corpus import Streams, standard_library, streams
+from examples.nano.curves import Curves
 from examples.nano.plots import smoothed
 from examples.nano.settings import PRESETS, Settings
 from examples.nano.train import chosen_device, console, preset_of, require_enough, train
-from examples.nano.trainer import Curves, Trainer, deterministic
+from examples.nano.trainer import Trainer, deterministic
 from examples.nano.training_record import machine
 from longcat_cli.plotting import BLUE, GREY, RED, figure, save
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from examples.nano.curves import Curves
 from examples.nano.settings import Settings
-from examples.nano.trainer import Curves
 from longcat_cli.plotting import BLUE, GREY, RED, figure, save
 
 

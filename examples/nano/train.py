@@ -22,8 +22,9 @@ from torch import Tensor
 from examples.nano import measure, plots, publish, training_record
 from examples.nano.corpus import standard_library
 from examples.nano.corpus import streams as encoded
+from examples.nano.curves import Curves, Measured
 from examples.nano.settings import PRESETS, Settings, SettingsError
-from examples.nano.trainer import Curves, Measured, Trainer, deterministic
+from examples.nano.trainer import Trainer, deterministic
 from longcat_cli import example_tokenizer
 from longcat_core.reference import LongcatForCausalLM
 

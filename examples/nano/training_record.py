@@ -17,8 +17,8 @@ from tokenizers import Tokenizer
 
 from examples.nano import classes, measure
 from examples.nano.corpus import Corpus
+from examples.nano.curves import Curves
 from examples.nano.settings import Settings
-from examples.nano.trainer import Curves
 from longcat_core.reference import LongcatForCausalLM
 from longcat_core.weights.checkpoint import shards
 

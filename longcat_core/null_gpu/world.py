@@ -136,6 +136,26 @@ def _broadcast_object_list(object_list: list[Any], src: int | None = None, group
         object_list[:] = _last_broadcast[: len(object_list)]
 
 
+def join_groups_of(parallel_state: Any, rank: int, size: int) -> None:
+    """`join`, and have an engine's groups of ranks wait for no other.
+
+    parallel_state: the engine's module of that name.
+    """
+    join(rank, size)
+    original = parallel_state.GroupCoordinator.__init__
+
+    def alone(self: Any, *args: Any, **kwargs: Any) -> None:
+        kwargs.pop("use_message_queue_broadcaster", None)  # whose readers would be waited for
+        original(self, *args, **kwargs)
+
+    parallel_state.GroupCoordinator.__init__ = alone
+    parallel_state.in_the_same_node_as = _all_in_one_node
+
+
+def _all_in_one_node(group: Any, source_rank: int = 0) -> list[bool]:
+    return [True] * (group.size() if isinstance(group, ProcessGroup) else group.world_size)
+
+
 def join(rank: int, size: int) -> None:
     """Make this process rank `rank` of `size`, and every process group that is made from now on a mirror."""
     dist.Backend.register_backend(

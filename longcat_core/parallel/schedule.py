@@ -30,11 +30,15 @@ def _operations(*rows: tuple[str, Resource, tuple[str, ...]]) -> Mapping[str, Op
 
 _C, _L = Resource.COMPUTE, Resource.LINK
 
-SHORTCUT_LAYER = _operations(
+_ATTENTION: tuple[tuple[str, Resource, tuple[str, ...]], ...] = (
     ("attention_0_qkv", _C, ()),
     ("attention_0_core", _C, ("attention_0_qkv",)),
     ("attention_0_output", _C, ("attention_0_core",)),
     ("attention_0_sum", _L, ("attention_0_output",)),
+)
+
+SHORTCUT_LAYER = _operations(
+    *_ATTENTION,
     ("router", _C, ("attention_0_sum",)),
     ("dispatch", _L, ("router",)),
     ("experts", _C, ("dispatch",)),
@@ -53,10 +57,7 @@ SHORTCUT_LAYER = _operations(
 those over tensor-parallel ranks; `dispatch` and `combine` are the all-to-all of expert-parallel ranks."""
 
 PLAIN_LAYER = _operations(
-    ("attention_0_qkv", _C, ()),
-    ("attention_0_core", _C, ("attention_0_qkv",)),
-    ("attention_0_output", _C, ("attention_0_core",)),
-    ("attention_0_sum", _L, ("attention_0_output",)),
+    *_ATTENTION,
     ("router", _C, ("attention_0_sum",)),
     ("dispatch", _L, ("router",)),
     ("experts", _C, ("dispatch",)),
@@ -66,10 +67,7 @@ PLAIN_LAYER = _operations(
 """One attention, then experts: DeepSeek-V3, Qwen3-235B."""
 
 DENSE_LAYER = _operations(
-    ("attention_0_qkv", _C, ()),
-    ("attention_0_core", _C, ("attention_0_qkv",)),
-    ("attention_0_output", _C, ("attention_0_core",)),
-    ("attention_0_sum", _L, ("attention_0_output",)),
+    *_ATTENTION,
     ("dense_ffn_0", _C, ("attention_0_sum",)),
     ("dense_ffn_0_sum", _L, ("dense_ffn_0",)),
 )

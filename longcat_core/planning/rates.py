@@ -57,7 +57,6 @@ class Rates:
     """What of this is assumed."""
     memory_bytes: float = 0.0
     """Of one device."""
-    dollars_an_hour: Figure | None = None
 
     def products(self, precision: str, rows: float) -> float:
         """Operations a second of a product with so many rows of activations."""
@@ -126,7 +125,6 @@ def rates(gpu: Gpu, name: str = "stock") -> Rates:
         omitted=frozenset(raw["omitted"]),
         figures=(*(machine[name] for name in USED), *(f for n, f in shares.items() if n != "operators_a_layer")),
         memory_bytes=gpu.memory_bytes,
-        dollars_an_hour=machine.get("price_dollars_per_hour"),
     )
 
 

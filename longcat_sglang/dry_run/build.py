@@ -14,18 +14,18 @@ import torch
 from sglang.benchmark import one_batch
 from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.distributed import bootstrap
+from sglang.srt.distributed import bootstrap, parallel_state
 from sglang.srt.layers.moe import initialize_moe_config
 from sglang.srt.layers.quantization.fp8_utils import initialize_fp8_gemm_config
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.runtime_context import SpawnRanks, publish, spawn_world_rank
 from sglang.srt.server_args import prepare_server_args
 
+from longcat_core.null_gpu import world
 from longcat_core.null_gpu.steps import Executed, counting
 from longcat_core.null_gpu.told import text_of, told
 from longcat_core.planning.dry_run import Report, Request, Step
 from longcat_sglang.dry_run import kernels, observe
-from longcat_sglang.dry_run.rank import become
 
 TOLD = ("backend", "Using ", "kernel", "KV Cache", "KV cache", "memory", "Memory")
 """Words in lines of SGLang's log that tell a choice or its consequence."""
@@ -68,7 +68,7 @@ def _ranks(arguments: Any) -> int:
 
 
 def _built(request: Request, arguments: Any, report: Report) -> Report:
-    become(request.rank, _ranks(arguments))
+    world.join_groups_of(parallel_state, request.rank, _ranks(arguments))
     rank = spawn_world_rank(arguments, tp_rank=request.rank, pp_rank=0)
     publish(arguments, role="scheduler", ranks=SpawnRanks(world_rank=rank, gpu_id=request.rank))
     initialize_moe_config()

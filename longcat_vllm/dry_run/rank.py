@@ -7,7 +7,6 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
-from torch.distributed import ProcessGroup
 from vllm.distributed import get_pp_group, parallel_state
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
@@ -86,17 +85,5 @@ class OneRank(UniProcExecutor):
 
 def become(rank: int, ranks_of_replica: int, ranks: int) -> None:
     """Make this process one rank of all, in groups whose other ranks do what it does."""
-    world.join(rank, ranks)
+    world.join_groups_of(parallel_state, rank, ranks)
     OneRank.rank = rank % ranks_of_replica
-    original = parallel_state.GroupCoordinator.__init__
-
-    def alone(self: Any, *args: Any, **kwargs: Any) -> None:
-        kwargs.pop("use_message_queue_broadcaster", None)  # whose readers would be waited for
-        original(self, *args, **kwargs)
-
-    parallel_state.GroupCoordinator.__init__ = alone  # type: ignore[method-assign]
-    parallel_state.in_the_same_node_as = _all_in_one_node
-
-
-def _all_in_one_node(pg: Any, source_rank: int = 0) -> list[bool]:
-    return [True] * (pg.size() if isinstance(pg, ProcessGroup) else pg.world_size)

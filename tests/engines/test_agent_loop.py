@@ -27,6 +27,11 @@ EXAMPLES = ["agent", "agent_langchain", "agent_openai_sdk"]
 TOOLS = tools()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def clients() -> None:
+    assert PYTHON.exists(), f"{PYTHON} is not there; run make agents"
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     command = engine.command(TOOLS_CHECKPOINT, served_name=MODEL, max_model_len=2048, cache_tokens=16 * 1024)

@@ -13,7 +13,7 @@ from longcat_core.reference import LongcatForCausalLM
 
 @torch.no_grad()
 def exact(model: LongcatForCausalLM, found: Sequence[Batch]) -> float:
-    """A glance while training: the share of conversations in which the model says likeliest all that it is to say."""
+    """The share of conversations in which the model says likeliest all that it is to say."""
     right, count = 0, 0
     for each in found:
         past = model(each.declaration.unsqueeze(0))[2]
