@@ -61,7 +61,7 @@ def batches(tokenizer: Tokenizer, settings: Settings) -> list[Batch]:
     """What every part of every step learns from, in order: each with a declaration of its own, in one of three as
     `domain.tools` has it."""
     size = settings.batch_size // settings.parts
-    source = Source(settings.seed, held_out=False)
+    source = Source(settings.seed, held_out=False, made_up=0.7)
     made: list[Batch] = []
     while len(made) < settings.steps * settings.parts:
         declared = tools() if source.draw.random() < 1 / 3 else drawn_tools(source.draw)
