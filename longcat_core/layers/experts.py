@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,6 +15,13 @@ from longcat_core.layers.routing import Routing
 
 ExpertFFN = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(rows [R, H], experts int32 [R, k], weights fp32 [R, k]) -> [R, H]: the weighted sum of each row's k experts."""
+
+
+class SparseFFN(ABC):
+    """An `ExpertFFN` that computes nothing for an expert of -1, so that its rows need not be compacted."""
+
+    @abstractmethod
+    def __call__(self, rows: Tensor, experts: Tensor, weights: Tensor) -> Tensor: ...
 
 
 class Rows(NamedTuple):
@@ -67,13 +75,16 @@ def identity_share(hidden_states: Tensor, identity: Tensor) -> Tensor:
 def routed_experts(
     hidden_states: Tensor, ids: Tensor, weights: Tensor, ffn: ExpertFFN, expert_map: Tensor | None = None
 ) -> Tensor:
-    """The FFN experts' share, `sum_k w_k FFN_k(x)`: [T, H] in x's dtype; `ffn` sees rows of FFN experts only.
+    """The FFN experts' share, `sum_k w_k FFN_k(x)`: [T, H] in x's dtype; `ffn` sees rows of FFN experts only, if it is
+    no `SparseFFN`.
 
     ids, weights: as in `Routing`; expert_map: int32 [E], the local number of a global expert, or -1 if another rank
     has it: choices of that expert cost nothing here either.
     """
     if expert_map is not None:
         ids = torch.where(ids >= 0, expert_map[ids.clamp(min=0)], -1)
+    if isinstance(ffn, SparseFFN):
+        return ffn(hidden_states, ids, weights)
     kept = ids >= 0
     if not kept.any():
         return torch.zeros_like(hidden_states)

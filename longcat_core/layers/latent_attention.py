@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Requests with this many new tokens or fewer are attended to in one batch: decoding, and verification of drafts.
-_FEW_TOKENS = 16
+FEW_TOKENS = 16
+"""Requests with this many new tokens or fewer are attended to in one batch: decoding, and verification of drafts."""
+
 # Bounds on temporaries: in a prefill, (query, key) pairs of a head's mask, and pairs of a head and a slot of which key
 # and value are expanded; in latent space, scores of all heads, and slots of a batch that are gathered from the cache,
 # in fp32: few enough to stay in a processor's cache.
@@ -105,7 +106,7 @@ class PagedBatch:
                 continue
             # Contexts in a bucket differ by less than two times, which bounds the padding; a prompt chunk is
             # large enough to go alone.
-            key = (new, length.bit_length()) if new <= _FEW_TOKENS else (new, -1 - request)
+            key = (new, length.bit_length()) if new <= FEW_TOKENS else (new, -1 - request)
             buckets.setdefault(key, []).append(request)
         groups = []
         for (new, _), bucket in buckets.items():
@@ -147,13 +148,29 @@ def paged_attention(
     """
     output = queries.new_empty(queries.shape[0], queries.shape[1], up.w_uv.shape[1])
     for group in batch.groups:
-        new = queries[group.queries]  # [G, Q, heads, nope + rope]
-        attend = _attend_expanded if _is_prefill(group, up) else _attend_absorbed
-        output[group.queries] = attend(new, cache, group, up, softmax_scale).to(output.dtype)
+        attend(output, queries, cache, group, up, softmax_scale)
     return output
 
 
-def _is_prefill(group: RequestGroup, up: UpProjection) -> bool:
+def attend(
+    output: Tensor,
+    queries: Tensor,
+    cache: Tensor,
+    group: RequestGroup,
+    up: UpProjection,
+    scale: float,
+    linear: Callable[[Tensor, Tensor], Tensor] = F.linear,
+) -> None:
+    """`paged_attention` of one group: writes its rows of output [T, heads, v]. linear: expands latents of a prompt."""
+    new = queries[group.queries]  # [G, Q, heads, nope + rope]
+    if is_prefill(group, up):
+        attended = _attend_expanded(new, cache, group, up, scale, linear)
+    else:
+        attended = _attend_absorbed(new, cache, group, up, scale)
+    output[group.queries] = attended.to(output.dtype)
+
+
+def is_prefill(group: RequestGroup, up: UpProjection) -> bool:
     """Whether expanding the latents into keys and values costs less than attending in latent space.
 
     With Q queries on N keys, a head multiplies N L (nope + v) to expand and then Q N (nope + v) to attend; in
@@ -225,7 +242,14 @@ def _scores(queries: Tensor, keys: Tensor, group: RequestGroup, scale: float, ne
     return scores
 
 
-def _attend_expanded(queries: Tensor, cache: Tensor, group: RequestGroup, up: UpProjection, scale: float) -> Tensor:
+def _attend_expanded(
+    queries: Tensor,
+    cache: Tensor,
+    group: RequestGroup,
+    up: UpProjection,
+    scale: float,
+    linear: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
     """Attention over keys and values expanded from the latents, some heads at a time. Returns [G, Q, heads, v]."""
     heads, nope, latent = up.w_uk.shape
     rows = cache[group.slots]
@@ -235,7 +259,7 @@ def _attend_expanded(queries: Tensor, cache: Tensor, group: RequestGroup, up: Up
     step = max(1, _EXPANDED_AT_ONCE // group.slots.numel())
     for some in (slice(first, first + step) for first in range(0, heads, step)):
         weight = whole[some]
-        expanded = F.linear(latents, weight.flatten(0, 1)).unflatten(-1, weight.shape[:2]).transpose(1, 2)
+        expanded = linear(latents, weight.flatten(0, 1)).unflatten(-1, weight.shape[:2]).transpose(1, 2)
         k_nope, values = expanded.split([nope, expanded.shape[-1] - nope], dim=-1)
         k = torch.cat((k_nope, rope_keys.unsqueeze(1).expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
         attended[:, :, some] = _attend_to(queries[:, :, some].to(k.dtype), k, values, group, scale).to(attended.dtype)

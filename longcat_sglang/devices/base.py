@@ -14,7 +14,7 @@ from longcat_core.weights.precision import Fp8Kernels
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.utils import BumpAllocator
-    from torch import Tensor, dtype
+    from torch import Tensor, dtype, nn
 
     from longcat_sglang.devices.cuda.rotary import LongcatRotaryEmbedding
     from longcat_sglang.model import LongcatAttention
@@ -53,6 +53,10 @@ class Device(ABC):
     @abstractmethod
     def fp8_kernels(self) -> Fp8Kernels | None:
         """What is in FP8 here; every other FP8 weight is dequantised when loaded. None where all of them are."""
+
+    @abstractmethod
+    def choose_products(self, model: nn.Module) -> None:
+        """Give the linear layers and the head of a model their kernels, where the engine's own are slow."""
 
     @abstractmethod
     def router_functions(self) -> RouterFunctions:

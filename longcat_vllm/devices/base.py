@@ -14,7 +14,7 @@ from longcat_core.weights.precision import Fp8Kernels
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
     from vllm.config import VllmConfig
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
     from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
@@ -43,6 +43,10 @@ class Device(ABC):
     @abstractmethod
     def fp8_linear_method(self, choose: Callable[[], QuantizeMethodBase | None]) -> QuantizeMethodBase | None:
         """The kernel of a linear layer that is in FP8. `choose` makes vLLM's own choice."""
+
+    @abstractmethod
+    def choose_products(self, model: nn.Module) -> None:
+        """Give the linear layers and the head of a model their kernels, where the engine's own are slow."""
 
     @abstractmethod
     def router_functions(self) -> RouterFunctions:

@@ -18,8 +18,9 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.model_runner import ModelRunner
 from torch import Tensor
 
+from longcat_core.kernels.cpu.attention import paged_attention
 from longcat_core.layers import rotary
-from longcat_core.layers.latent_attention import PagedBatch, UpProjection, paged_attention
+from longcat_core.layers.latent_attention import PagedBatch, UpProjection
 
 if TYPE_CHECKING:
     from longcat_sglang.model import LongcatAttention

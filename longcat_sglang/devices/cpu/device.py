@@ -16,7 +16,7 @@ from longcat_sglang.engine import CPU_ATTENTION, MTP_ALGORITHMS, algorithm_of, d
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.utils import BumpAllocator
-    from torch import Tensor, dtype
+    from torch import Tensor, dtype, nn
 
     from longcat_sglang.model import LongcatAttention
     from longcat_sglang.quantization import LongcatFp8Config
@@ -50,6 +50,11 @@ class Cpu(Device):
 
     def fp8_kernels(self) -> None:
         """Without `sgl_kernel` a weight in FP8 would be dequantised for each product, which takes longer."""
+
+    def choose_products(self, model: nn.Module) -> None:
+        from longcat_sglang.devices.cpu.linear import choose_products
+
+        choose_products(model)
 
     def router_functions(self) -> RouterFunctions:
         return RouterFunctions(route)

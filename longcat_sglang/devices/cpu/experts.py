@@ -13,6 +13,8 @@ from sglang.srt.layers.moe.topk import StandardTopKOutput
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 from torch import Tensor
 
+from longcat_core.kernels.cpu.experts import CompiledExperts
+from longcat_core.kernels.cpu.product import is_quicker
 from longcat_core.kernels.packed_experts import PackedExperts, is_supported
 from longcat_core.layers.experts import ExpertFFN, grouped_ffn, routed_experts
 
@@ -59,8 +61,14 @@ class CompactedRowsMethod(UnquantizedFusedMoEMethod):
 
 
 def select_cpu_kernel(dtype: torch.dtype) -> str:
-    """The quickest kernel on this CPU: `packed` or, for any dtype, `torch`."""
+    """The quickest kernel on this CPU: `compiled`, `packed` or, for any dtype, `torch`."""
+    if is_quicker(dtype):
+        return "compiled"
     return "packed" if is_supported(dtype) else "torch"
 
 
-CPU_KERNELS: dict[str, Callable[[Tensor, Tensor], ExpertFFN]] = {"packed": PackedExperts, "torch": grouped_ffn}
+CPU_KERNELS: dict[str, Callable[[Tensor, Tensor], ExpertFFN]] = {
+    "compiled": CompiledExperts,
+    "packed": PackedExperts,
+    "torch": grouped_ffn,
+}

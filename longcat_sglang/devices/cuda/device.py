@@ -18,7 +18,7 @@ from longcat_sglang.devices.base import Device
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.utils import BumpAllocator
-    from torch import Tensor, dtype
+    from torch import Tensor, dtype, nn
 
     from longcat_sglang.devices.cuda.rotary import LongcatRotaryEmbedding
     from longcat_sglang.model import LongcatAttention
@@ -61,6 +61,9 @@ class Cuda(Device):
 
     def fp8_kernels(self) -> Fp8Kernels:
         return SglangFp8Kernels()
+
+    def choose_products(self, model: nn.Module) -> None:
+        """They are the engine's."""
 
     def router_functions(self) -> RouterFunctions:
         if not requested.current().kernels:

@@ -16,6 +16,7 @@ from longcat_vllm.devices.base import MOE_BACKENDS, Device
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from vllm.config import VllmConfig
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
     from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
@@ -39,6 +40,11 @@ class Cpu(Device):
         from longcat_vllm.devices.cpu.fp8 import CpuFp8LinearMethod
 
         return CpuFp8LinearMethod()
+
+    def choose_products(self, model: nn.Module) -> None:
+        from longcat_vllm.devices.cpu.linear import choose_products
+
+        choose_products(model)
 
     def router_functions(self) -> RouterFunctions:
         return RouterFunctions(route)

@@ -20,7 +20,7 @@ from longcat_vllm.engine import TRANSPORT_WITH_TOO_FEW_COLUMNS, shares_experts_o
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
     from vllm.config import VllmConfig
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
     from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
@@ -53,6 +53,9 @@ class Cuda(Device):
 
     def fp8_linear_method(self, choose: Callable[[], QuantizeMethodBase | None]) -> QuantizeMethodBase | None:
         return choose()
+
+    def choose_products(self, model: nn.Module) -> None:
+        """They are the engine's."""
 
     def router_functions(self) -> RouterFunctions:
         if not requested.current().kernels:

@@ -1,0 +1,143 @@
+// MLA over a paged latent cache, in latent space: decoding and verification of a group of requests.
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "parallel.h"
+#include "tiles.h"
+
+using namespace longcat;
+
+extern "C" {
+
+struct Attention {
+    long requests, queries, heads, nope, rope, latent, value;  // queries: of each request
+    long slots, cache_stride, query_stride;  // slots: of each request; a query's heads lie one after the other
+    float scale;
+};
+
+// How many parts the slots of a request are attended to in, each by one thread.
+long longcat_attention_parts(const Attention* a) {
+    const long threads = omp_get_max_threads(), items = a->requests * ((a->heads + 3) / 4);
+    return std::max(1L, std::min((2 * threads + items - 1) / items, a->slots / 512));
+}
+
+// output: bf16 [T, heads, value], of which rows `rows` are written; query: bf16 [T, heads, nope + rope]; rows: int64
+// [requests, queries]; cache: bf16 [slots of the cache, latent + rope]; slots: int64 [requests, slots]; positions: int64
+// [requests, queries], a query sees the slots up to its own; or `visible`, bool [requests, queries, slots], says which;
+// w_uk: bf16 [heads, latent, nope]; w_uv: bf16 [heads, value, latent]; latent is a multiple of 32. scratch: fp32 [N, heads,
+// padded(latent + rope)], then [parts, N, heads, latent + 2], where N = requests queries, then [N, heads, padded(nope)].
+void longcat_attention(const Attention* attention, bf16* output, const bf16* query, const int64_t* rows,
+                       const bf16* cache, const int64_t* slots, const int64_t* positions, const bool* visible,
+                       const bf16* w_uk, const bf16* w_uv, float* scratch) {
+    const Attention a = *attention;
+    const Tiles& tile = tiles();
+    const long all = a.requests * a.queries, width = padded(a.latent + a.rope), nope_width = padded(a.nope);
+    const long key = a.latent + a.rope, parts = longcat_attention_parts(attention);
+    const long kept = a.latent + 2;  // a context with its greatest score and its sum of exponentials
+    float* const in_latent = scratch;
+    float* const contexts = in_latent + all * a.heads * width;
+    float* const without_rope = contexts + parts * all * a.heads * kept;
+
+    // Queries into latent space, a head at a time, for all requests.
+    constexpr long BLOCK = 64;
+    const long latent_blocks = (a.latent + BLOCK - 1) / BLOCK;
+    for_each(all * a.heads, [=, &tile](long item) {
+        const long n = item / a.heads, h = item % a.heads;
+        const bf16* const from = query + rows[n] * a.query_stride + h * (a.nope + a.rope);
+        tile.split(from, a.nope, without_rope + item * nope_width);
+        float* const to = in_latent + item * width;
+        for (long i = 0; i < a.rope; i++) to[split_place(a.latent + i)] = to_float(from[a.nope + i]) * a.scale;
+        for (long i = key; i < width; i++) to[split_place(i)] = 0.0f;
+    });
+    for_each(a.heads * latent_blocks, [=, &tile](long item) {
+        const long h = item / latent_blocks, first = item % latent_blocks * BLOCK;
+        const long count = std::min(BLOCK, a.latent - first);
+        std::vector<float> made(all * BLOCK);
+        tile.dot({without_rope + h * nope_width, a.heads * nope_width, nullptr}, all,
+                 {w_uk + (h * a.latent + first) * a.nope, a.nope, nullptr}, count, a.nope, made.data(), BLOCK);
+        for (long n = 0; n < all; n++) {
+            float* const to = in_latent + (n * a.heads + h) * width;
+            for (long i = 0; i < count; i++) to[split_place(first + i)] = made[n * BLOCK + i] * a.scale;
+        }
+    });
+
+    // Scores, softmax and contexts of some heads of a request over a part of its slots, a block of slots at a time.
+    const long threads = omp_get_max_threads();
+    long heads = a.heads;
+    while (heads > 4 && a.requests * parts * ((a.heads + heads - 1) / heads) < 2 * threads) heads = (heads + 1) / 2;
+    const long head_blocks = (a.heads + heads - 1) / heads;
+    const long part_slots = ((a.slots + parts - 1) / parts + BLOCK - 1) / BLOCK * BLOCK;
+    for_each(a.requests * parts * head_blocks, [=, &tile](long item) {
+        const long request = item / (parts * head_blocks), part = item / head_blocks % parts;
+        const long first_head = item % head_blocks * heads, some = std::min(heads, a.heads - first_head);
+        const long last = std::min(a.slots, (part + 1) * part_slots);
+        std::vector<float> weights(some * BLOCK);
+        for (long q = 0; q < a.queries; q++) {
+            const long n = request * a.queries + q;
+            float* const to = contexts + ((part * all + n) * a.heads + first_head) * kept;
+            for (long h = 0; h < some; h++) {
+                std::fill_n(to + h * kept, a.latent, 0.0f);
+                to[h * kept + a.latent] = -INFINITY, to[h * kept + a.latent + 1] = 0.0f;
+            }
+            const long end = visible ? last : std::min(last, long(positions[n]) + 1);
+            for (long first = part * part_slots; first < end; first += BLOCK) {
+                const long count = std::min(BLOCK, end - first);
+                const Rows<bf16> keys = {cache, a.cache_stride, slots + request * a.slots + first};
+                tile.dot({in_latent + (n * a.heads + first_head) * width, width, nullptr}, some, keys, count, key,
+                         weights.data(), BLOCK);
+                for (long h = 0; h < some; h++) {
+                    float* const scores = weights.data() + h * BLOCK;
+                    if (visible)
+                        for (long i = 0; i < count; i++)
+                            if (!visible[n * a.slots + first + i]) scores[i] = -INFINITY;
+                    float& greatest = to[h * kept + a.latent];
+                    const float now = std::max(greatest, *std::max_element(scores, scores + count));
+                    if (now == -INFINITY) {  // nothing is seen yet
+                        std::fill_n(scores, count, 0.0f);
+                        continue;
+                    }
+                    const float shrink = std::exp(greatest - now);
+                    if (shrink != 1.0f)
+                        for (long i = 0; i < a.latent; i++) to[h * kept + i] *= shrink;
+                    greatest = now;
+                    float& total = to[h * kept + a.latent + 1];
+                    total = total * shrink + tile.exponentials(scores, count, now);
+                }
+                tile.mix(weights.data(), BLOCK, some, keys, count, a.latent, to, kept);
+            }
+        }
+    });
+
+    // The parts put together, and values out of latent space, a head at a time, for all requests.
+    for_each(all * a.heads, [=](long item) {
+        float* const first = contexts + item * kept;
+        float greatest = -INFINITY, total = 0.0f;
+        for (long part = 0; part < parts; part++)
+            greatest = std::max(greatest, first[part * all * a.heads * kept + a.latent]);
+        for (long part = 0; part < parts; part++) {
+            const float* const from = first + part * all * a.heads * kept;
+            total += from[a.latent + 1] * std::exp(from[a.latent] - greatest);
+        }
+        for (long part = parts; part-- > 0;) {  // the first one last, as the sum takes its place
+            const float* const from = first + part * all * a.heads * kept;
+            const float share = std::exp(from[a.latent] - greatest) / total;
+            float* const sum = parts > 1 ? in_latent + item * width : first;
+            for (long i = 0; i < a.latent; i++) sum[i] = (part + 1 < parts ? sum[i] : 0.0f) + share * from[i];
+        }
+    });
+    const float* const found = parts > 1 ? in_latent : contexts;
+    const long found_stride = parts > 1 ? width : kept, value_blocks = (a.value + BLOCK - 1) / BLOCK;
+    for_each(a.heads * value_blocks, [=, &tile](long item) {
+        const long h = item / value_blocks, first = item % value_blocks * BLOCK;
+        const long count = std::min(BLOCK, a.value - first);
+        std::vector<float> made(all * BLOCK);
+        tile.dot({found + h * found_stride, a.heads * found_stride, nullptr}, all,
+                 {w_uv + (h * a.value + first) * a.latent, a.latent, nullptr}, count, a.latent, made.data(), BLOCK);
+        for (long n = 0; n < all; n++)
+            for (long i = 0; i < count; i++)
+                output[(rows[n] * a.heads + h) * a.value + first + i] = to_bf16(made[n * BLOCK + i]);
+    });
+}
+}

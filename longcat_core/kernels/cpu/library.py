@@ -1,0 +1,101 @@
+"""The compiled library, which is built with the package where there is a C++ compiler."""
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+GROUP = 32
+"""Numbers that are kept together, as `tiles.h` says."""
+
+
+def padded(count: int) -> int:
+    """As many numbers as whole groups of `tiles.h` have."""
+    return -(-count // GROUP) * GROUP
+
+
+def is_available() -> bool:
+    return _found()[0] is not None
+
+
+def description() -> str:
+    """The instruction set that the kernels use here, or why there are none."""
+    library, problem = _found()
+    if library is None:
+        return problem
+    name: bytes = library.longcat_instruction_set()
+    return name.decode()
+
+
+def use(instruction_set: str) -> None:
+    """Choose among `avx512`, `avx2` and `generic`, for tests and comparisons; at first it is the quickest.
+
+    Raises:
+        ValueError: if this processor does not have it.
+        RuntimeError: if the library is not there.
+    """
+    if not library().longcat_use(instruction_set.encode()):
+        raise ValueError(
+            f"instruction set {instruction_set!r}: not of this processor, wanted generic or {description()}"
+        )
+
+
+def multiplies_bf16() -> bool:
+    """Whether this processor has products in bf16, for which torch's and the engines' kernels are made; on others these
+    multiply row by row, or are not there."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def library() -> ctypes.CDLL:
+    """
+    Raises:
+        RuntimeError: if it is not there.
+    """
+    found, problem = _found()
+    if found is None:
+        raise RuntimeError(f"kernels for CPUs: {problem}")
+    return found
+
+
+def require_bf16(**tensors: Tensor) -> None:
+    """
+    Raises:
+        ValueError: for a tensor of another dtype, or whose last dimension is not contiguous.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.bfloat16 or tensor.stride(-1) != 1:
+            raise ValueError(
+                f"{name}: {tensor.dtype} with strides {tensor.stride()}, wanted torch.bfloat16, contiguous in its last "
+                "dimension"
+            )
+
+
+@cache
+def _found() -> tuple[ctypes.CDLL | None, str]:
+    spec = find_spec(f"{__package__}._kernels")
+    if spec is None or spec.origin is None:
+        return None, "not built, as there was no C++ compiler; install one, and longcat-serving again"
+    try:
+        # Its OpenMP is torch's, whose symbols are global: two of them would fight for the cores.
+        found = ctypes.CDLL(spec.origin)
+    except OSError as error:
+        return None, f"{spec.origin} does not load: {error}"
+    pointer, number = ctypes.c_void_p, ctypes.c_long
+    signatures: Sequence[tuple[str, Sequence[type], type | None]] = (
+        ("longcat_instruction_set", (), ctypes.c_char_p),
+        ("longcat_use", (ctypes.c_char_p,), ctypes.c_int),
+        ("longcat_product", (pointer, pointer, number, pointer, number, pointer, *[number] * 3), None),
+        ("longcat_experts", (pointer, pointer, number, *[pointer] * 5, *[number] * 5), None),
+        ("longcat_attention_parts", (pointer,), number),
+        ("longcat_attention", [pointer] * 11, None),
+    )
+    for name, arguments, result in signatures:
+        function = getattr(found, name)
+        function.argtypes, function.restype = arguments, result
+    return found, ""

@@ -1,0 +1,18 @@
+// Work shared among the threads of torch's OpenMP, item by item.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <omp.h>
+
+#include <atomic>
+
+namespace longcat {
+
+// Calls work(item) once for each of `items`, from any thread.
+template <class Work>
+void for_each(long items, Work work) {
+    std::atomic<long> next{0};
+#pragma omp parallel num_threads(items < omp_get_max_threads() ? int(items) : omp_get_max_threads())
+    for (long item; (item = next.fetch_add(1)) < items;) work(item);
+}
+
+}  // namespace longcat

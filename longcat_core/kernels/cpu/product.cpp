@@ -1,0 +1,74 @@
+// x W^T for a dense projection, and the choice of the instruction set.
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <cstring>
+
+#include "parallel.h"
+#include "tiles.h"
+
+namespace longcat {
+
+static const Tiles* const ALL_TILES[] = {  // the quickest first
+#ifdef __x86_64__
+    &AVX512_TILES, &AVX2_TILES,
+#endif
+    &GENERIC_TILES};
+
+static bool is_supported(const Tiles& some) {
+#ifdef __x86_64__
+    if (&some == &AVX512_TILES) return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
+    if (&some == &AVX2_TILES) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+    return &some == &GENERIC_TILES;
+}
+
+static const Tiles* quickest() {
+    for (const Tiles* some : ALL_TILES)
+        if (is_supported(*some)) return some;
+    return &GENERIC_TILES;
+}
+
+static const Tiles* chosen = quickest();
+
+const Tiles& tiles() { return *chosen; }
+
+}  // namespace longcat
+
+using namespace longcat;
+
+extern "C" {
+
+const char* longcat_instruction_set() { return tiles().name; }
+
+// 1, or 0 if there is no such instruction set or the processor does not have it; then nothing changes.
+int longcat_use(const char* name) {
+    for (const Tiles* some : ALL_TILES)
+        if (std::strcmp(some->name, name) == 0 && is_supported(*some)) {
+            chosen = some;
+            return 1;
+        }
+    return 0;
+}
+
+// output: bf16 [tokens, rows]; x: bf16 [tokens, k], rows x_stride apart; weight: bf16 [rows, k], rows weight_stride apart;
+// scratch: fp32 [tokens, padded(k)].
+void longcat_product(bf16* output, const bf16* x, long x_stride, const bf16* weight, long weight_stride, float* scratch,
+                     long tokens, long rows, long k) {
+    constexpr long BLOCK = 32;  // rows of weight, which stay in the second-level cache for all tokens
+    const Tiles& tile = tiles();
+    const long width = padded(k);
+    for_each(tokens, [=, &tile](long t) { tile.split(x + t * x_stride, k, scratch + t * width); });
+    for_each((rows + BLOCK - 1) / BLOCK, [=, &tile](long item) {
+        const long first = item * BLOCK, count = std::min(BLOCK, rows - first);
+        constexpr long AT_ONCE = 64;
+        float sums[AT_ONCE * BLOCK];
+        for (long t = 0; t < tokens; t += AT_ONCE) {
+            const long some = std::min(AT_ONCE, tokens - t);
+            tile.dot({scratch + t * width, width, nullptr}, some, {weight + first * weight_stride, weight_stride, nullptr},
+                     count, k, sums, BLOCK);
+            for (long i = 0; i < some; i++)
+                for (long n = 0; n < count; n++) output[(t + i) * rows + first + n] = to_bf16(sums[i * BLOCK + n]);
+        }
+    });
+}
+}

@@ -1,0 +1,194 @@
+"""The compiled kernels for CPUs against their references in higher precision, with each instruction set there is."""
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longcat_core.kernels.cpu import attention, library
+from longcat_core.kernels.cpu.experts import routed_experts
+from longcat_core.kernels.cpu.product import product
+from longcat_core.layers import experts as reference
+from longcat_core.layers import latent_attention
+from longcat_core.layers.latent_attention import PagedBatch
+from tests.attention_steps import SCALE, Step, decodes, dense, idle, step, up_projection, verifications
+from tests.oracle import relative_error
+
+ROUNDING = 2**-8
+"""Of a result to bf16, over the greatest one."""
+pytestmark = pytest.mark.skipif(not library.is_available(), reason=library.description())
+
+
+def has(instruction_set: str) -> bool:
+    best = library.description()
+    try:
+        library.use(instruction_set)
+    except ValueError:
+        return False
+    library.use(best)
+    return True
+
+
+SETS = [name for name in ("generic", "avx2", "avx512") if library.is_available() and has(name)]
+
+
+@pytest.fixture(autouse=True, params=SETS)
+def _instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
+    best = library.description()
+    library.use(request.param)
+    yield
+    library.use(best)
+
+
+seeds = st.integers(0, 2**31)
+
+
+@given(seed=seeds, tokens=st.integers(0, 70), rows=st.integers(1, 70), columns=st.integers(1, 100))
+def test_a_product_is_torchs(seed: int, tokens: int, rows: int, columns: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    wider = torch.randn(tokens, columns + 3, generator=generator).bfloat16()
+    x, weight = wider[:, 1:-2], torch.randn(rows, columns, generator=generator).bfloat16()
+    ours = product(x, weight)
+    assert ours.shape == (tokens, rows)
+    if tokens:
+        assert relative_error(ours, x.double() @ weight.double().T) < ROUNDING
+
+
+def test_a_product_of_numbers_that_bf16_has_is_exact() -> None:
+    x = torch.tensor([[1.0, -2.0, 0.5] * 30]).bfloat16()
+    assert product(x, torch.ones(5, 90).bfloat16()).tolist() == [[-15.0] * 5]
+
+
+@given(
+    seed=seeds,
+    tokens=st.integers(0, 90),
+    experts=st.integers(1, 6),
+    top_k=st.integers(1, 5),
+    hidden=st.integers(1, 80),
+    inner=st.integers(1, 80),
+)
+def test_experts_are_the_reference(seed: int, tokens: int, experts: int, top_k: int, hidden: int, inner: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, hidden, generator=generator).bfloat16()
+    w13 = (torch.randn(experts, 2 * inner, hidden, generator=generator) * hidden**-0.5).bfloat16()
+    w2 = (torch.randn(experts, hidden, inner, generator=generator) * inner**-0.5).bfloat16()
+    ids = torch.randint(-1, experts, (tokens, top_k), generator=generator, dtype=torch.int32)
+    weights = torch.rand(tokens, top_k, generator=generator)
+    ours = routed_experts(x, ids, weights, w13, w2)
+    assert ours.shape == x.shape
+    if tokens:
+        ffn = reference.grouped_ffn(w13.double(), w2.double())
+        assert relative_error(ours, reference.routed_experts(x.double(), ids, weights.double(), ffn)) < ROUNDING
+
+
+def test_many_rows_of_one_expert_are_the_reference() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 64, generator=generator).bfloat16()
+    w13, w2 = (torch.randn(shape, generator=generator).bfloat16() * 0.1 for shape in ((3, 96, 64), (3, 64, 48)))
+    ids = torch.tensor([[2, -1], [2, 0]], dtype=torch.int32).repeat(150, 1)
+    weights = torch.rand(300, 2, generator=generator)
+    truth = reference.routed_experts(
+        x.double(), ids, weights.double(), reference.grouped_ffn(w13.double(), w2.double())
+    )
+    assert relative_error(routed_experts(x, ids, weights, w13, w2), truth) < ROUNDING
+
+
+# The compiled kernel wants latents of whole groups.
+attention_steps = st.builds(
+    step,
+    requests=st.lists(
+        decodes | verifications | idle | st.tuples(st.integers(60, 200), st.integers(1, 5)), min_size=1, max_size=5
+    ),
+    block_size=st.sampled_from([1, 7, 16]),
+    seed=seeds,
+    sizes=st.sampled_from([(2, 6, 4, 32, 5), (9, 33, 2, 64, 20), (4, 32, 32, 96, 32)]),
+)
+
+
+@given(attention_steps)
+def test_attention_is_dense_attention(case: Step) -> None:
+    case = case.to(torch.bfloat16)
+    output = case.run(attention.paged_attention)
+    if output.numel():
+        assert relative_error(output, case.truth()) < 2 * ROUNDING
+
+
+@pytest.mark.parametrize("requests", [[(2000, 1)], [(1500, 3)], [(700, 2), (900, 2)]])
+def test_a_long_context_in_parts_is_dense_attention(requests: list[tuple[int, int]]) -> None:
+    case = step(requests, sizes=(3, 16, 8, 32, 16)).to(torch.bfloat16)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        assert relative_error(case.run(attention.paged_attention), case.truth()) < 2 * ROUNDING
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_prompts_and_what_the_kernel_does_not_take_are_left_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    for sizes, requests in (((2, 6, 4, 8, 5), [(20, 1)]), ((2, 6, 4, 32, 5), [(0, 40), (9, 20)])):
+        case = step(requests, sizes=sizes).to(torch.bfloat16)
+        monkeypatch.setattr(attention, "_attend", None)
+        assert relative_error(case.run(attention.paged_attention), case.truth()) < 2**-5
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(1, 8), seeds)
+def test_a_node_of_a_tree_attends_to_its_path(lengths: list[int], nodes: int, seed: int) -> None:
+    heads, nope, rope, rank, value = 3, 30, 4, 32, 35  # so wide that no tree is attended to as a prompt is
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).bfloat16()
+
+    trees = torch.rand(len(lengths), nodes, nodes, generator=generator) < 0.5
+    trees |= torch.eye(nodes, dtype=torch.bool)
+    cache = normal(sum(length + nodes for length in lengths), rank + rope)
+    table = torch.zeros(len(lengths), max(lengths) + nodes, dtype=torch.int32)
+    order = torch.randperm(len(cache), generator=generator).split([n + nodes for n in lengths])
+    for row, slots in zip(table, order, strict=True):
+        row[: len(slots)] = slots
+    queries = normal(len(lengths) * nodes, heads, nope + rope)
+    w_uk, w_uv = normal(heads, nope, rank) * rank**-0.5, normal(heads, value, rank) * rank**-0.5
+    starts = range(0, len(queries) + 1, nodes)
+    batch = PagedBatch.build(starts, [n + nodes for n in lengths], table, 1, trees)
+    ours = attention.paged_attention(queries, cache, batch, up_projection(w_uk, w_uv), SCALE)
+    for n, output in enumerate(ours):
+        r, node = divmod(n, nodes)
+        slots = order[r]
+        seen = torch.cat((slots[: lengths[r]], slots[lengths[r] :][trees[r, node]]))
+        truth = dense(queries[n].unsqueeze(0), cache[seen], w_uk, w_uv)[0]
+        assert relative_error(output, truth) < 3 * ROUNDING
+
+
+def test_what_other_tokens_left_in_the_cache_is_not_read() -> None:
+    """An uninitialised slot may hold NaN."""
+    case = step([(40, 1), (3, 1)], sizes=(2, 6, 4, 32, 5)).to(torch.bfloat16)
+    cache = case.cache()
+    used = [case.slot(r, p) for r, latents in enumerate(case.latents) for p in range(len(latents))]
+    free = torch.ones(len(cache), dtype=torch.bool)
+    free[used] = False
+    cache[free] = float("nan")
+    lengths = [len(latents) for latents in case.latents]
+    batch = PagedBatch.build([0, 1, 2], lengths, case.block_table, case.block_size)
+    up = up_projection(case.w_uk, case.w_uv)
+    queries = torch.cat(case.queries)
+    ours = attention.paged_attention(queries, cache, batch, up, SCALE)
+    assert relative_error(ours, latent_attention.paged_attention(queries, cache, batch, up, SCALE)) < 2**-5
+
+
+def test_other_dtypes_and_instruction_sets_are_refused_by_name() -> None:
+    x, weight = torch.ones(2, 4), torch.ones(3, 4).bfloat16()
+    with pytest.raises(ValueError, match=r"x: torch.float32 .* wanted torch.bfloat16"):
+        product(x, weight)
+    with pytest.raises(ValueError, match="contiguous in its last dimension"):
+        product(torch.ones(4, 2).bfloat16().T, weight)
+    with pytest.raises(ValueError, match="w13, w2: strides"):
+        routed_experts(
+            x.bfloat16(), torch.zeros(2, 1), torch.ones(2, 1), *(torch.ones(4, 2, 4).bfloat16()[::2] for _ in range(2))
+        )
+    with pytest.raises(ValueError, match="instruction set 'sse9': not of this processor"):
+        library.use("sse9")
