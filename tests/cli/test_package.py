@@ -36,13 +36,16 @@ NANO = {
     "tokenizer_config.json",
 }
 """What an engine reads of LongCat-Nano."""
-UNPUBLISHED = (".*", "build", "dist", "*.egg-info", "__pycache__")
+UNPUBLISHED = (".*", "*.so", "build", "dist", "*.egg-info", "__pycache__")
 
 
-def build(kind: str, source: Path, into: Path) -> Path:
+def build(kind: str, source: Path, into: Path, **variables: str) -> Path:
     """Build an `sdist` or a `wheel` with the setuptools that is installed: no index is asked for one."""
     code = f"from setuptools import build_meta; build_meta.build_{kind}({str(into)!r})"
-    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True, timeout=120)
+    environment = os.environ | variables
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=source, env=environment, check=True, capture_output=True, timeout=120
+    )
     (built,) = into.iterdir()
     return built
 
@@ -113,6 +116,31 @@ def test_the_wheel_has_our_packages_with_their_types_and_nothing_else(wheel: Pat
     sources = {path.relative_to(ROOT).as_posix() for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
     assert {name for name in files if name.endswith(".py")} == sources
     assert f"{metadata}/licenses/LICENSE" in files
+
+
+KERNELS = "longcat_core/kernels/cpu/_kernels.abi3.so"
+
+
+def test_the_wheel_has_the_kernels_for_cpus_and_they_load(files: set[str], environment: Environment) -> None:
+    assert KERNELS in files
+    code = (
+        "import torch; from longcat_core.kernels.cpu.product import product; "
+        "print(product(torch.ones(1, 64).bfloat16(), torch.ones(2, 64).bfloat16()).tolist())"
+    )
+    said = environment.run("python", "-c", code)
+    assert said.stdout == "[[64.0, 64.0]]\n", said.stderr
+
+
+def test_without_a_compiler_the_package_is_built_without_them_and_says_so(sdist: Path, tmp_path: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (source,) = tmp_path.iterdir()
+    wheel = build("wheel", source, tmp_path / "wheel", CC="false", CXX="false")
+    assert KERNELS not in zipfile.ZipFile(wheel).namelist()
+    without = Environment(tmp_path / "environment", wheel)
+    without.add_libraries()
+    said = without.run("python", "-c", "from longcat_core.kernels.cpu import library; print(library.description())")
+    assert "no C++ compiler" in said.stdout, said.stderr
 
 
 def test_the_wheel_has_what_the_dry_run_compiles_and_reads(files: set[str]) -> None:

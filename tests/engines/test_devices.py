@@ -37,7 +37,7 @@ def test_doctor_has_something_to_say_of_attention_experts_and_fp8(name: str, mon
         monkeypatch.setattr("longcat_vllm.devices.cuda.device.engine_choice", lambda *_: ("MLA", "TrtLlmExperts"))
     arguments = (None,) if engine.NAME == "vLLM" else ()
     findings = DEVICES[name].implementations(*arguments)
-    cores = ["cores"] if name == "Cpu" else []
+    cores = ["products", "cores"] if name == "Cpu" else []
     assert [finding.subject for finding in findings] == ["attention", "MoE", "FP8", *cores]
     assert not any(finding.problem for finding in findings)
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from longcat_core.kernels.cpu.library import description, is_available, multiplies_bf16
 from longcat_core.layers.experts import moe
 from longcat_core.layers.routing import Routing
 from longcat_vllm import devices
@@ -57,18 +58,18 @@ def assert_kernel_is_reference(kernel: str, ranks: int, layer: tuple[Tensor, Ten
         assert relative_error(total, truth) < (2e-2 if x.dtype == torch.bfloat16 else 1e-5)
 
 
-@pytest.mark.parametrize("kernel", ["bf16_dot", "vector", "torch"])
+@pytest.mark.parametrize("kernel", ["bf16_dot", "compiled", "vector", "torch"])
 @pytest.mark.parametrize("ranks", [1, 2])
 @settings(max_examples=25, deadline=None)
 @given(layer=layers())
 def test_every_cpu_kernel_is_the_reference(
     kernel: str, ranks: int, layer: tuple[Tensor, Tensor, Tensor, Routing]
 ) -> None:
-    from longcat_vllm.devices.cpu.experts import select_cpu_kernel
-
-    dtype = torch.bfloat16 if kernel == "bf16_dot" else torch.float32
-    if kernel == "bf16_dot" and select_cpu_kernel(32, 32, dtype) != kernel:
+    dtype = torch.bfloat16 if kernel in ("bf16_dot", "compiled") else torch.float32
+    if kernel == "bf16_dot" and not multiplies_bf16():
         pytest.skip("this CPU has neither AVX512-BF16 nor AMX")
+    if kernel == "compiled" and not is_available():
+        pytest.skip(description())
     *tensors, routing = layer
     x, w13, w2 = (tensor.to(dtype) for tensor in tensors)
     assert_kernel_is_reference(kernel, min(ranks, w13.shape[0]), (x, w13, w2, routing))

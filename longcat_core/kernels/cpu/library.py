@@ -52,6 +52,15 @@ def multiplies_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def products() -> str:
+    """What multiplies in bf16 here, in a sentence."""
+    if multiplies_bf16():
+        return "the engine's in bf16, as this processor has them"
+    if is_available():
+        return f"ours in bf16 ({description()})"
+    return f"row by row in bf16, which is slow, as this processor has none; our kernels: {description()}"
+
+
 def library() -> ctypes.CDLL:
     """
     Raises:

@@ -120,6 +120,7 @@ class Cpu(Device):
     def implementations(self) -> list[Finding]:
         import torch
 
+        from longcat_core.kernels.cpu.library import products
         from longcat_sglang.devices.cpu.attention import LatentAttentionBackend
         from longcat_sglang.devices.cpu.experts import select_cpu_kernel
 
@@ -132,6 +133,7 @@ class Cpu(Device):
             Finding("attention", f"{backend}: any sizes, chunked prefill, radix cache"),
             Finding("MoE", f"rows of FFN experts only; {', '.join(kernels)}"),
             Finding("FP8", "dequantised when it is loaded"),
+            Finding("products", products()),
             Finding("cores", _cores(torch.get_num_threads(), len(os.sched_getaffinity(0)))),
         ]
 

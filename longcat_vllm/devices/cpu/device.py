@@ -101,6 +101,7 @@ class Cpu(Device):
     def implementations(self, config: LongcatConfig | None) -> list[Finding]:
         import torch
 
+        from longcat_core.kernels.cpu.library import products
         from longcat_vllm.devices.cpu.experts import select_cpu_kernel
 
         backend = self.attention_backend()
@@ -115,6 +116,7 @@ class Cpu(Device):
             Finding("attention", f"{name}: any sizes, chunked prefill, prefix caching"),
             Finding("MoE", f"rows of FFN experts only; {', '.join(kernels)}"),
             Finding("FP8", "in FP8 with activations in bfloat16" if has_kernels else "dequantised when it is loaded"),
+            Finding("products", products()),
             Finding("cores", _cores()),
         ]
 

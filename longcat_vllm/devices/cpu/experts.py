@@ -18,6 +18,9 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 from vllm.model_executor.utils import replace_parameter
 from vllm.utils.torch_utils import direct_register_custom_op
 
+from longcat_core.kernels.cpu.experts import CompiledExperts
+from longcat_core.kernels.cpu.library import multiplies_bf16
+from longcat_core.kernels.cpu.product import is_quicker
 from longcat_core.layers.experts import ExpertFFN, grouped_ffn, routed_experts
 from longcat_core.quantization import PUBLISHED_BLOCK
 
@@ -71,11 +74,13 @@ class CompactedRowsMethod(FusedMoEMethodBase):
 
 
 def select_cpu_kernel(hidden_size: int, intermediate_size: int, dtype: torch.dtype) -> str:
-    """The quickest kernel for experts of this shape on this CPU: `bf16_dot`, `vector` or, for any shape, `torch`."""
+    """The quickest kernel for experts of this shape on this CPU: `bf16_dot`, `vector` or, for any shape, `compiled` and
+    `torch`."""
+    if is_quicker(dtype):
+        return "compiled"
     if hidden_size % 32 or intermediate_size % 32:
         return "torch"
-    has_bf16_dot = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16_dot" if dtype == torch.bfloat16 and has_bf16_dot else "vector"
+    return "bf16_dot" if dtype == torch.bfloat16 and multiplies_bf16() else "vector"
 
 
 def _dot(
@@ -107,6 +112,10 @@ def _torch(w13: Tensor, w2: Tensor, _s13: None = None, _s2: None = None) -> Expe
     return grouped_ffn(w13, w2)
 
 
+def _compiled(w13: Tensor, w2: Tensor, _s13: None = None, _s2: None = None) -> ExpertFFN:
+    return CompiledExperts(w13, w2)
+
+
 class CpuKernel(NamedTuple):
     pack: Callable[[Tensor], Tensor]
     """Stacked weights into the layout of the kernel, once after loading."""
@@ -123,6 +132,7 @@ CPU_KERNELS = {
     "bf16_dot": CpuKernel(_pack_for_dot, partial(_dot, ops.CPUQuantMethod.UNQUANT)),
     "fp8": CpuKernel(_pack_for_dot, partial(_dot, ops.CPUQuantMethod.FP8_W8A16)),
     "vector": CpuKernel(lambda weight: ops.cpu_prepack_moe_weight(weight, "vec"), _vector),
+    "compiled": CpuKernel(lambda weight: weight, _compiled),
     "torch": CpuKernel(lambda weight: weight, _torch),
 }
 
