@@ -77,7 +77,6 @@ CONFIGS = {
 Nano was trained for."""
 REQUESTS, CONTEXTS, PROMPTS = (1, 2, 4, 8, 16, MOST_REQUESTS), (128, 2048, 8192, 32768), (512, 4096)
 assert CONTEXTS[0] == PROMPT_TOKENS + NEW_TOKENS // 2, "what a request over HTTP has on average"
-CHUNK = max(PROMPTS)
 PREFILLS = 3
 RUNS: dict[str, dict[str, Any]] = {"eager": {}}
 if engine.AS_THE_STOCK_COMMAND:
@@ -103,12 +102,17 @@ class Plan:
     prompts: tuple[int, ...]
     steps: int
 
+    @property
+    def chunk(self) -> int:
+        """Tokens of a pass, at most: a whole prompt, where one is timed."""
+        return max((1024, *self.prompts))
+
     def prompt_tokens(self, cell: Cell) -> int:
         return cell.context - WARM_UP - self.steps // 2
 
     def new_tokens(self, cell: Cell) -> int:
         """The first requests get tokens already while the last prompts are computed."""
-        return WARM_UP + self.steps + AFTER + cell.requests * cell.context // CHUNK + 4
+        return WARM_UP + self.steps + AFTER + cell.requests * cell.context // self.chunk + 4
 
     def tokens(self, cell: Cell) -> int:
         """That are cached at the end, with the rest of a block for each request."""
@@ -117,7 +121,7 @@ class Plan:
 
 def plan_of(is_quick: bool, steps: int, cached_tokens: int) -> Plan:
     cells = [Cell(n, context) for context in CONTEXTS for n in REQUESTS if n * context <= cached_tokens]
-    beside = tuple(Cell(n, CONTEXTS[0]) for n in AT_ONCE)
+    beside = tuple(cell for cell in cells if cell.context == CONTEXTS[0] and cell.requests in AT_ONCE)
     if is_quick:
         return Plan(beside, (), (), steps)
     return Plan(tuple(cells), beside, PROMPTS, steps)
@@ -152,20 +156,20 @@ def main(
         with tempfile.TemporaryDirectory() as temporary:
             directory = Path(temporary) / "checkpoint"
             console.log(f"{name}: a checkpoint")
-            write_checkpoint(name, directory)
+            apart(write_checkpoint, name, directory)
             rows += measured(name, directory, plan, machine, rounds, console)
-    again = measured_machine(sizes)
-    drift = {figure: round(again.figures[figure] / value, 2) for figure, value in machine.figures.items()}
     show(rows, machine)
     if quick or models:
         return
+    again = measured_machine(sizes)
+    drift = {figure: round(again.figures[figure] / value, 2) for figure, value in machine.figures.items()}
     settings = {
         "machine": {figure: round(value, 2) for figure, value in machine.figures.items()},
         "machine_after_over_before": drift,
         "load_average_before": round(load, 2),
         "steps": steps,
         "cached_tokens": cached_tokens,
-        "chunk": CHUNK,
+        "chunk": plan.chunk,
         "models": {name: spellings.published(CONFIGS[name]) for name in chosen},
     }
     print(record.write("floor", rows, **settings))
@@ -193,37 +197,41 @@ def measured(
         console.log(f"{name}: {engine.NAME}, {run}")
         engines[run] = apart(engine_times, directory, config, run, plan)
     floors = {
-        cell: decode_floor(model, machine.rates, *cell, routed)
+        cell: (decode_floor(model, machine.rates, *cell, routed), routed)
         for cell, (_, routed) in engines["eager"].decode.items()
         if routed is not None
     }
     rows = []
     for run, times in engines.items():
         for cell, (seconds, _) in times.decode.items():
-            rows.append(row(name, run, "decode", cell, seconds, floors[cell], cell.requests, times.threads))
+            rows.append(row(name, run, cell, seconds, *floors[cell], threads=times.threads))
         for tokens, seconds in times.prefill.items():
             floor = prefill_floor(model, machine.rates, tokens)
-            rows.append(row(name, run, "prefill", Cell(1, tokens), seconds, floor, tokens, times.threads))
+            rows.append(row(name, run, Cell(1, tokens), seconds, floor, threads=times.threads))
     for cell, seconds in theirs.items():
-        rows.append(row(name, "transformers", "decode", cell, seconds, floors[cell], cell.requests))
+        rows.append(row(name, "transformers", cell, seconds, *floors[cell]))
     if name == Name.large and plan.beside:
         console.log(f"{name}: {engine.NAME}'s stock server")
         for cell, rate in served_rates(directory, plan.beside, rounds).items():
-            rows.append(row(name, "HTTP", "decode", cell, cell.requests / rate, floors[cell], cell.requests))
-    for each in rows:
-        routed = engines["eager"].decode.get(Cell(each["requests"], each["context"]), (0.0, None))[1]
-        each["experts read"] = round(routed.experts, 1) if routed and each["pass"] == "decode" else None
+            rows.append(row(name, "HTTP", cell, cell.requests / rate, *floors[cell]))
     return rows
 
 
 def row(
-    name: Name, run: str, which: str, cell: Cell, seconds: float, floor: Floor, tokens: int, threads: int | None = None
+    name: Name,
+    run: str,
+    cell: Cell,
+    seconds: float,
+    floor: Floor,
+    routed: Routed | None = None,
+    threads: int | None = None,
 ) -> dict[str, Any]:
-    """tokens: that come of it."""
+    """routed: of a decode step; a pass without it is over a prompt."""
+    tokens = cell.context if routed is None else cell.requests
     return {
         "model": name.value,
         "run": run,
-        "pass": which,
+        "pass": "prefill" if routed is None else "decode",
         "requests": cell.requests,
         "context": cell.context,
         "ms": round(seconds * 1e3, 2),
@@ -231,6 +239,7 @@ def row(
         "floor, ms": round(floor.seconds * 1e3, 2),
         "fraction": round(floor.seconds / seconds, 3),
         "bound by": floor.bound,
+        "experts read": None if routed is None else round(routed.experts, 1),
         "threads": threads,
     }
 
@@ -243,12 +252,12 @@ def apart(function: Callable[..., Any], *args: Any) -> Any:
 
 def engine_times(directory: Path, config: LongcatConfig, run: str, plan: Plan) -> Times:
     decode, prefill, threads = {}, {}, 0
-    cached = max([*map(plan.tokens, plan.cells), *plan.prompts]) + CHUNK
+    cached = max([*map(plan.tokens, plan.cells), *plan.prompts]) + plan.chunk
     with tempfile.TemporaryDirectory() as folder, Console(stderr=True).status("starting") as status:
         notes = Notes(Path(folder), plan.steps, counts_experts=run == "eager")
         options = {
             "dtype": "bfloat16",
-            "chunk": CHUNK,
+            "chunk": plan.chunk,
             "prefix_caching": False,
             "cache_tokens": cached,
             "max_model_len": min(cached, LONGEST) - 16,

@@ -96,7 +96,12 @@ class Notes:
         if ENGINE == "sglang":
             pool = import_module("sglang.srt.mem_cache.memory_pool").MLATokenToKVPool
             create = pool._create_buffers
-            patch.setattr(pool, "_create_buffers", lambda this: self._pools.append(this) or create(this))
+
+            def create_and_note(this: Any) -> None:
+                create(this)
+                self._pools.append(this)
+
+            patch.setattr(pool, "_create_buffers", create_and_note)
 
     def _noted(self, call: Any, model: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         start, tokens = time.monotonic(), input_ids.shape[0]

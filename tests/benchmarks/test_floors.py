@@ -47,8 +47,8 @@ def machine(bytes_per_second: float, operations_per_second: float) -> Rates:
 
 
 def test_a_decode_step_reads_every_dense_weight_the_chosen_experts_the_cache_and_the_head_once() -> None:
-    floor = decode_floor(model(), machine(1e3, 1e30), 2, 50, Routed(experts=7, choices=4))
-    weights = 2 * (2 * ATTENTION + 2 * DENSE_FFN + 7 * EXPERT) + 4 * ROUTER
+    floor = decode_floor(model(), machine(1e3, 1e30), 2, 50, Routed(experts=6, choices=4))
+    weights = 2 * (2 * ATTENTION + 2 * DENSE_FFN + 6 * EXPERT) + 4 * ROUTER
     cache = 2 * 2 * 50 * 2 * (6 + 4)  # attentions, requests, tokens, bytes of a latent and a rotary key
     assert floor.memory_bytes == 3 * (weights + cache) + 2 * HEAD
     assert floor.seconds == pytest.approx(floor.memory_bytes / 1e3)
@@ -56,7 +56,7 @@ def test_a_decode_step_reads_every_dense_weight_the_chosen_experts_the_cache_and
 
 
 def test_a_decode_step_multiplies_each_token_with_what_it_activates_and_its_queries_with_the_cache() -> None:
-    floor = decode_floor(model(), machine(1e30, 1e3), 2, 50, Routed(experts=7, choices=4))
+    floor = decode_floor(model(), machine(1e30, 1e3), 2, 50, Routed(experts=6, choices=4))
     products = 2 * (2 * ATTENTION + 2 * DENSE_FFN + 4 * EXPERT + ROUTER)
     attended = 2 * 50 * 2 * 2 * ((6 + 4) + 6)  # attentions, tokens; two operations and heads; scores and values
     assert floor.operations == 2 * (3 * (products + attended) + 2 * HEAD)
