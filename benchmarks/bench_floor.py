@@ -251,6 +251,11 @@ def apart(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def engine_times(directory: Path, config: LongcatConfig, run: str, plan: Plan) -> Times:
+    """
+    Raises:
+        ValueError: if the engine did not do what was asked of it: too few steps of all requests at once, or none whose
+            experts could be counted.
+    """
     decode, prefill, threads = {}, {}, 0
     cached = max([*map(plan.tokens, plan.cells), *plan.prompts]) + plan.chunk
     with tempfile.TemporaryDirectory() as folder, Console(stderr=True).status("starting") as status:
@@ -273,6 +278,8 @@ def engine_times(directory: Path, config: LongcatConfig, run: str, plan: Plan) -
                 served.greedy(prompts, plan.new_tokens(cell))
                 passes = notes.taken()
                 decode[cell] = decode_steps(passes, cell.requests, plan.steps)
+                if notes.counts_experts and decode[cell][1] is None:
+                    raise ValueError("no routing was seen, wanted the model to ask its device for `router_functions`")
                 threads = passes[-1].threads
             notes.compute_prompts()
             for tokens in plan.prompts:
