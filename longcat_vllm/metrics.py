@@ -28,8 +28,6 @@ logger = init_logger(f"vllm.{__name__}")
 
 METRICS_DIRECTORY = "LONGCAT_METRICS_DIRECTORY"
 """Environment variable: the directory in which the processes of a server share their counters."""
-COUNTED = "longcat_counts_choices"
-"""Field of the configuration object, by which all processes know it, and vLLM's cache of compiled graphs."""
 _directory: tempfile.TemporaryDirectory[str] | None = None
 
 
@@ -54,7 +52,9 @@ def count_where_statistics_are_logged(original: Callable[..., None], manager: An
     vllm_config: VllmConfig = kwargs["vllm_config"]
     if kwargs["log_stats"] and not _hindered(vllm_config):
         collect()
-        setattr(vllm_config.model_config.hf_config, COUNTED, True)
+        # A field of the configuration reaches all processes, and vLLM's cache of compiled graphs.
+        hf_config: Any = vllm_config.model_config.hf_config
+        hf_config.longcat_counts_choices = True
     original(manager, *args, **kwargs)
 
 
@@ -70,7 +70,7 @@ def are_counted_here(vllm_config: VllmConfig) -> bool:
     that hold one of it together: `CountedChoices.add`)."""
     from vllm.distributed import get_tensor_model_parallel_rank
 
-    if not getattr(vllm_config.model_config.hf_config, COUNTED, False) or shared_directory() is None:
+    if not getattr(vllm_config.model_config.hf_config, "longcat_counts_choices", False) or shared_directory() is None:
         return False
     parallel = vllm_config.parallel_config
     counting = parallel.decode_context_parallel_size

@@ -1,0 +1,102 @@
+"""What counting expert choices costs a decode step: steps that count and steps that do not, in turn, in one engine.
+
+The model of `bench_serving.py`, in eager mode, where every small operation takes longest. A step is a forward pass of
+the model with its counting; each is compared with its neighbour, and the median of the differences is given.
+"""
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from functools import partial
+from importlib import import_module
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import record
+from benchmarks.bench_serving import AT_ONCE, CONFIG, PROMPT_TOKENS
+from longcat_cli.make_checkpoint import make_checkpoint
+from longcat_core import spellings
+from tests.harness import ENGINE, engine
+
+WARM_UP, PAIRS = 30, 200
+
+
+def main(passes: int = 3) -> None:
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        directory, times = Path(temporary) / "checkpoint", Path(temporary) / "times"
+        make_checkpoint(directory, CONFIG, seed=0, dtype=torch.bfloat16)
+        for n in AT_ONCE:
+            times.write_text("")
+            broken, new_tokens = partial(count_every_other_step, times), WARM_UP + 2 * PAIRS + 10
+            prompts = [list(range(5 + i, 5 + i + PROMPT_TOKENS)) for i in range(n)]
+            options: dict[str, Any] = {"dtype": "bfloat16", "broken": broken, "max_model_len": 1024, **engine.COUNTED}
+            found = []
+            with engine.serving(directory, **options) as served:
+                for _ in range(passes):
+                    started = len(times.read_text().splitlines())
+                    served.greedy(prompts, new_tokens)
+                    found.append(cost(times.read_text().splitlines()[started:]))
+            rows.append({"requests at once": n, **{name: each(found, name) for name in found[0]}})
+    table = Table(*rows[0], title=f"{engine.NAME}: what counting expert choices costs")
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    Console(width=140).print(table)
+    settings = {"prompt_tokens": PROMPT_TOKENS, "pairs": PAIRS, "passes": passes}
+    print(record.write("metrics", rows, **settings, model=spellings.published(CONFIG)))
+
+
+def each(found: list[dict[str, float]], name: str) -> float | list[float]:
+    """The median over the passes; of a share, all of them."""
+    values = [pass_[name] for pass_ in found]
+    return values if name.startswith("%") else round(statistics.median(values), 3)
+
+
+def count_every_other_step(times: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the model append to a file the seconds of each forward pass, after 1 if it counted, else 0."""
+    cls: Any = import_module(f"{engine.PACKAGE}.model").LongcatFlashForCausalLM
+    forward, lines, numbers, kept = cls.forward, times.open("a", buffering=1), count(), {}
+    for name in ("LONGCAT_METRICS_DIRECTORY", "PROMETHEUS_MULTIPROC_DIR"):  # as a server of either engine sets one
+        monkeypatch.setenv(name, str(times.parent))
+
+    def timed(model: Any, *args: Any, **kwargs: Any) -> Any:
+        holder = model if ENGINE == "vllm" else model.model
+        counted, counts = kept.setdefault("counted", holder.counted), next(numbers) % 2
+        assert counted is not None
+        started = time.perf_counter()
+        holder.counted = counted if counts else None
+        model.model.notes_choices = bool(counts)  # which SGLang's does not read
+        output = forward(model, *args, **kwargs)
+        lines.write(f"{counts} {time.perf_counter() - started}\n")
+        return output
+
+    monkeypatch.setattr(cls, "forward", timed)
+
+
+def cost(lines: list[str]) -> dict[str, float]:
+    """Of `PAIRS` steps that do not count and their neighbours that do, after `WARM_UP`, all of one pass."""
+    steps = [(int(counts), float(seconds)) for counts, seconds in map(str.split, lines)][WARM_UP:]
+    if steps[0][0]:
+        steps = steps[1:]
+    without, counting = ([seconds for _, seconds in steps[side : side + 2 * PAIRS : 2]] for side in (0, 1))
+    difference = statistics.median(ours - base for base, ours in zip(without, counting, strict=True))
+    step = statistics.median(without)
+    return {
+        "ms a step": step * 1e3,
+        "ms for counting": difference * 1e3,
+        "% for counting": round(100 * difference / step, 2),
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)
