@@ -14,10 +14,13 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import set_forward_context
 
+from longcat_core.inspection import inspect
 from longcat_core.observation.publication import Publication
+from longcat_core.reference import LongcatForCausalLM
 from longcat_vllm import metrics
 from longcat_vllm.metrics import METRICS_DIRECTORY, CountedChoices, count_where_statistics_are_logged
 from tests.cases import CASES, DEFAULT, Case
+from tests.vllm.engine import AS_THE_STOCK_COMMAND, COUNTED, serving
 
 IDS = torch.tensor([[[0, 1, -1, -1], [0, 2, 3, 5], [7, 7, 7, 7]]] * DEFAULT.num_layers, dtype=torch.int32)
 
@@ -128,3 +131,20 @@ def test_counts_are_shown_when_the_worker_is_warm(counted: CountedChoices, monke
     worker.get_model = lambda: SimpleNamespace(counted=None)
     metrics.begin_when_warm(lambda _: events.append("warm"), worker)
     assert events == ["warm", "shown", "warm"]
+
+
+def test_a_compiled_model_counts_every_step(checkpoint_of: Callable[[Case], Path], tmp_path: Path) -> None:
+    """What no server of `engines/test_metrics.py` is, to start sooner. Prompts and answers are counted alike."""
+
+    def as_in_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(METRICS_DIRECTORY, str(tmp_path))
+
+    case, directory = CASES["default"], checkpoint_of(CASES["default"])
+    reference, prompts, new_tokens = LongcatForCausalLM.from_checkpoint(directory), case.prompts(3, 20), 8
+    with serving(directory, broken=as_in_a_server, **AS_THE_STOCK_COMMAND, **COUNTED) as served:
+        answers = served.greedy(prompts, new_tokens)
+        totals = served.model.counted._choices.totals()
+    found = [inspect(reference, prompt + answer[:-1]) for prompt, answer in zip(prompts, answers, strict=True)]
+    for layer, of_layer in enumerate(totals):
+        numbers = torch.cat([each.ffn_experts[layer] for each in found])
+        assert of_layer.tokens == tuple(numbers.bincount(minlength=case.config.moe_topk + 1).tolist())
