@@ -1,7 +1,8 @@
 """What counting expert choices costs a decode step: steps that count and steps that do not, in turn, in one engine.
 
 The model of `bench_serving.py`, in eager mode, where every small operation takes longest. A step is a forward pass of
-the model with its counting; each is compared with its neighbour, and the median of the differences is given.
+the model with its counting; each is compared with its neighbour, and the median of the differences is given,
+with the share of the step in the passes that it was least and greatest in.
 """
 # SPDX-License-Identifier: Apache-2.0
 
@@ -12,7 +13,7 @@ import tempfile
 import time
 from functools import partial
 from importlib import import_module
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +41,17 @@ def main(passes: int = 3) -> None:
             times.write_text("")
             broken, new_tokens = partial(count_every_other_step, times), WARM_UP + 2 * PAIRS + 10
             prompts = [list(range(5 + i, 5 + i + PROMPT_TOKENS)) for i in range(n)]
-            options: dict[str, Any] = {"dtype": "bfloat16", "broken": broken, "max_model_len": 1024, **engine.COUNTED}
-            found = []
+            options: dict[str, Any] = {"dtype": "bfloat16", "broken": broken, "max_model_len": 1024}
+            found: list[list[tuple[float, float]]] = []
             with engine.serving(directory, **options) as served:
                 for _ in range(passes):
                     started = len(times.read_text().splitlines())
                     served.greedy(prompts, new_tokens)
-                    found.append(cost(times.read_text().splitlines()[started:]))
-            rows.append({"requests at once": n, **{name: each(found, name) for name in found[0]}})
+                    found.append(pairs(times.read_text().splitlines()[started:]))
+            shares = [cost(pass_)["% for counting"] for pass_ in found]
+            rows.append(
+                {"requests at once": n, **cost([*chain(*found)]), "least": min(shares), "greatest": max(shares)}
+            )
     table = Table(*rows[0], title=f"{engine.NAME}: what counting expert choices costs")
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
@@ -56,18 +60,13 @@ def main(passes: int = 3) -> None:
     print(record.write("metrics", rows, **settings, model=spellings.published(CONFIG)))
 
 
-def each(found: list[dict[str, float]], name: str) -> float | list[float]:
-    """The median over the passes; of a share, all of them."""
-    values = [pass_[name] for pass_ in found]
-    return values if name.startswith("%") else round(statistics.median(values), 3)
-
-
 def count_every_other_step(times: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the model append to a file the seconds of each forward pass, after 1 if it counted, else 0."""
     cls: Any = import_module(f"{engine.PACKAGE}.model").LongcatFlashForCausalLM
     forward, lines, numbers, kept = cls.forward, times.open("a", buffering=1), count(), {}
     for name in ("LONGCAT_METRICS_DIRECTORY", "PROMETHEUS_MULTIPROC_DIR"):  # as a server of either engine sets one
         monkeypatch.setenv(name, str(times.parent))
+    monkeypatch.setattr(f"{engine.PACKAGE}.metrics.are_counted_here", lambda *_: True)
 
     def timed(model: Any, *args: Any, **kwargs: Any) -> Any:
         holder = model if ENGINE == "vllm" else model.model
@@ -83,17 +82,21 @@ def count_every_other_step(times: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(cls, "forward", timed)
 
 
-def cost(lines: list[str]) -> dict[str, float]:
-    """Of `PAIRS` steps that do not count and their neighbours that do, after `WARM_UP`, all of one pass."""
+def pairs(lines: list[str]) -> list[tuple[float, float]]:
+    """Seconds of steps that do not count and of their neighbours that do, `PAIRS` of them after `WARM_UP`."""
     steps = [(int(counts), float(seconds)) for counts, seconds in map(str.split, lines)][WARM_UP:]
     if steps[0][0]:
         steps = steps[1:]
     without, counting = ([seconds for _, seconds in steps[side : side + 2 * PAIRS : 2]] for side in (0, 1))
-    difference = statistics.median(ours - base for base, ours in zip(without, counting, strict=True))
-    step = statistics.median(without)
+    return list(zip(without, counting, strict=True))
+
+
+def cost(found: list[tuple[float, float]]) -> dict[str, float]:
+    step = statistics.median(without for without, _ in found)
+    difference = statistics.median(counting - without for without, counting in found)
     return {
-        "ms a step": step * 1e3,
-        "ms for counting": difference * 1e3,
+        "ms a step": round(step * 1e3, 3),
+        "ms for counting": round(difference * 1e3, 3),
         "% for counting": round(100 * difference / step, 2),
     }
 

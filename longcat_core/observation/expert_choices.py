@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,39 +16,47 @@ def ranks_of_experts(n_routed_experts: int, ranks: int) -> Tensor:
     return torch.cat([torch.full_like(part, rank) for rank, part in enumerate(parts)])
 
 
-def count(ids: Tensor, is_real: Tensor, n_routed_experts: int, rank_of_expert: Tensor, ranks: int) -> Tensor:
-    """What the routers of L layers have chosen for the T tokens of a step.
+class StepCounts(NamedTuple):
+    """What the routers of L layers have chosen in a step."""
 
-    ids: int32 [L, T, K], as in `Routing`; is_real: bool [T], false for a row that only pads the step. Returns int64
-    [L, K + 3]: tokens by their number of FFN experts, 0 to K; rows of the busiest expert; rows of the busiest rank.
-    All shapes follow from those of the arguments, so that nothing waits for the device, and a graph can hold it.
+    tokens: Tensor
+    """int64 [L, K + 1]: tokens by their number of FFN experts."""
+    busiest_expert: Tensor
+    """int64 [L]: rows of the FFN expert that has most of them."""
+    busiest_rank: Tensor | None
+    """int64 [L]: rows of FFN experts on the rank that has most of them; None for one rank."""
+
+
+def count(ids: Tensor, is_real: Tensor, n_routed_experts: int, rank_of_expert: Tensor | None, ranks: int) -> StepCounts:
+    """
+    ids: int32 [L, T, K], as in `Routing`; is_real: bool [T], false for a row that only pads the step; rank_of_expert:
+    as `ranks_of_experts` has it, None for one rank.
+
+    All shapes follow from those of the arguments, so that nothing waits for the device, and a graph can hold it. In a
+    small step each operation counts, so there are few.
     """
     layers, tokens, top_k = ids.shape
-    is_row = (ids >= 0) & is_real.unsqueeze(-1)
-    by_number = ids.new_zeros(layers, top_k + 1, dtype=torch.int64)
-    by_number.scatter_add_(1, is_row.sum(dim=-1), is_real.long().expand(layers, tokens))
-    rows = ids.new_zeros(layers, n_routed_experts, dtype=torch.int64)
-    rows.scatter_add_(1, ids.clamp(min=0).flatten(1).long(), is_row.flatten(1).long())
+    real = is_real.long()
+    taken = ids.long().add_(1).mul_(real.unsqueeze(-1)).flatten(1)  # an expert's number from 1; 0 for what is none
+    rows = taken.new_zeros(layers, n_routed_experts + 1).scatter_(1, taken, 1, reduce="add")[:, 1:]
+    numbers = (ids >= 0).sum(dim=-1)
+    by_number = taken.new_zeros(layers, top_k + 1).scatter_add_(1, numbers, real.expand(layers, tokens))
+    if rank_of_expert is None:
+        return StepCounts(by_number, rows.amax(dim=-1), None)
     of_ranks = rows.new_zeros(layers, ranks).index_add_(1, rank_of_expert, rows)
-    return torch.cat((by_number, rows.amax(dim=-1, keepdim=True), of_ranks.amax(dim=-1, keepdim=True)), dim=-1)
+    return StepCounts(by_number, rows.amax(dim=-1), of_ranks.amax(dim=-1))
 
 
 @dataclass(frozen=True)
 class LayerTotals:
-    """What `count` has counted of a layer, summed over steps."""
+    """`StepCounts` of a layer, summed over steps."""
 
     tokens: tuple[int, ...]
     """By their number of FFN experts, 0 to K."""
     busiest_expert: int
     """Rows of the FFN expert that had most of them in its step."""
-    busiest_rank: int
-    """The same of a rank."""
-
-    @classmethod
-    def read(cls, counted: Sequence[int]) -> LayerTotals:
-        """counted: [K + 3], a row of what `count` returns."""
-        *tokens, busiest_expert, busiest_rank = counted
-        return cls(tuple(tokens), busiest_expert, busiest_rank)
+    busiest_rank: int | None
+    """The same of a rank; None for one rank."""
 
     @property
     def ffn_choices(self) -> int:
@@ -67,13 +75,19 @@ class ExpertChoices:
     def __init__(self, layers: range, top_k: int, n_routed_experts: int, ranks: int, device: torch.device) -> None:
         """layers: by their number in the whole model; ranks: on which the FFN experts are spread."""
         self.layers, self.top_k, self.n_routed_experts, self.ranks = layers, top_k, n_routed_experts, ranks
-        self._rank_of_expert = ranks_of_experts(n_routed_experts, ranks).to(device)
-        self._counts = torch.zeros(len(layers), top_k + 3, dtype=torch.int64, device=device)
+        self._rank_of_expert = ranks_of_experts(n_routed_experts, ranks).to(device) if ranks > 1 else None
+        sizes = [[len(layers), top_k + 1], [len(layers)], [len(layers)]]
+        self._sums = [torch.zeros(size, dtype=torch.int64, device=device) for size in sizes[: 3 if ranks > 1 else 2]]
 
     def add(self, ids: Tensor, is_real: Tensor) -> None:
         """A step's, see `count`; in place, so that a captured graph adds whenever it is replayed."""
-        self._counts += count(ids, is_real, self.n_routed_experts, self._rank_of_expert, self.ranks)
+        step = count(ids, is_real, self.n_routed_experts, self._rank_of_expert, self.ranks)
+        for total, counted in zip(self._sums, step, strict=False):
+            total += counted
 
     def totals(self) -> list[LayerTotals]:
         """By layer. Waits for the device, so not to be called by what makes the steps."""
-        return [LayerTotals.read(counted) for counted in self._counts.tolist()]
+        tokens, busiest_expert, *ranks = (total.tolist() for total in self._sums)
+        busiest_rank = ranks[0] if ranks else [None] * len(self.layers)
+        of_layers = zip(map(tuple, tokens), busiest_expert, busiest_rank, strict=True)
+        return [LayerTotals(*of_layer) for of_layer in of_layers]

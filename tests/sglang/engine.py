@@ -48,8 +48,6 @@ AS_THE_STOCK_COMMAND: dict[str, Any] = {}
 """Engine arguments: the tests' engines are as it is."""
 OURS: dict[str, str] = {}
 """Variables that the tests set for engines of their own, and a user would not."""
-COUNTED: dict[str, Any] = {"enable_metrics": True}
-"""Engine arguments: count the experts that tokens take."""
 FP8_CACHE = "fp8_e4m3"
 """What `kv_cache_dtype` is for a cache in FP8 (e4m3)."""
 PRELOADED = ["sglang.srt.managers.scheduler", "sglang.srt.managers.detokenizer_manager", "sglang.srt.models.registry"]

@@ -34,8 +34,6 @@ NAME, PACKAGE, RECORD = "vLLM", "longcat_vllm", VLLM
 UNSUPPORTED, SUPPORTED = ("0.26.0", "0.31.2", "0.34.0"), ("0.32.0+cpu", "0.32.1", "0.33.0rc1")
 AS_THE_STOCK_COMMAND = {"enforce_eager": False}
 """Engine arguments: the tests' engines are eager, to start sooner."""
-COUNTED: dict[str, Any] = {"hf_overrides": {"longcat_counts_choices": True}}
-"""Engine arguments: count the experts that tokens take."""
 FP8_CACHE = "fp8"
 """What `kv_cache_dtype` is for a cache in FP8 (e4m3)."""
 STARTED = "EngineCore"

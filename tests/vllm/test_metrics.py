@@ -20,7 +20,7 @@ from longcat_core.reference import LongcatForCausalLM
 from longcat_vllm import metrics
 from longcat_vllm.metrics import METRICS_DIRECTORY, CountedChoices, count_where_statistics_are_logged
 from tests.cases import CASES, DEFAULT, Case
-from tests.vllm.engine import AS_THE_STOCK_COMMAND, COUNTED, serving
+from tests.vllm.engine import AS_THE_STOCK_COMMAND, serving
 
 IDS = torch.tensor([[[0, 1, -1, -1], [0, 2, 3, 5], [7, 7, 7, 7]]] * DEFAULT.num_layers, dtype=torch.int32)
 
@@ -138,10 +138,11 @@ def test_a_compiled_model_counts_every_step(checkpoint_of: Callable[[Case], Path
 
     def as_in_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(METRICS_DIRECTORY, str(tmp_path))
+        monkeypatch.setattr(metrics, "are_counted_here", lambda _: True)
 
     case, directory = CASES["default"], checkpoint_of(CASES["default"])
     reference, prompts, new_tokens = LongcatForCausalLM.from_checkpoint(directory), case.prompts(3, 20), 8
-    with serving(directory, broken=as_in_a_server, **AS_THE_STOCK_COMMAND, **COUNTED) as served:
+    with serving(directory, broken=as_in_a_server, **AS_THE_STOCK_COMMAND) as served:
         answers = served.greedy(prompts, new_tokens)
         totals = served.model.counted._choices.totals()
     found = [inspect(reference, prompt + answer[:-1]) for prompt, answer in zip(prompts, answers, strict=True)]
