@@ -62,7 +62,7 @@ class CountedChoices:
     def add(self, choices: list[Tensor], forward_batch: ForwardBatch) -> None:
         """choices: int32 [T, K] of each layer. A row is a token if it has a slot in the cache: slot 0 is SGLang's for
         rows that pad a captured graph, and for all rows of a capture and of a warm-up."""
-        self._choices.add(torch.stack(choices), forward_batch.out_cache_loc != 0)
+        self._choices.add(torch.stack(choices), (forward_batch.out_cache_loc != 0).long())
 
 
 def _labels() -> dict[str, str]:

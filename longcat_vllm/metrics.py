@@ -106,10 +106,10 @@ class CountedChoices:
         if not slots:  # the cache is not there yet
             return
         assert isinstance(slots, dict), "each microbatch has a forward context of its own"
-        is_real = next(iter(slots.values())) >= 0
+        is_real = (next(iter(slots.values())) >= 0).long()
         if self._is_shared_out:
             is_real = F.pad(is_real, (0, rows - len(is_real)))
-            is_real = sequence_parallel_chunk(is_real.long().unsqueeze(1)).squeeze(1) > 0
+            is_real = sequence_parallel_chunk(is_real.unsqueeze(1)).squeeze(1)
         self._choices.add(ids[:, : len(is_real)], is_real)
 
 

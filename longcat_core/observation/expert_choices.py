@@ -16,47 +16,47 @@ def ranks_of_experts(n_routed_experts: int, ranks: int) -> Tensor:
     return torch.cat([torch.full_like(part, rank) for rank, part in enumerate(parts)])
 
 
-class StepCounts(NamedTuple):
-    """What the routers of L layers have chosen in a step."""
+class Sums(NamedTuple):
+    """What the routers of L layers have chosen, summed over steps."""
 
     tokens: Tensor
     """int64 [L, K + 1]: tokens by their number of FFN experts."""
     busiest_expert: Tensor
-    """int64 [L]: rows of the FFN expert that has most of them."""
-    busiest_rank: Tensor | None
-    """int64 [L]: rows of FFN experts on the rank that has most of them; None for one rank."""
+    """int64 [L]: rows of the FFN expert that had most of them in its step."""
+    busiest_rank: Tensor
+    """int64 [L]: rows of FFN experts on the rank that had most of them in its step; stays 0 where there is one rank."""
 
 
-def count(ids: Tensor, is_real: Tensor, n_routed_experts: int, rank_of_expert: Tensor | None, ranks: int) -> StepCounts:
+def add_step(
+    sums: Sums, ids: Tensor, is_real: Tensor, n_routed_experts: int, rank_of_expert: Tensor, ranks: int
+) -> None:
+    """Add a step's choices, in place, so that a captured graph adds whenever it is replayed.
+
+    ids: int32 [L, T, K], as in `Routing`; is_real: int64 [T], 1 for a token, 0 for a row that only pads the step;
+    rank_of_expert: as `ranks_of_experts` has it. All shapes follow from those of the arguments, so
+    that nothing waits for the device. What a small step pays for is the number of operations, so there are few.
     """
-    ids: int32 [L, T, K], as in `Routing`; is_real: bool [T], false for a row that only pads the step; rank_of_expert:
-    as `ranks_of_experts` has it, None for one rank.
-
-    All shapes follow from those of the arguments, so that nothing waits for the device, and a graph can hold it. In a
-    small step each operation counts, so there are few.
-    """
-    layers, tokens, top_k = ids.shape
-    real = is_real.long()
-    taken = ids.long().add_(1).mul_(real.unsqueeze(-1)).flatten(1)  # an expert's number from 1; 0 for what is none
-    rows = taken.new_zeros(layers, n_routed_experts + 1).scatter_(1, taken, 1, reduce="add")[:, 1:]
-    numbers = (ids >= 0).sum(dim=-1)
-    by_number = taken.new_zeros(layers, top_k + 1).scatter_add_(1, numbers, real.expand(layers, tokens))
-    if rank_of_expert is None:
-        return StepCounts(by_number, rows.amax(dim=-1), None)
-    of_ranks = rows.new_zeros(layers, ranks).index_add_(1, rank_of_expert, rows)
-    return StepCounts(by_number, rows.amax(dim=-1), of_ranks.amax(dim=-1))
+    layers, tokens, _ = ids.shape
+    is_real_row = is_real.unsqueeze(-1)
+    taken = torch.addcmul(is_real_row, ids, is_real_row)  # the number of an FFN expert from 1; 0 for all that is none
+    sums.tokens.scatter_add_(1, taken.count_nonzero(dim=-1), is_real.expand(layers, tokens))
+    rows = taken.new_zeros(layers, n_routed_experts + 1).scatter_(1, taken.flatten(1), 1, reduce="add")[:, 1:]
+    sums.busiest_expert.add_(rows.amax(dim=-1))
+    if ranks > 1:
+        of_ranks = rows.new_zeros(layers, ranks).index_add_(1, rank_of_expert, rows)
+        sums.busiest_rank.add_(of_ranks.amax(dim=-1))
 
 
 @dataclass(frozen=True)
 class LayerTotals:
-    """`StepCounts` of a layer, summed over steps."""
+    """`Sums` of a layer."""
 
     tokens: tuple[int, ...]
     """By their number of FFN experts, 0 to K."""
     busiest_expert: int
     """Rows of the FFN expert that had most of them in its step."""
-    busiest_rank: int | None
-    """The same of a rank; None for one rank."""
+    busiest_rank: int
+    """The same of a rank; 0 where there is one."""
 
     @property
     def ffn_choices(self) -> int:
@@ -75,19 +75,16 @@ class ExpertChoices:
     def __init__(self, layers: range, top_k: int, n_routed_experts: int, ranks: int, device: torch.device) -> None:
         """layers: by their number in the whole model; ranks: on which the FFN experts are spread."""
         self.layers, self.top_k, self.n_routed_experts, self.ranks = layers, top_k, n_routed_experts, ranks
-        self._rank_of_expert = ranks_of_experts(n_routed_experts, ranks).to(device) if ranks > 1 else None
-        sizes = [[len(layers), top_k + 1], [len(layers)], [len(layers)]]
-        self._sums = [torch.zeros(size, dtype=torch.int64, device=device) for size in sizes[: 3 if ranks > 1 else 2]]
+        self._rank_of_expert = ranks_of_experts(n_routed_experts, ranks).to(device)
+        sizes = ([len(layers), top_k + 1], [len(layers)], [len(layers)])
+        self._sums = Sums(*(torch.zeros(size, dtype=torch.int64, device=device) for size in sizes))
 
     def add(self, ids: Tensor, is_real: Tensor) -> None:
-        """A step's, see `count`; in place, so that a captured graph adds whenever it is replayed."""
-        step = count(ids, is_real, self.n_routed_experts, self._rank_of_expert, self.ranks)
-        for total, counted in zip(self._sums, step, strict=False):
-            total += counted
+        """A step's, see `add_step`."""
+        add_step(self._sums, ids, is_real, self.n_routed_experts, self._rank_of_expert, self.ranks)
 
     def totals(self) -> list[LayerTotals]:
         """By layer. Waits for the device, so not to be called by what makes the steps."""
-        tokens, busiest_expert, *ranks = (total.tolist() for total in self._sums)
-        busiest_rank = ranks[0] if ranks else [None] * len(self.layers)
+        tokens, busiest_expert, busiest_rank = (total.tolist() for total in self._sums)
         of_layers = zip(map(tuple, tokens), busiest_expert, busiest_rank, strict=True)
         return [LayerTotals(*of_layer) for of_layer in of_layers]

@@ -63,7 +63,7 @@ def samples(totals: LayerTotals, n_routed_experts: int, ranks: int) -> list[Samp
         (BUSIEST_EXPERT, (), totals.busiest_expert),
         (MEAN_EXPERT, (), totals.ffn_choices / n_routed_experts),
     ]
-    if totals.busiest_rank is not None:
+    if ranks > 1:
         counters += [(BUSIEST_RANK, (), totals.busiest_rank), (MEAN_RANK, (), totals.ffn_choices / ranks)]
     return [
         *histogram,

@@ -12,7 +12,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from torch import Tensor
 
 from longcat_core.layers.routing import expert_rows, rank_imbalance
-from longcat_core.observation.expert_choices import ExpertChoices, LayerTotals, count, ranks_of_experts
+from longcat_core.observation.expert_choices import ExpertChoices, LayerTotals, ranks_of_experts
 from longcat_core.observation.publication import Publication, samples
 
 CPU = torch.device("cpu")
@@ -24,14 +24,14 @@ STEP = torch.tensor(
     dtype=torch.int32,
 )
 """Two layers, four rows, three choices of five FFN experts (0 to 4) or a zero expert."""
-IS_REAL = torch.tensor([True, True, True, False])
+IS_REAL = torch.tensor([1, 1, 1, 0])
 
 
 def counted(ids: Tensor, is_real: Tensor, ranks: int = 2, experts: int = 5) -> list[list[int]]:
     """A row a layer: tokens by their number of FFN experts, rows of the busiest expert, rows of the busiest rank."""
-    found = count(ids, is_real, experts, ranks_of_experts(experts, ranks) if ranks > 1 else None, ranks)
-    assert (found.busiest_rank is None) is (ranks == 1)
-    return torch.column_stack([each for each in found if each is not None]).tolist()
+    choices = ExpertChoices(range(len(ids)), ids.shape[-1], experts, ranks, CPU)
+    choices.add(ids, is_real)
+    return [[*each.tokens, each.busiest_expert, each.busiest_rank] for each in choices.totals()]
 
 
 def test_a_step_worked_by_hand() -> None:
@@ -45,19 +45,18 @@ def test_a_step_worked_by_hand() -> None:
 
 def test_a_row_that_pads_a_step_counts_nothing() -> None:
     assert counted(STEP, IS_REAL) == counted(STEP[:, :3], IS_REAL[:3])
-    assert counted(STEP, torch.zeros(4, dtype=torch.bool)) == [[0] * 6] * 2
+    assert counted(STEP, torch.zeros(4, dtype=torch.int64)) == [[0] * 6] * 2
     assert counted(STEP[:, :0], IS_REAL[:0]) == [[0] * 6] * 2
 
 
 @pytest.mark.parametrize(("experts", "ranks"), [(8, 1), (8, 4), (7, 3)])
 def test_counts_are_those_of_the_load_statistics(experts: int, ranks: int) -> None:
     ids = torch.randint(-3, experts, (3, 40, 4), generator=torch.Generator().manual_seed(0)).clamp(min=-1).int()
-    for layer, found in zip(ids, counted(ids, torch.ones(40, dtype=torch.bool), ranks, experts), strict=True):
+    for layer, found in zip(ids, counted(ids, torch.ones(40, dtype=torch.int64), ranks, experts), strict=True):
         rows = expert_rows(layer, experts)
         assert found[:5] == torch.bincount((layer >= 0).sum(dim=-1), minlength=5).tolist()
         assert found[5] == rows.max()
-        busiest_rank = [rank_imbalance(rows, ranks) * int(rows.sum()) / ranks] if ranks > 1 else []
-        assert found[6:] == pytest.approx(busiest_rank)
+        assert found[6] == pytest.approx(rank_imbalance(rows, ranks) * int(rows.sum()) / ranks if ranks > 1 else 0)
 
 
 def test_totals_are_sums_over_steps() -> None:
@@ -85,10 +84,8 @@ def test_ranks_have_experts_in_order() -> None:
 
 
 def test_ranks_are_shown_where_there_are_several() -> None:
-    alone, together = (
-        {each.metric.name for each in samples(LayerTotals((1, 0, 1, 1), 2, busiest_rank), 5, ranks)}
-        for ranks, busiest_rank in ((1, None), (2, 4))
-    )
+    totals = LayerTotals(tokens=(1, 0, 1, 1), busiest_expert=2, busiest_rank=4)
+    alone, together = ({each.metric.name for each in samples(totals, 5, ranks)} for ranks in (1, 2))
     assert together - alone == {"longcat:busiest_rank_rows", "longcat:mean_rank_rows"}
 
 
