@@ -8,12 +8,14 @@ with the share of the step in the passes that it was least and greatest in.
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
-from itertools import chain, count
+from itertools import chain, count, product
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +31,18 @@ from longcat_cli.make_checkpoint import make_checkpoint
 from longcat_core import spellings
 from tests.harness import ENGINE, engine
 
-WARM_UP, PAIRS = 30, 200
+WARM_UP, PAIRS = 30, 100
+LAYERS = (CONFIG.num_layers, 28)
+"""Those of the small model, and of LongCat-Flash, which takes the same number of operations for its counting."""
 
 
 def main(passes: int = 3) -> None:
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         directory, times = Path(temporary) / "checkpoint", Path(temporary) / "times"
-        make_checkpoint(directory, CONFIG, seed=0, dtype=torch.bfloat16)
-        for n in AT_ONCE:
+        for layers, n in product(LAYERS, AT_ONCE):
+            shutil.rmtree(directory, ignore_errors=True)
+            make_checkpoint(directory, replace(CONFIG, num_layers=layers), seed=0, dtype=torch.bfloat16)
             times.write_text("")
             broken, new_tokens = partial(count_every_other_step, times), WARM_UP + 2 * PAIRS + 10
             prompts = [list(range(5 + i, 5 + i + PROMPT_TOKENS)) for i in range(n)]
@@ -50,7 +55,13 @@ def main(passes: int = 3) -> None:
                     found.append(pairs(times.read_text().splitlines()[started:]))
             shares = [cost(pass_)["% for counting"] for pass_ in found]
             rows.append(
-                {"requests at once": n, **cost([*chain(*found)]), "least": min(shares), "greatest": max(shares)}
+                {
+                    "layers": layers,
+                    "requests at once": n,
+                    **cost([*chain(*found)]),
+                    "least": min(shares),
+                    "greatest": max(shares),
+                }
             )
     table = Table(*rows[0], title=f"{engine.NAME}: what counting expert choices costs")
     for row in rows:
