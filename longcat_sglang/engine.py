@@ -73,6 +73,10 @@ def verifies_longcat(_draft: Any, batch: Any, *_: Any, **__: Any) -> bool:
     return is_longcat(batch.model_config.hf_config)
 
 
+def resolves_drafts_of_longcat(_processor: Any, _result: Any, batch: Any, *_: Any, **__: Any) -> bool:
+    return is_longcat(batch.model_config.hf_config)
+
+
 def samples_longcat(sampling: Any, *_: Any, **__: Any) -> bool:
     return is_longcat(sampling.penalizer_orchestrator.batch.model_config.hf_config)
 

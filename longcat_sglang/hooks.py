@@ -235,6 +235,26 @@ HOOKS: tuple[Hook, ...] = (
         "the slots go into the next request's row.",
         remove_when="It is counted for pages of one token too.",
     ),
+    Wrapper(
+        name="end of warm-up",
+        target="sglang.srt.managers.scheduler.Scheduler.run_event_loop",
+        around="longcat_sglang.metrics:begin_when_warm",
+        concerns="longcat_sglang.engine:schedules_longcat",
+        stage=Stage.MODEL,
+        why="What a model counts on the device has no place in SGLang's statistics, and cannot be copied from there "
+        "while a graph is captured. Here all are.",
+        remove_when="A model can add statistics of its own.",
+    ),
+    Wrapper(
+        name="accepted drafts",
+        target="sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
+        "._resolve_spec_v2_tokens",
+        around="longcat_sglang.metrics:note_accepted_drafts",
+        concerns="longcat_sglang.engine:resolves_drafts_of_longcat",
+        stage=Stage.MODEL,
+        why="SGLang's metrics have the mean number of accepted drafts, and not how many are accepted at each position.",
+        remove_when="They have it by position.",
+    ),
 )
 
 

@@ -36,7 +36,7 @@ from longcat_core.weights import audit, names
 from longcat_core.weights.blocks import FP8, dequantize_blocks
 from longcat_core.weights.plan import Layout, Target, load_plan
 from longcat_core.weights.precision import dequantized, is_kept, require_precision
-from longcat_sglang import devices, hooks, quantization
+from longcat_sglang import devices, hooks, metrics, quantization
 from longcat_sglang.config import LongcatFlashConfig
 from longcat_sglang.devices.cuda.rotary import LongcatRotaryEmbedding
 from longcat_sglang.ffn import LongcatFFN
@@ -172,13 +172,19 @@ class LongcatDecoderLayer(nn.Module):
             prepared_from=self._moe.declaration,
         )
 
-    def forward(self, hidden_states: Tensor, forward_batch: ForwardBatch, attention_inputs: dict[str, Any]) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        forward_batch: ForwardBatch,
+        attention_inputs: dict[str, Any],
+        choices: list[Tensor] | None = None,
+    ) -> Tensor:
         hidden_states = self._attention.prepare(hidden_states, forward_batch)
         if hidden_states.shape[0]:
             hidden_states = self.self_attn[0](hidden_states=hidden_states, **attention_inputs)
         hidden_states = self._attention.finish(hidden_states, forward_batch)
         hidden_states = self._moe.prepare(hidden_states, forward_batch)
-        shortcut = self.mlp(hidden_states)
+        shortcut = self.mlp(hidden_states, choices)
         whole = self._moe.branch_output(shortcut.whole, forward_batch)
 
         hidden_states = self._first_ffn.branch_input(self._moe, hidden_states, forward_batch)
@@ -202,6 +208,8 @@ class LongcatDecoderLayer(nn.Module):
 
 
 class LongcatModel(nn.Module):
+    counted: metrics.CountedChoices | None = None
+
     def __init__(self, hf_config: LongcatFlashConfig, quant_config: QuantizationConfig | None, prefix: str) -> None:
         super().__init__()
         self.config = config = hf_config.longcat
@@ -220,6 +228,8 @@ class LongcatModel(nn.Module):
         self.inverse_frequencies: Tensor
         self.register_buffer("inverse_frequencies", rotary.inverse_frequencies(config), persistent=False)
         self.attention_factor = rotary.attention_factor(config.rope)
+        if metrics.are_counted_here():
+            self.counted = metrics.CountedChoices(config)
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, forward_batch: ForwardBatch, input_embeds: Tensor | None = None
@@ -235,10 +245,13 @@ class LongcatModel(nn.Module):
             "sin": sin,
             "zero_allocator": zeros,
         }
+        choices: list[Tensor] | None = None if self.counted is None else []
         residual_batch.start(forward_batch)
         for n, layer in enumerate(self.layers):
             with get_global_expert_distribution_recorder().with_current_layer(n):
-                hidden_states = layer(hidden_states, forward_batch, attention_inputs)
+                hidden_states = layer(hidden_states, forward_batch, attention_inputs, choices)
+        if self.counted is not None and choices is not None:
+            self.counted.add(choices, forward_batch)
         return residual_batch.norm(hidden_states, forward_batch, self.norm, skip_empty=True)
 
 

@@ -47,8 +47,8 @@ class LongcatMoE(nn.Module):
         )
         _skip_zero_experts(self.experts, config)
 
-    def forward(self, hidden_states: Tensor) -> Shortcut:
-        """hidden_states: [T, H]."""
+    def forward(self, hidden_states: Tensor, choices: list[Tensor] | None = None) -> Shortcut:
+        """hidden_states: [T, H]; choices: where the ids of the routing are to be noted."""
         logits = self.router(hidden_states)
         routing = self.route(
             logits,
@@ -58,6 +58,8 @@ class LongcatMoE(nn.Module):
             routed_scaling_factor=self.config.routed_scaling_factor,
         )
         self._report(routing.ids)
+        if choices is not None:
+            choices.append(routing.ids)
         routed = self.experts(hidden_states, StandardTopKOutput(routing.weights, routing.ids, logits))
         if get_moe_a2a_backend().is_none():
             return Shortcut(routed, identity_share(hidden_states, routing.identity))

@@ -76,13 +76,14 @@ _LOST = (
 
 def _schedule_after_the_gate(vllm_config: VllmConfig, speculation: SpeculativeConfig) -> None:
     """Schedule a step after its drafts are judged, and count pruned drafts."""
-    from longcat_vllm.speculation import GATE_SCHEDULER, PrunedDrafts
+    from longcat_vllm import metrics
+    from longcat_vllm.speculation import GATE_SCHEDULER
 
     scheduler = vllm_config.scheduler_config
     scheduler.async_scheduling = False
     scheduler.scheduler_cls = GATE_SCHEDULER
     speculation.disable_padded_drafter_batch = True
-    PrunedDrafts.collect()
+    metrics.collect()
 
 
 def obstacles_to_gate(vllm_config: VllmConfig) -> list[str]:

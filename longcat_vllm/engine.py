@@ -61,6 +61,10 @@ def runs_longcat(runner: Any, *_: Any, **__: Any) -> bool:
     return is_longcat(runner.model_config)
 
 
+def starts_engines_for_longcat(*_: Any, vllm_config: VllmConfig, **__: Any) -> bool:
+    return is_longcat(vllm_config.model_config)
+
+
 def drafts_for_longcat(proposer: Any, *_: Any, **__: Any) -> bool:
     return is_longcat(proposer.vllm_config.model_config)
 

@@ -199,6 +199,37 @@ HOOKS: tuple[Hook, ...] = (
         "proposer.",
         remove_when="A draft model can say how many of its drafts are to be verified.",
     ),
+    Wrapper(
+        name="start of engines",
+        target="vllm.v1.engine.utils.CoreEngineProcManager.__init__",
+        around="longcat_vllm.metrics:count_where_statistics_are_logged",
+        concerns="longcat_vllm.engine:starts_engines_for_longcat",
+        stage=Stage.DEPLOYMENT,
+        why="With --disable-log-stats the experts that tokens take are not counted, and no worker learns of that "
+        "option: `VllmConfig` does not have it.",
+        remove_when="`VllmConfig` has it.",
+    ),
+    Wrapper(
+        name="end of warm-up",
+        target="vllm.v1.worker.gpu_worker.Worker.compile_or_warm_up_model",
+        around="longcat_vllm.metrics:begin_when_warm",
+        concerns="longcat_vllm.engine:runs_longcat",
+        stage=Stage.MODEL,
+        device="cuda",
+        why="What a worker counts on the device is not among the statistics that vLLM takes from it (`SchedulerStats` "
+        "has fixed fields), and cannot be copied from the device while a graph is captured.",
+        remove_when="A worker can add statistics of its own.",
+    ),
+    Wrapper(
+        name="end of warm-up on a CPU",
+        target="vllm.v1.worker.cpu_worker.CPUWorker.compile_or_warm_up_model",
+        around="longcat_vllm.metrics:begin_when_warm",
+        concerns="longcat_vllm.engine:runs_longcat",
+        stage=Stage.MODEL,
+        device="cpu",
+        why="As end of warm-up; the CPU's worker has a method of its own for it.",
+        remove_when="As end of warm-up.",
+    ),
 )
 
 

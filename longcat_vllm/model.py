@@ -45,7 +45,7 @@ from longcat_core.weights.audit import CheckpointError
 from longcat_core.weights.blocks import FP8
 from longcat_core.weights.plan import Layout, Target, load_plan
 from longcat_core.weights.precision import dequantized, is_kept, require_precision
-from longcat_vllm import devices, hooks, quantization
+from longcat_vllm import devices, hooks, metrics, quantization
 from longcat_vllm.adapters import AdapterNames
 from longcat_vllm.ffn import LongcatFFN
 from longcat_vllm.moe import LongcatMoE, ZeroExpertAwareExperts
@@ -153,7 +153,12 @@ class LongcatDecoderLayer(nn.Module):
         self.mlp = LongcatMoE(config, vllm_config.parallel_config, quant_config, f"{prefix}.mlp")
 
     def forward(
-        self, hidden_states: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor
+        self,
+        hidden_states: Tensor,
+        residual: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        choices: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         if residual is None:
             residual = hidden_states
@@ -162,7 +167,7 @@ class LongcatDecoderLayer(nn.Module):
             hidden_states, residual = self.input_layernorm[0](hidden_states, residual)
         attended = self.self_attn[0](hidden_states, cos, sin)
         hidden_states, residual = self.post_attention_layernorm[0](attended, residual)
-        shortcut = self.mlp(hidden_states)
+        shortcut = self.mlp(hidden_states, choices)
         hidden_states, residual = self.input_layernorm[1](self.mlps[0](hidden_states), residual)
         attended = self.self_attn[1](hidden_states, cos, sin)
         hidden_states, residual = self.post_attention_layernorm[1](attended, residual)
@@ -192,6 +197,7 @@ class LongcatModel(nn.Module):
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
             ["hidden_states", "residual"], config.hidden_size
         )
+        self.notes_choices = metrics.are_counted_here(vllm_config)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         return self.embed_tokens(input_ids)
@@ -202,8 +208,11 @@ class LongcatModel(nn.Module):
         positions: Tensor,
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: Tensor | None = None,
-    ) -> Tensor | IntermediateTensors:
+    ) -> tuple[Tensor | IntermediateTensors, Tensor | None]:
+        """Also returns the ids of the routings, int32 [layers, T, K], if they are counted; that is done outside, as
+        only there it is known in every mode of CUDA graphs which rows are tokens."""
         residual = None
+        choices: list[Tensor] | None = [] if self.notes_choices else None
         if not get_pp_group().is_first_rank:
             assert intermediate_tensors is not None
             hidden_states, residual = intermediate_tensors["hidden_states"], intermediate_tensors["residual"]
@@ -214,12 +223,13 @@ class LongcatModel(nn.Module):
             hidden_states = self.embed_input_ids(input_ids)
         cos, sin = rotary.cos_sin(positions.unsqueeze(-1), self.inverse_frequencies, self.attention_factor)
         for layer in islice(self.layers, self.start_layer, self.end_layer):
-            hidden_states, residual = layer(hidden_states, residual, cos, sin)
+            hidden_states, residual = layer(hidden_states, residual, cos, sin, choices)
+        noted = None if choices is None else torch.stack(choices)
         if not get_pp_group().is_last_rank:
             assert residual is not None, "a stage has at least one layer"
-            return IntermediateTensors({"hidden_states": hidden_states, "residual": residual})
+            return IntermediateTensors({"hidden_states": hidden_states, "residual": residual}), noted
         hidden_states, _ = self.norm(hidden_states, residual)
-        return hidden_states
+        return hidden_states, noted
 
 
 class LongcatCausalLM(nn.Module):
@@ -318,6 +328,10 @@ class LongcatFlashForCausalLM(LongcatCausalLM, SupportsLoRA, SupportsPP):
             self.lm_head = PPMissingLayer()
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
         devices.current().choose_products(self)
+        self.counted: metrics.CountedChoices | None = None
+        if self.model.notes_choices:
+            layers = range(self.model.start_layer, self.model.end_layer)
+            self.counted = metrics.CountedChoices(vllm_config, config, layers)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         return self.model.embed_input_ids(input_ids)
@@ -329,4 +343,7 @@ class LongcatFlashForCausalLM(LongcatCausalLM, SupportsLoRA, SupportsPP):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor | IntermediateTensors:
-        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+        output, choices = self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+        if self.counted is not None:
+            self.counted.add(choices, rows=len(positions))
+        return output

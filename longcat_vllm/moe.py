@@ -53,9 +53,10 @@ class LongcatMoE(nn.Module):
             reduce_results=False,
         )
 
-    def forward(self, hidden_states: Tensor) -> Shortcut:
-        """hidden_states: [T, H]. Where tokens of data-parallel ranks go to experts of others, the ranks of a tensor-
-        parallel group, which all have the same tokens, send a share of them each, as in vLLM's own models."""
+    def forward(self, hidden_states: Tensor, choices: list[Tensor] | None = None) -> Shortcut:
+        """hidden_states: [T, H]; choices: where the ids of the routing are to be noted. Where tokens of data-parallel
+        ranks go to experts of others, the ranks of a tensor-parallel group, which all have the same tokens, send a
+        share of them each, as in vLLM's own models."""
         num_tokens = hidden_states.shape[0]
         if self.is_sequence_parallel:
             hidden_states = sequence_parallel_chunk(hidden_states)
@@ -66,6 +67,8 @@ class LongcatMoE(nn.Module):
             top_k=self.config.moe_topk,
             routed_scaling_factor=self.config.routed_scaling_factor,
         )
+        if choices is not None:
+            choices.append(routing.ids)
         routed = self.experts(hidden_states, PrecomputedRouting.pack(routing.weights, routing.ids))
         if self.experts.moe_config.skip_final_all_reduce:
             return Shortcut(routed, identity_share(hidden_states, routing.identity))

@@ -4,21 +4,18 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from prometheus_client import REGISTRY
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
-from prometheus_client.multiprocess import MultiProcessCollector
 from torch import Tensor
 from vllm.logger import init_logger
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from longcat_core.drafting.gate import DraftGate, draft_features
+from longcat_vllm import metrics
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -29,8 +26,6 @@ logger = init_logger(f"vllm.{__name__}")
 
 PRUNED = "vllm:spec_decode_num_draft_tokens_pruned"
 GATE_SCHEDULER = f"{__name__}.GateScheduler"
-METRICS_DIRECTORY = "LONGCAT_METRICS_DIRECTORY"
-"""Environment variable: the directory in which the processes of a server share their counters."""
 
 
 class GatedDrafts:
@@ -124,13 +119,12 @@ class PrunedDrafts:
     _values: MmapedDict | None
 
     def __init__(self, model_name: str, engine: int) -> None:
-        directory = os.environ.get("PROMETHEUS_MULTIPROC_DIR") or os.environ.get(METRICS_DIRECTORY, "")
-        if not directory or not Path(directory).is_dir():
-            # As in an engine's process that no server has started.
+        directory = metrics.shared_directory()
+        if directory is None:
             logger.warning("Drafts that the gate prunes are not counted: no directory is shared with the server.")
             self._values = None
             return
-        self._values = MmapedDict(str(Path(directory) / f"counter_longcat{os.getpid()}.db"))
+        self._values = MmapedDict(str(directory / f"counter_longcat{os.getpid()}.db"))
         self._key = mmap_key(
             PRUNED,
             f"{PRUNED}_total",
@@ -145,15 +139,3 @@ class PrunedDrafts:
             return
         value, _ = self._values.read_value(self._key)
         self._values.write_value(self._key, value + drafts, 0.0)
-
-    @staticmethod
-    def collect() -> None:
-        """Have this process's `/metrics` show what is counted; harmless when called again."""
-        global _metrics_directory
-        if _metrics_directory is None:
-            _metrics_directory = tempfile.TemporaryDirectory(prefix="longcat-metrics-")
-            os.environ[METRICS_DIRECTORY] = _metrics_directory.name
-            MultiProcessCollector(REGISTRY, _metrics_directory.name)
-
-
-_metrics_directory: tempfile.TemporaryDirectory[str] | None = None

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -58,6 +59,11 @@ def truth(
     continuation, _ = chains_of(case, tuple(prompt), new_tokens)
     steps = steps_of(case, prompt, new_tokens, draft_tokens, gate)
     return Speculated(continuation, [min(step.accepted, new_tokens - 2 - step.position) for step in steps])
+
+
+def accepted_by_position(steps: Sequence[Step], draft_tokens: int) -> list[int]:
+    """How many verifications accepted the draft at each position of its chain."""
+    return [sum(step.accepted > position for step in steps) for position in range(draft_tokens)]
 
 
 def prompts_of(case: Case) -> list[list[int]]:

@@ -42,7 +42,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def test_completions_are_the_targets_and_metrics_count_the_drafts(server: Server) -> None:
-    names = [engine.METRICS.pruned, *engine.speculation_metrics([])]
+    names = [engine.METRICS.pruned, *engine.speculation_metrics([]), *engine.acceptance_metrics([], DRAFT_TOKENS)]
     before, steps = counted(server, names), []  # an engine may have warmed up with a request of its own
     for prompt in prompts_of(CASE):
         request = {"model": MODEL, "prompt": prompt, "temperature": 0, "max_tokens": NEW_TOKENS, "ignore_eos": True}
@@ -50,7 +50,8 @@ def test_completions_are_the_targets_and_metrics_count_the_drafts(server: Server
         assert answer["choices"][0]["token_ids"] == truth(CASE, prompt, NEW_TOKENS, DRAFT_TOKENS, the_gate()).tokens
         steps += steps_of(CASE, prompt, NEW_TOKENS, DRAFT_TOKENS, the_gate())
     pruned = DRAFT_TOKENS * len(steps) - sum(step.verified for step in steps)
-    wanted = {engine.METRICS.pruned: pruned} | engine.speculation_metrics(steps)
+    wanted = {engine.METRICS.pruned: pruned, **engine.speculation_metrics(steps)}
+    wanted |= engine.acceptance_metrics(steps, DRAFT_TOKENS)
     wait_until(lambda: counted(server, names) == {name: before[name] + wanted[name] for name in names})
 
 

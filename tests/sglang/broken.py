@@ -17,7 +17,7 @@ def shortcut_added_early(monkeypatch: pytest.MonkeyPatch) -> None:
 
     early: list[Tensor] = []
 
-    def moe(self: LongcatMoE, hidden: Tensor) -> Shortcut:
+    def moe(self: LongcatMoE, hidden: Tensor, choices: None) -> Shortcut:
         shortcut = route_and_compute(self, hidden)
         assert shortcut.partial is not None, "no transport"
         early.append(shortcut.partial + shortcut.whole)  # on one rank

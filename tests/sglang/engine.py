@@ -26,7 +26,7 @@ from longcat_core.drafting.gate import Step
 from longcat_sglang.engine import SGLANG
 from tests.collectives import note
 from tests.metrics import Metrics
-from tests.speculation import Speculated
+from tests.speculation import Speculated, accepted_by_position
 
 NAME, PACKAGE, RECORD = "SGLang", "longcat_sglang", SGLANG
 UNSUPPORTED, SUPPORTED = ("0.5.20", "0.5.22", "0.6.0"), ("0.5.21", "0.5.21.post1")
@@ -40,6 +40,10 @@ METRICS = Metrics(
     pruned="sglang:spec_num_drafts_pruned_total",
     verifications="sglang:spec_verify_calls_total",
 )
+METRIC_LABELS: dict[str, str] = {}
+"""What every metric of an engine is labelled with, beside the model's name."""
+STEPS_BEHIND_THE_END = 1
+"""Of an answer that ends by its length: tokens whose successor is computed and thrown away, as steps overlap."""
 AS_THE_STOCK_COMMAND: dict[str, Any] = {}
 """Engine arguments: the tests' engines are as it is."""
 OURS: dict[str, str] = {}
@@ -172,6 +176,18 @@ def speculation_flags(draft_tokens: int) -> list[str]:
     return ["--speculative-algorithm", "NEXTN", "--speculative-num-steps", str(draft_tokens)]
 
 
+def expert_parallel_flags(ranks: int) -> list[str]:
+    """What a user types for FFN experts that are spread over ranks."""
+    return ["--tp-size", str(ranks), "--ep-size", str(ranks)]
+
+
+def environment_of_ranks(ranks: int) -> dict[str, str]:
+    """SGLang wants to be told each rank's cores, and these machines may have few."""
+    cores = sorted(os.sched_getaffinity(0))
+    bound = "|".join(str(cores[rank % len(cores)]) for rank in range(ranks))
+    return {"SGLANG_CPU_OMP_THREADS_BIND": bound} if ranks > 1 else {}
+
+
 PARSER_FLAGS = ["--tool-call-parser", "longcat", "--reasoning-parser", "longcat"]
 DRAFTS_BEHIND_THE_END = True
 """Whether `usage` counts them as reasoning (docs/upstream.md, 40)."""
@@ -185,6 +201,14 @@ def matching(regex: str) -> dict[str, Any]:
 def speculation_metrics(steps: Sequence[Step]) -> dict[str, float]:
     """What the server has to count for these verifications."""
     return {"sglang:spec_verify_calls_total": len(steps)}
+
+
+def acceptance_metrics(steps: Sequence[Step], draft_tokens: int) -> dict[str, float]:
+    """What it has to count for them by position, of so many drafts each at most."""
+    return {"longcat:verified_chains_total": len(steps)} | {
+        f'longcat:accepted_drafts_total{{position="{position}"}}': accepted
+        for position, accepted in enumerate(accepted_by_position(steps, draft_tokens))
+    }
 
 
 def _note_collectives(file: Path, patch: pytest.MonkeyPatch) -> None:
@@ -242,12 +266,7 @@ def serving(
     }
     if cache_tokens is not None:
         options["schedule_conservativeness"] = 0.01  # so that requests are let in that will not fit to their end
-    environment = {}
-    if tensor_parallel > 1:  # SGLang wants to be told each rank's cores, and these machines may have few
-        cores = sorted(os.sched_getaffinity(0))
-        environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(
-            str(cores[rank % len(cores)]) for rank in range(tensor_parallel)
-        )
+    environment = environment_of_ranks(tensor_parallel)
 
     class ForkedEngine(entry.Engine):
         run_scheduler_process_func = staticmethod(partial(_run_scheduler, environment, broken))

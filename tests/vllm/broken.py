@@ -12,7 +12,9 @@ def shortcut_added_early(monkeypatch: pytest.MonkeyPatch) -> None:
     """The MoE's output joins the stream before the second attention, as in a plain MoE layer."""
     from longcat_vllm.model import LongcatDecoderLayer
 
-    def forward(self: LongcatDecoderLayer, hidden: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor) -> object:
+    def forward(
+        self: LongcatDecoderLayer, hidden: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, choices: None
+    ) -> object:
         if residual is None:
             residual, hidden = hidden, self.input_layernorm[0](hidden)
         else:

@@ -24,7 +24,7 @@ from longcat_core.drafting.gate import Step
 from longcat_vllm.engine import VLLM
 from tests.cases import DEFAULT
 from tests.metrics import Metrics
-from tests.speculation import Speculated
+from tests.speculation import Speculated, accepted_by_position
 
 # Engines in this process take 2 s each; one of processes of its own takes 20.
 OURS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
@@ -46,6 +46,10 @@ METRICS = Metrics(
     pruned="vllm:spec_decode_num_draft_tokens_pruned_total",
     verifications="vllm:spec_decode_num_drafts_total",
 )
+METRIC_LABELS = {"engine": "0"}
+"""What every metric of an engine is labelled with, beside the model's name."""
+STEPS_BEHIND_THE_END = 0
+"""Of an answer that ends by its length: tokens whose successor is computed and thrown away."""
 Break = Callable[[pytest.MonkeyPatch], None]
 
 
@@ -151,6 +155,16 @@ def speculation_flags(draft_tokens: int) -> list[str]:
     return ["--speculative-config", json.dumps(speculation(draft_tokens)["speculative_config"])]
 
 
+def expert_parallel_flags(ranks: int) -> list[str]:
+    """What a user types for FFN experts that are spread over ranks, here with two servers of the API."""
+    return ["--tensor-parallel-size", str(ranks), "--enable-expert-parallel", "--api-server-count", "2"]
+
+
+def environment_of_ranks(ranks: int) -> dict[str, str]:
+    """vLLM binds each rank to cores of its own, and refuses when there are not enough."""
+    return {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if ranks > 1 else {}
+
+
 PARSER_FLAGS = ["--enable-auto-tool-choice", "--tool-call-parser", "longcat", "--reasoning-parser", "longcat"]
 DRAFTS_BEHIND_THE_END = False
 
@@ -166,6 +180,14 @@ def speculation_metrics(steps: Sequence[Step]) -> dict[str, float]:
         "vllm:spec_decode_num_drafts_total": len(steps),
         "vllm:spec_decode_num_draft_tokens_total": sum(step.verified for step in steps),
         "vllm:spec_decode_num_accepted_tokens_total": sum(step.accepted for step in steps),
+    }
+
+
+def acceptance_metrics(steps: Sequence[Step], draft_tokens: int) -> dict[str, float]:
+    """What it has to count for them by position, of so many drafts each at most."""
+    return {
+        f'vllm:spec_decode_num_accepted_tokens_per_pos_total{{position="{position}"}}': accepted
+        for position, accepted in enumerate(accepted_by_position(steps, draft_tokens))
     }
 
 
@@ -220,9 +242,8 @@ def serving(
         "disable_log_stats": False,
     }
     with pytest.MonkeyPatch.context() as patch:
-        if tensor_parallel > 1 or "pipeline_parallel_size" in engine_args:
-            # vLLM binds each rank to cores of its own, and refuses when there are not enough.
-            patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        for name, value in environment_of_ranks(tensor_parallel * engine_args.get("pipeline_parallel_size", 1)).items():
+            patch.setenv(name, value)
         if broken is not None:
             broken(patch)
         # An engine looks for garbage ten times, each time among all that was ever imported: 0.2 s that are no test.

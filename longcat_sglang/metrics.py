@@ -1,0 +1,119 @@
+"""What SGLang's `/metrics` show of LongCat's own: the experts that tokens take, and accepted drafts by position."""
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from prometheus_client import Counter
+from sglang.srt.layers.dp_attention import is_dp_attention_enabled
+from sglang.srt.layers.moe.utils import get_moe_a2a_backend
+from sglang.srt.runtime_context import get_parallel, get_server_args
+from torch import Tensor
+
+from longcat_core.config import LongcatConfig
+from longcat_core.observation.expert_choices import ExpertChoices
+from longcat_core.observation.publication import Publication
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.managers.utils import GenerationBatchResult
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+logger = logging.getLogger(__name__)
+
+ACCEPTED, VERIFIED = "longcat:accepted_drafts", "longcat:verified_chains"
+
+
+def are_counted_here() -> bool:
+    """Whether this rank counts choices: with --enable-metrics, the first of those that have the same tokens."""
+    server_args: Any = get_server_args()
+    if not server_args.enable_metrics or get_parallel().tp_rank != 0:
+        return False
+    hindrances = {
+        "--enable-dp-attention": is_dp_attention_enabled(),
+        "--moe-a2a-backend": not get_moe_a2a_backend().is_none(),
+        "--enable-memory-saver": server_args.enable_memory_saver,
+    }
+    for option, is_given in hindrances.items():
+        if is_given:
+            logger.warning("The experts that tokens take are not counted with %s yet.", option)
+    return not any(hindrances.values())
+
+
+class CountedChoices:
+    """The choices of this rank's layers, from the batch of each step."""
+
+    def __init__(self, config: LongcatConfig) -> None:
+        ranks = get_parallel().moe_ep_size
+        device = torch.get_default_device()
+        layers = range(config.num_layers)
+        self._choices = ExpertChoices(layers, config.moe_topk, config.n_routed_experts, ranks, device)
+        directory = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])  # which --enable-metrics sets in all processes
+        self.publication = Publication(self._choices, directory, _labels())
+
+    def add(self, choices: list[Tensor], forward_batch: ForwardBatch) -> None:
+        """choices: int32 [T, K] of each layer. A row is a token if it has a slot in the cache: slot 0 is SGLang's for
+        rows that pad a captured graph, and for all rows of a capture and of a warm-up."""
+        self._choices.add(torch.stack(choices), (forward_batch.out_cache_loc != 0).long())
+
+
+def _labels() -> dict[str, str]:
+    server_args: Any = get_server_args()
+    return {"model_name": server_args.served_model_name}
+
+
+def begin_when_warm(original: Callable[..., Any], scheduler: Scheduler, *args: Any, **kwargs: Any) -> Any:
+    """Show the counts from when the last graph is captured."""
+    runner: Any = scheduler.tp_worker.model_runner
+    counted: CountedChoices | None = getattr(runner.model.model, "counted", None)
+    if counted is not None:
+        counted.publication.begin()
+    return original(scheduler, *args, **kwargs)
+
+
+class AcceptedDrafts:
+    """Verified chains of drafts, and how many drafts of them were accepted at each position."""
+
+    def __init__(self) -> None:
+        labels = _labels()
+        of_chains = Counter(VERIFIED, "Chains of drafts that were verified.", labelnames=[*labels])
+        self._chains = of_chains.labels(**labels)
+        of_drafts = Counter(
+            ACCEPTED, "Drafts that were accepted, by their position in a chain.", labelnames=[*labels, "position"]
+        )
+        server_args: Any = get_server_args()
+        positions = range(server_args.speculative_num_steps)
+        self._at = [of_drafts.labels(**labels, position=str(position)) for position in positions]
+
+    def add(self, accepted: Sequence[int]) -> None:
+        """accepted: leading drafts of each chain."""
+        self._chains.inc(len(accepted))
+        for position, counter in enumerate(self._at):
+            counter.inc(sum(length > position for length in accepted))
+
+
+@cache
+def _accepted_drafts() -> AcceptedDrafts | None:
+    """Counted once by a process that shows metrics; the ranks of a tensor-parallel group verify the same."""
+    server_args: Any = get_server_args()
+    return AcceptedDrafts() if server_args.enable_metrics and get_parallel().tp_rank == 0 else None
+
+
+def note_accepted_drafts(
+    original: Callable[..., Any], processor: Any, result: GenerationBatchResult, batch: ScheduleBatch, **kwargs: Any
+) -> Any:
+    """As the results of a verification are read, after which SGLang keeps sums over positions only."""
+    tokens = original(processor, result, batch, **kwargs)
+    accepted, counted = result.num_correct_drafts_per_req_cpu, _accepted_drafts()
+    if counted is not None and accepted is not None:
+        pairs = zip(accepted, batch.reqs, strict=True)
+        counted.add([length for length, request in pairs if not (request.is_retracted or request.finished())])
+    return tokens

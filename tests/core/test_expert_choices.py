@@ -1,0 +1,115 @@
+"""Counting of expert choices against a case that was worked by hand, and what is shown of the counts."""
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from prometheus_client import CollectorRegistry
+from prometheus_client.multiprocess import MultiProcessCollector
+from torch import Tensor
+
+from longcat_core.layers.routing import expert_rows, rank_imbalance
+from longcat_core.observation.expert_choices import ExpertChoices, LayerTotals, ranks_of_experts
+from longcat_core.observation.publication import Publication, samples
+
+CPU = torch.device("cpu")
+STEP = torch.tensor(
+    [
+        [[0, 1, -1], [0, 2, 3], [-1, -1, -1], [4, 0, 1]],  # the fourth row pads the step
+        [[4, -1, -1], [4, -1, 3], [3, 4, 2], [-1, -1, -1]],
+    ],
+    dtype=torch.int32,
+)
+"""Two layers, four rows, three choices of five FFN experts (0 to 4) or a zero expert."""
+IS_REAL = torch.tensor([1, 1, 1, 0])
+
+
+def counted(ids: Tensor, is_real: Tensor, ranks: int = 2, experts: int = 5) -> list[list[int]]:
+    """A row a layer: tokens by their number of FFN experts, rows of the busiest expert, rows of the busiest rank."""
+    choices = ExpertChoices(range(len(ids)), ids.shape[-1], experts, ranks, CPU)
+    choices.add(ids, is_real)
+    return [[*each.tokens, each.busiest_expert, each.busiest_rank] for each in choices.totals()]
+
+
+def test_a_step_worked_by_hand() -> None:
+    """Ranks have the experts 0, 1, 2 and 3, 4. Layer 0: rows of experts 2, 1, 1, 1, 0, of ranks 4, 1. Layer 1: rows of
+    experts 0, 0, 1, 2, 3, of ranks 1, 5."""
+    assert counted(STEP, IS_REAL) == [
+        [1, 0, 1, 1, 2, 4],
+        [0, 1, 1, 1, 3, 5],
+    ]
+
+
+def test_a_row_that_pads_a_step_counts_nothing() -> None:
+    assert counted(STEP, IS_REAL) == counted(STEP[:, :3], IS_REAL[:3])
+    assert counted(STEP, torch.zeros(4, dtype=torch.int64)) == [[0] * 6] * 2
+    assert counted(STEP[:, :0], IS_REAL[:0]) == [[0] * 6] * 2
+
+
+@pytest.mark.parametrize(("experts", "ranks"), [(8, 1), (8, 4), (7, 3)])
+def test_counts_are_those_of_the_load_statistics(experts: int, ranks: int) -> None:
+    ids = torch.randint(-3, experts, (3, 40, 4), generator=torch.Generator().manual_seed(0)).clamp(min=-1).int()
+    for layer, found in zip(ids, counted(ids, torch.ones(40, dtype=torch.int64), ranks, experts), strict=True):
+        rows = expert_rows(layer, experts)
+        assert found[:5] == torch.bincount((layer >= 0).sum(dim=-1), minlength=5).tolist()
+        assert found[5] == rows.max()
+        assert found[6] == pytest.approx(rank_imbalance(rows, ranks) * int(rows.sum()) / ranks if ranks > 1 else 0)
+
+
+def test_totals_are_sums_over_steps() -> None:
+    choices = ExpertChoices(range(6, 8), top_k=3, n_routed_experts=5, ranks=2, device=CPU)
+    for _ in range(2):
+        choices.add(STEP, IS_REAL)
+    first, second = choices.totals()
+    assert first == LayerTotals(tokens=(2, 0, 2, 2), busiest_expert=4, busiest_rank=8)
+    assert (first.ffn_choices, first.zero_choices) == (10, 8)
+    assert (second.ffn_choices, second.zero_choices) == (12, 6)
+
+
+def test_a_compiled_step_adds_each_time_it_runs() -> None:
+    """As in an engine that compiles or captures the model: the sums are changed in place."""
+    choices = ExpertChoices(range(2), top_k=3, n_routed_experts=5, ranks=2, device=CPU)
+    compiled = torch.compile(choices.add, backend="aot_eager", fullgraph=True, dynamic=True)
+    for _ in range(3):
+        compiled(STEP, IS_REAL)
+    compiled(STEP[:, :3], IS_REAL[:3])
+    assert [each.tokens for each in choices.totals()] == [(4, 0, 4, 4), (0, 4, 4, 4)]
+
+
+def test_ranks_have_experts_in_order() -> None:
+    assert ranks_of_experts(7, 3).tolist() == [0, 0, 0, 1, 1, 2, 2]
+
+
+def test_ranks_are_shown_where_there_are_several() -> None:
+    totals = LayerTotals(tokens=(1, 0, 1, 1), busiest_expert=2, busiest_rank=4)
+    alone, together = ({each.metric.name for each in samples(totals, 5, ranks)} for ranks in (1, 2))
+    assert together - alone == {"longcat:busiest_rank_rows", "longcat:mean_rank_rows"}
+
+
+def test_a_servers_metrics_are_sums_over_its_processes(tmp_path: Path) -> None:
+    """Two engines' choices in files of one directory, as prometheus_client reads them."""
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, str(tmp_path))
+    choices = ExpertChoices(range(6, 8), top_k=3, n_routed_experts=5, ranks=2, device=CPU)
+    publication = Publication(choices, tmp_path, {"model_name": "longcat"})
+
+    def shown(name: str, **labels: str) -> float | None:
+        return registry.get_sample_value(name, {"model_name": "longcat", "layer": "6", **labels})
+
+    assert shown("longcat:ffn_experts_per_token_count") == 0, "there before anything is counted"
+    choices.add(STEP, IS_REAL)
+    publication.show()
+    publication.show()
+    buckets = [shown("longcat:ffn_experts_per_token_bucket", le=le) for le in ("0.0", "1.0", "2.0", "3.0", "+Inf")]
+    assert buckets == [1, 1, 2, 3, 3]
+    assert shown("longcat:ffn_experts_per_token_count") == 3
+    assert shown("longcat:ffn_experts_per_token_sum") == 5
+    assert [shown("longcat:expert_choices_total", kind=kind) for kind in ("ffn", "zero")] == [5, 4]
+    assert (shown("longcat:busiest_expert_tokens_total"), shown("longcat:mean_expert_tokens_total")) == (2, 1)
+    assert (shown("longcat:busiest_rank_rows_total"), shown("longcat:mean_rank_rows_total")) == (4, 2.5)
+    for file in list(tmp_path.iterdir()):
+        (tmp_path / file.name.replace("choices-", "choices-1")).write_bytes(file.read_bytes())
+    assert shown("longcat:ffn_experts_per_token_count") == 6

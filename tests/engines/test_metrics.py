@@ -1,0 +1,136 @@
+"""What a stock server's `/metrics` say of the experts that tokens take: exactly what the reference's routers choose."""
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+from torch import Tensor
+
+from longcat_cli.make_checkpoint import make_checkpoint
+from longcat_core.inspection import routings
+from longcat_core.observation.publication import INTERVAL_S
+from longcat_core.reference import LongcatForCausalLM
+from tests.harness import engine
+from tests.requests import CASE, COMPLETIONS, MODEL
+from tests.server import Server, serving, wait_until
+
+NEW_TOKENS = 12
+PROMPTS = [CASE.prompts(1, length, seed=length)[0] for length in (1, 20, 33)]
+"""No two begin alike, so that none is found in the prefix cache."""
+RANKS = 2
+Key = tuple[str, str, str]
+"""A sample's name, its layer, and its bucket's bound or the kind of its choices."""
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("counted") / "checkpoint"
+    make_checkpoint(directory, CASE.config, seed=0, dtype=torch.float32)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def reference(directory: Path) -> LongcatForCausalLM:
+    return LongcatForCausalLM.from_checkpoint(directory).eval()
+
+
+def shown(server: Server) -> dict[Key, float]:
+    families = text_string_to_metric_families(server.http.get("/metrics").raise_for_status().text)
+    samples = [sample for family in families for sample in family.samples if sample.name.startswith("longcat:")]
+    assert all(sample.labels["model_name"] == MODEL for sample in samples)
+    assert all(engine.METRIC_LABELS.items() <= sample.labels.items() for sample in samples)
+    return {
+        (sample.name, sample.labels["layer"], sample.labels.get("le", sample.labels.get("kind", ""))): sample.value
+        for sample in samples
+    }
+
+
+def settled(server: Server) -> dict[Key, float]:
+    """When nothing is counted any more, as of a request that the server has made itself when it started."""
+    found, since = shown(server), time.monotonic()
+    while time.monotonic() - since < 1.5 * INTERVAL_S:
+        time.sleep(0.2)
+        if (now := shown(server)) != found:
+            found, since = now, time.monotonic()
+    return found
+
+
+@torch.no_grad()
+def steps_of(model: LongcatForCausalLM, prompt: list[int], answer: list[int]) -> Iterator[list[Tensor]]:
+    """The choices [T, K] of each layer, step by step: of the prompt, then of each token but those not computed."""
+    computed = answer[: len(answer) - 1 + engine.STEPS_BEHIND_THE_END]
+    with routings(model) as noted:
+        model(torch.tensor([prompt + computed]))
+    ends = [len(prompt) + position for position in range(len(computed) + 1)]
+    for start, end in zip([0, *ends], ends, strict=False):
+        yield [layer.ids[start:end] for layer in noted]
+
+
+def wanted(steps: list[list[Tensor]], ranks: int) -> Mapping[Key, float]:
+    """Counted in another way than the engines count, one choice after the other."""
+    found = Counter[Key]()
+    experts = CASE.config.n_routed_experts
+    for step in steps:
+        for layer, ids in enumerate(map(Tensor.tolist, step)):
+            rows, of_ranks = Counter[int](), Counter[int]()
+            for token in ids:
+                taken = [expert for expert in token if expert != -1]
+                rows.update(taken)
+                of_ranks.update(expert * ranks // experts for expert in taken)
+                for most in (*range(len(taken), len(token) + 1), float("inf")):
+                    found["longcat:ffn_experts_per_token_bucket", str(layer), bound(most)] += 1
+                found["longcat:ffn_experts_per_token_sum", str(layer), ""] += len(taken)
+                found["longcat:ffn_experts_per_token_count", str(layer), ""] += 1
+                found["longcat:expert_choices_total", str(layer), "ffn"] += len(taken)
+                found["longcat:expert_choices_total", str(layer), "zero"] += len(token) - len(taken)
+            found["longcat:busiest_expert_tokens_total", str(layer), ""] += max(rows.values(), default=0)
+            found["longcat:mean_expert_tokens_total", str(layer), ""] += rows.total() / experts
+            if ranks > 1:
+                found["longcat:busiest_rank_rows_total", str(layer), ""] += max(of_ranks.values(), default=0)
+                found["longcat:mean_rank_rows_total", str(layer), ""] += rows.total() / ranks
+    return found
+
+
+def bound(number: float) -> str:
+    return "+Inf" if number == float("inf") else f"{number:.1f}"
+
+
+def assert_counts_what_the_reference_chooses(server: Server, reference: LongcatForCausalLM, ranks: int) -> None:
+    before, steps = settled(server), []
+    assert before, "shown before the first request"
+    for prompt in PROMPTS:
+        request = {"model": MODEL, "prompt": prompt, "temperature": 0, "max_tokens": NEW_TOKENS, "ignore_eos": True}
+        answer = server.http.post(COMPLETIONS, json=request | {"return_token_ids": True}).raise_for_status().json()
+        tokens = answer["choices"][0]["token_ids"]
+        assert tokens == reference.generate(prompt, NEW_TOKENS)
+        steps += steps_of(reference, prompt, tokens)
+    expected = wanted(steps, ranks)
+    wait_until(lambda: shown(server) != before)
+    after = settled(server)
+    assert {key: after[key] - before[key] for key in after if after[key] != before[key]} == expected
+    assert all(key in after for key in expected)
+
+
+def test_a_server_counts_what_the_reference_chooses(
+    directory: Path, reference: LongcatForCausalLM, tmp_path: Path
+) -> None:
+    with serving(engine.command(directory, served_name=MODEL), tmp_path / "server.log") as server:
+        assert_counts_what_the_reference_chooses(server, reference, ranks=1)
+
+
+def test_ranks_that_share_experts_count_a_token_once(
+    directory: Path, reference: LongcatForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With several servers of the API, where the engine has such."""
+    for name, value in engine.environment_of_ranks(RANKS).items():
+        monkeypatch.setenv(name, value)
+    command = [*engine.command(directory, served_name=MODEL), *engine.expert_parallel_flags(RANKS)]
+    with serving(command, tmp_path / "server.log") as server:
+        assert_counts_what_the_reference_chooses(server, reference, RANKS)

@@ -1,0 +1,77 @@
+"""When choices are counted in SGLang, and which rows of a step are tokens; `engines/test_metrics.py` has the counts."""
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from longcat_core.observation.publication import Publication
+from longcat_sglang import metrics
+from longcat_sglang.metrics import CountedChoices
+from tests.cases import DEFAULT
+
+IDS = torch.tensor([[0, 1, -1, -1], [0, 2, 3, 5], [7, 7, 7, 7]], dtype=torch.int32)
+
+
+@pytest.fixture
+def settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
+    """A server's with metrics, of one rank, to be changed by the test."""
+    found = SimpleNamespace(
+        enable_metrics=True,
+        enable_memory_saver=False,
+        served_model_name="longcat",
+        tp_rank=0,
+        moe_ep_size=1,
+        is_none=lambda: True,
+        has_dp_attention=False,
+    )
+    for name in ("get_server_args", "get_parallel", "get_moe_a2a_backend"):
+        monkeypatch.setattr(metrics, name, lambda: found)
+    monkeypatch.setattr(metrics, "is_dp_attention_enabled", lambda: found.has_dp_attention)
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    return found
+
+
+def test_the_first_rank_counts_where_metrics_are_asked_for(settings: SimpleNamespace) -> None:
+    assert metrics.are_counted_here()
+    settings.tp_rank = 1
+    assert not metrics.are_counted_here()
+    settings.tp_rank, settings.enable_metrics = 0, False
+    assert not metrics.are_counted_here()
+
+
+@pytest.mark.parametrize(
+    "hindrance", [{"enable_memory_saver": True}, {"is_none": lambda: False}, {"has_dp_attention": True}]
+)
+def test_nothing_is_counted_where_rows_or_memory_are_others(
+    hindrance: dict[str, Any], settings: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    vars(settings).update(hindrance)
+    assert not metrics.are_counted_here()
+    assert "are not counted with --" in caplog.text
+
+
+@pytest.mark.parametrize(("slots", "tokens"), [([40, 41, 42], 3), ([1, 17, 0], 2), ([0, 0, 0], 0)])
+def test_rows_with_a_slot_in_the_cache_are_tokens(slots: list[int], tokens: int, settings: SimpleNamespace) -> None:
+    """The others pad a captured graph, or are of a capture."""
+    counted = CountedChoices(DEFAULT)
+    batch: Any = SimpleNamespace(out_cache_loc=torch.tensor(slots))
+    counted.add([IDS] * DEFAULT.num_layers, batch)
+    for layer in counted._choices.totals():
+        assert sum(layer.tokens) == tokens
+        assert layer.ffn_choices == [0, 2, 6, 10][tokens]
+
+
+def test_counts_are_shown_before_the_first_step(settings: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(Publication, "begin", lambda _: events.append("shown"))
+    for counted in (CountedChoices(DEFAULT), None):
+        model = SimpleNamespace(model=SimpleNamespace(counted=counted))
+        scheduler: Any = SimpleNamespace(tp_worker=SimpleNamespace(model_runner=SimpleNamespace(model=model)))
+        metrics.begin_when_warm(lambda _: events.append("steps"), scheduler)
+    assert events == ["shown", "steps", "steps"]
