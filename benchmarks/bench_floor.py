@@ -265,7 +265,7 @@ def engine_times(directory: Path, config: LongcatConfig, run: str, plan: Plan) -
             "chunk": plan.chunk,
             "prefix_caching": False,
             "cache_tokens": cached,
-            "max_model_len": min(cached, LONGEST) - 16,
+            "max_model_len": min(cached, LONGEST) - 32,  # a block is nobody's, another may be full in part
             "max_running": MOST_REQUESTS + 1,  # SGLang keeps one back
             "broken": notes.watch,
         }

@@ -111,7 +111,8 @@ class Notes:
         self._ids = [] if self.counts_experts and not is_timed else None
         if tokens > MOST_REQUESTS and self._leaves_out.exists():
             self._fill_caches(model)
-            states = torch.randn(tokens, model.norm.weight.shape[0]).to(model.norm.weight.dtype)
+            random = torch.randn(tokens, model.norm.weight.shape[0]).to(model.norm.weight.dtype)
+            states = (random, None) if ENGINE == "vllm" else random  # beside the choices, which are not counted here
         else:
             states = call(model, input_ids, *args, **kwargs)
         words: list[float] = [start, tokens, torch.get_num_threads()]

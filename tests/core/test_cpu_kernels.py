@@ -98,6 +98,18 @@ def test_many_rows_of_one_expert_are_the_reference() -> None:
     assert relative_error(routed_experts(x, ids, weights, w13, w2), truth) < ROUNDING
 
 
+def test_a_choice_of_no_expert_is_no_row() -> None:
+    """Not even one of weight 0: what nobody chose may be anything."""
+    x = torch.ones(3, 64).bfloat16()
+    w13, w2 = torch.full((2, 64, 64), torch.nan).bfloat16(), torch.full((2, 64, 32), torch.nan).bfloat16()
+    w13[1], w2[1] = 1.0, 1.0
+    ids = torch.tensor([[-1, 1], [-1, -1], [1, -1]], dtype=torch.int32)
+    outputs = routed_experts(x, ids, torch.ones(3, 2), w13, w2)
+    assert outputs.isfinite().all()
+    assert outputs[1].tolist() == [0.0] * 64
+    assert (outputs[0] > 0).all()
+
+
 # The compiled kernel wants latents of whole groups.
 attention_steps = st.builds(
     step,

@@ -230,5 +230,6 @@ def test_it_goes_from_a_question_over_calls_to_an_answer(
 def test_its_record_says_that_most_calls_are_right_and_most_drafts_accepted() -> None:
     results = RECORD["results"]
     assert results["held_out"]["calls"] >= 0.9
-    assert results["held_out"]["answers"] >= 0.8
+    assert results["held_out"]["answers"] >= 0.9
+    assert results["held_out_with_made_up_words"]["calls"] >= 0.85
     assert results["drafts"]["first"] >= 0.9

@@ -33,7 +33,7 @@ SETTINGS = Settings(
     bf16=False,
     measure_every=100,
 )
-"""The shipped one was made in four runs, of which this was the last; see docs/nano.md."""
+"""Of the shipped one."""
 _GLANCED = 36
 """Held-out conversations, while training."""
 

@@ -74,12 +74,10 @@ class CompactedRowsMethod(FusedMoEMethodBase):
 
 
 def select_cpu_kernel(hidden_size: int, intermediate_size: int, dtype: torch.dtype) -> str:
-    """The quickest kernel for experts of this shape on this CPU: `bf16_dot`, `vector` or, for any shape, `compiled` and
-    `torch`."""
-    if is_quicker(dtype):
-        return "compiled"
+    """The quickest kernel for experts of this shape on this CPU: vLLM's `bf16_dot` or `vector`, or, for any shape,
+    core's `compiled` or `torch`."""
     if hidden_size % 32 or intermediate_size % 32:
-        return "torch"
+        return "compiled" if is_quicker(dtype) else "torch"
     return "bf16_dot" if dtype == torch.bfloat16 and multiplies_bf16() else "vector"
 
 
