@@ -201,13 +201,15 @@ def test_reasoning_that_the_prompt_opens_is_reasoning_and_counted(stream: bool, 
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-def test_responses_has_guided_calls_of_its_tools(stream: bool, client: OpenAI) -> None:
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "open"}], ids=["required", "named"])
+def test_responses_has_guided_calls_of_its_tools(choice: str | dict[str, str], stream: bool, client: OpenAI) -> None:
     tools = [{"type": "function", "strict": True, **tool["function"]} for tool in TOOLS]
     request: dict[str, Any] = {
         "model": MODEL,
         "input": "Weather?",
         "tools": tools,
-        "tool_choice": {"type": "function", "name": "open"},
+        "tool_choice": choice,
+        "parallel_tool_calls": False,
         "max_output_tokens": 400,
         "extra_body": NO_THINKING,
     }
@@ -220,17 +222,27 @@ def test_responses_has_guided_calls_of_its_tools(stream: bool, client: OpenAI) -
         response = client.responses.create(**request)
     assert response.status == "completed"
     (call,) = response.output
-    assert (call.type, call.name) == ("function_call", "open")
-    jsonschema.validate(json.loads(call.arguments), DAY)
+    assert call.type == "function_call"
+    assert call.name == "open" or choice == "required"
+    jsonschema.validate(json.loads(call.arguments), SCHEMAS[call.name])
+
+
+NAMED = {"type": "tool", "name": "open"}
+ANY: dict[str, Any] = {"type": "any", "disable_parallel_tool_use": True}
+"""Choices of the messages endpoint; else random weights go on calling."""
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-def test_messages_has_guided_calls_of_its_tools(stream: bool, anthropic: Anthropic) -> None:
-    message = message_of(anthropic, stream=stream, max_tokens=400)
-    assert message.stop_reason == "tool_use"
-    (block,) = message.content
+@pytest.mark.parametrize("choice", [ANY, NAMED], ids=["required", "named"])
+def test_messages_has_guided_calls_of_its_tools(choice: dict[str, Any], stream: bool, anthropic: Anthropic) -> None:
+    message = message_of(anthropic, stream=stream, max_tokens=400, choice=choice)
+    block, *more = message.content
     assert (block.type, block.name) == ("tool_use", "open")
     jsonschema.validate(block.input, DAY)
+    if engine.NAME == "SGLang" and choice is ANY:  # whose endpoint does not read that one call is wanted
+        assert {each.type for each in more} <= {"tool_use"}
+    else:
+        assert (more, message.stop_reason) == ([], "tool_use")
 
 
 def test_messages_answers_wherever_a_call_is_cut_off(anthropic: Anthropic) -> None:
@@ -241,13 +253,13 @@ def test_messages_answers_wherever_a_call_is_cut_off(anthropic: Anthropic) -> No
     assert {} in inputs, "none was cut within its arguments"
 
 
-def message_of(client: Anthropic, *, stream: bool, max_tokens: int) -> Any:
+def message_of(client: Anthropic, *, stream: bool, max_tokens: int, choice: dict[str, Any] = NAMED) -> Any:
     request: dict[str, Any] = {
         "model": MODEL,
         "max_tokens": max_tokens,
         "messages": [{"role": "user", "content": "Open?"}],
         "tools": [{"name": "open", "description": "A tool.", "input_schema": DAY}],
-        "tool_choice": {"type": "tool", "name": "open"},
+        "tool_choice": choice,
         "thinking": {"type": "disabled"},
         "extra_body": NO_THINKING | {"temperature": 0},  # which Anthropic's client has given up
     }
