@@ -59,6 +59,11 @@ def test_a_product_is_torchs(seed: int, tokens: int, rows: int, columns: int) ->
         assert relative_error(ours, x.double() @ weight.double().T) < ROUNDING
 
 
+def test_a_product_takes_rows_of_any_strides() -> None:
+    x = torch.arange(24.0).view(2, 4, 3).bfloat16().transpose(1, 2)
+    assert product(x, torch.ones(5, 4).bfloat16()).tolist() == x.sum(dim=-1, keepdim=True).expand(2, 3, 5).tolist()
+
+
 def test_a_product_of_numbers_that_bf16_has_is_exact() -> None:
     x = torch.tensor([[1.0, -2.0, 0.5] * 30]).bfloat16()
     assert product(x, torch.ones(5, 90).bfloat16()).tolist() == [[-15.0] * 5]
@@ -196,8 +201,8 @@ def test_other_dtypes_and_instruction_sets_are_refused_by_name() -> None:
     x, weight = torch.ones(2, 4), torch.ones(3, 4).bfloat16()
     with pytest.raises(ValueError, match=r"x: torch.float32 .* wanted torch.bfloat16"):
         product(x, weight)
-    with pytest.raises(ValueError, match="contiguous in its last dimension"):
-        product(torch.ones(4, 2).bfloat16().T, weight)
+    with pytest.raises(ValueError, match=r"weight: .* contiguous in its last dimension"):
+        product(x.bfloat16(), torch.ones(4, 3).bfloat16().T)
     with pytest.raises(ValueError, match="w13, w2: strides"):
         routed_experts(
             x.bfloat16(), torch.zeros(2, 1), torch.ones(2, 1), *(torch.ones(4, 2, 4).bfloat16()[::2] for _ in range(2))

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from longcat_core.weights.plan import load_plan
+from longcat_nano import CHECKPOINT
 from tests.cases import DEFAULT
 from tests.harness import engine
 
@@ -52,3 +55,35 @@ def test_packed_modules_are_named_in_the_order_in_which_tensors_are_packed() -> 
     assert {
         module: [parts[0], parts[1]] for module, parts in packed.items()
     } == MODEL.LongcatCausalLM.packed_modules_mapping
+
+
+def test_a_cpu_gives_an_engines_layers_cores_products_and_leaves_other_methods_alone() -> None:
+    methods = import_module(f"{engine.PACKAGE}.devices.cpu.linear").METHODS
+    assert len(methods) == 2
+    for theirs, ours in methods.items():
+        assert issubclass(ours, theirs)
+        model: Any = torch.nn.Sequential(torch.nn.Module(), torch.nn.Module(), torch.nn.Module())
+        model[0].quant_method = theirs()
+        model[1].quant_method = type("Other", (theirs,), {})()
+        DEVICES["Cpu"].choose_products(model)
+        assert type(model[0].quant_method) is ours
+        assert type(model[1].quant_method).__name__ == "Other"
+
+
+def _note_models(noted: Path, patch: pytest.MonkeyPatch) -> None:
+    device = type(import_module(f"{engine.PACKAGE}.devices").current())
+    choose = device.choose_products
+
+    def note(this: Any, model: Any) -> None:
+        with noted.open("a") as names:
+            names.write(f"{type(model).__name__}\n")
+        choose(this, model)
+
+    patch.setattr(device, "choose_products", note)
+
+
+def test_target_and_drafter_get_their_products_from_the_device(tmp_path: Path) -> None:
+    noted = tmp_path / "noted"
+    with engine.serving(CHECKPOINT, dtype="bfloat16", draft_tokens=1, broken=partial(_note_models, noted)) as served:
+        assert served.greedy([[5, 6, 7]], 2)
+    assert sorted(noted.read_text().split()) == ["LongcatFlashForCausalLM", "LongcatFlashMTP"]

@@ -9,6 +9,23 @@
 
 using namespace longcat;
 
+static constexpr long BLOCK = 64;  // rows of a weight, or slots of the cache
+
+// made(n, h, i, x(n, h) w(h)[i]) for each head h, each row i of its weight and each of `all` x: split [all, heads, k],
+// `stride` apart; w: bf16 [heads, rows, k].
+template <class Made>
+static void for_each_head(long heads, long all, const float* x, long stride, const bf16* w, long rows, long k, Made made) {
+    const long blocks = (rows + BLOCK - 1) / BLOCK;
+    for_each(heads * blocks, [=](long item) {
+        const long h = item / blocks, first = item % blocks * BLOCK, count = std::min(BLOCK, rows - first);
+        std::vector<float> sums(all * BLOCK);
+        tiles().dot({x + h * stride, heads * stride, nullptr}, all, {w + (h * rows + first) * k, k, nullptr}, count, k,
+                    sums.data(), BLOCK);
+        for (long n = 0; n < all; n++)
+            for (long i = 0; i < count; i++) made(n, h, first + i, sums[n * BLOCK + i]);
+    });
+}
+
 extern "C" {
 
 struct Attention {
@@ -41,8 +58,6 @@ void longcat_attention(const Attention* attention, bf16* output, const bf16* que
     float* const without_rope = contexts + parts * all * a.heads * kept;
 
     // Queries into latent space, a head at a time, for all requests.
-    constexpr long BLOCK = 64;
-    const long latent_blocks = (a.latent + BLOCK - 1) / BLOCK;
     for_each(all * a.heads, [=, &tile](long item) {
         const long n = item / a.heads, h = item % a.heads;
         const bf16* const from = query + rows[n] * a.query_stride + h * (a.nope + a.rope);
@@ -51,16 +66,8 @@ void longcat_attention(const Attention* attention, bf16* output, const bf16* que
         for (long i = 0; i < a.rope; i++) to[split_place(a.latent + i)] = to_float(from[a.nope + i]) * a.scale;
         for (long i = key; i < width; i++) to[split_place(i)] = 0.0f;
     });
-    for_each(a.heads * latent_blocks, [=, &tile](long item) {
-        const long h = item / latent_blocks, first = item % latent_blocks * BLOCK;
-        const long count = std::min(BLOCK, a.latent - first);
-        std::vector<float> made(all * BLOCK);
-        tile.dot({without_rope + h * nope_width, a.heads * nope_width, nullptr}, all,
-                 {w_uk + (h * a.latent + first) * a.nope, a.nope, nullptr}, count, a.nope, made.data(), BLOCK);
-        for (long n = 0; n < all; n++) {
-            float* const to = in_latent + (n * a.heads + h) * width;
-            for (long i = 0; i < count; i++) to[split_place(first + i)] = made[n * BLOCK + i] * a.scale;
-        }
+    for_each_head(a.heads, all, without_rope, nope_width, w_uk, a.latent, a.nope, [=](long n, long h, long i, float made) {
+        in_latent[(n * a.heads + h) * width + split_place(i)] = made * a.scale;
     });
 
     // Scores, softmax and contexts of some heads of a request over a part of its slots, a block of slots at a time.
@@ -128,16 +135,9 @@ void longcat_attention(const Attention* attention, bf16* output, const bf16* que
         }
     });
     const float* const found = parts > 1 ? in_latent : contexts;
-    const long found_stride = parts > 1 ? width : kept, value_blocks = (a.value + BLOCK - 1) / BLOCK;
-    for_each(a.heads * value_blocks, [=, &tile](long item) {
-        const long h = item / value_blocks, first = item % value_blocks * BLOCK;
-        const long count = std::min(BLOCK, a.value - first);
-        std::vector<float> made(all * BLOCK);
-        tile.dot({found + h * found_stride, a.heads * found_stride, nullptr}, all,
-                 {w_uv + (h * a.value + first) * a.latent, a.latent, nullptr}, count, a.latent, made.data(), BLOCK);
-        for (long n = 0; n < all; n++)
-            for (long i = 0; i < count; i++)
-                output[(rows[n] * a.heads + h) * a.value + first + i] = to_bf16(made[n * BLOCK + i]);
+    const long stride = parts > 1 ? width : kept;
+    for_each_head(a.heads, all, found, stride, w_uv, a.value, a.latent, [=](long n, long h, long i, float made) {
+        output[(rows[n] * a.heads + h) * a.value + i] = to_bf16(made);
     });
 }
 }

@@ -89,7 +89,10 @@ def require_bf16(**tensors: Tensor) -> None:
 def _found() -> tuple[ctypes.CDLL | None, str]:
     spec = find_spec(f"{__package__}._kernels")
     if spec is None or spec.origin is None:
-        return None, "not built, as there was no C++ compiler; install one, and longcat-serving again"
+        return (
+            None,
+            "not built, as there was no GCC; install g++, and longcat-serving again",
+        )
     try:
         # Its OpenMP is torch's, whose symbols are global: two of them would fight for the cores.
         found = ctypes.CDLL(spec.origin)

@@ -16,7 +16,9 @@ static const Tiles* const ALL_TILES[] = {  // the quickest first
 
 static bool is_supported(const Tiles& some) {
 #ifdef __x86_64__
-    if (&some == &AVX512_TILES) return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
+    if (&some == &AVX512_TILES)
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (&some == &AVX2_TILES) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
     return &some == &GENERIC_TILES;

@@ -15,14 +15,16 @@ def is_quicker(dtype: torch.dtype) -> bool:
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x: bf16 [..., columns]; weight: bf16 [rows, columns]. Returns bf16 [..., rows].
+    """x: bf16 [..., columns], of any strides; weight: bf16 [rows, columns]. Returns bf16 [..., rows].
 
     Raises:
-        ValueError: for other dtypes or strides.
+        ValueError: for other dtypes, or a weight whose columns are not contiguous.
         RuntimeError: if the library is not there.
     """
-    require_bf16(x=x, weight=weight)
     flat = x.reshape(-1, x.shape[-1])
+    if flat.stride(-1) != 1:
+        flat = flat.contiguous()
+    require_bf16(x=flat, weight=weight)
     tokens, (rows, columns) = len(flat), weight.shape
     output = x.new_empty(*x.shape[:-1], rows)
     if tokens:

@@ -52,9 +52,10 @@ class Cpu(Device):
         """Without `sgl_kernel` a weight in FP8 would be dequantised for each product, which takes longer."""
 
     def choose_products(self, model: nn.Module) -> None:
-        from longcat_sglang.devices.cpu.linear import choose_products
+        from longcat_core.plugin.methods import replace_methods
+        from longcat_sglang.devices.cpu.linear import METHODS
 
-        choose_products(model)
+        replace_methods(model, METHODS)
 
     def router_functions(self) -> RouterFunctions:
         return RouterFunctions(route)

@@ -42,9 +42,10 @@ class Cpu(Device):
         return CpuFp8LinearMethod()
 
     def choose_products(self, model: nn.Module) -> None:
-        from longcat_vllm.devices.cpu.linear import choose_products
+        from longcat_core.plugin.methods import replace_methods
+        from longcat_vllm.devices.cpu.linear import METHODS
 
-        choose_products(model)
+        replace_methods(model, METHODS)
 
     def router_functions(self) -> RouterFunctions:
         return RouterFunctions(route)

@@ -6,52 +6,42 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from longcat_core.kernels.cpu.product import is_quicker, product
 
 
-class CompiledLinearMethod(UnquantizedLinearMethod):
-    """vLLM's method, with core's product in place of the one that it chooses for a CPU."""
+class _Compiled:
+    """Core's product in place of the one that vLLM chooses, but for `kv_b_proj`, which attention takes apart."""
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        if not _take(layer):
-            super().process_weights_after_loading(layer)
-
-
-class CompiledHeadMethod(UnquantizedEmbeddingMethod):
-    """The same for the product with the head."""
-
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        if not _take(layer):
-            super().process_weights_after_loading(layer)
+    def process_weights_after_loading(self, layer: Any) -> None:
+        if is_quicker(layer.weight.dtype) and not getattr(layer, "_cpu_skip_gemm_dispatch", False):
+            layer.cpu_linear = _linear
+        else:
+            super().process_weights_after_loading(layer)  # type: ignore[misc]  # vLLM's class comes next
 
 
-def choose_products(model: nn.Module) -> None:
-    """As `devices.base.Device.choose_products`."""
-    module: Any
-    for module in model.modules():
-        method = type(getattr(module, "quant_method", None))
-        if method is UnquantizedLinearMethod:
-            module.quant_method = CompiledLinearMethod()
-        elif method is UnquantizedEmbeddingMethod and isinstance(module, ParallelLMHead):
-            module.quant_method = CompiledHeadMethod()
+class CompiledLinearMethod(_Compiled, UnquantizedLinearMethod):
+    pass
 
 
-def _take(layer: Any) -> bool:
-    """Whether core's product is used for a layer. `kv_b_proj`, which attention has taken apart, is left to vLLM."""
-    is_taken = is_quicker(layer.weight.dtype) and not getattr(layer, "_cpu_skip_gemm_dispatch", False)
-    if is_taken:
-        layer.cpu_linear = _linear
-    return is_taken
+class CompiledHeadMethod(_Compiled, UnquantizedEmbeddingMethod):
+    pass
+
+
+METHODS: dict[type, type] = {
+    UnquantizedLinearMethod: CompiledLinearMethod,
+    UnquantizedEmbeddingMethod: CompiledHeadMethod,
+}
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    assert bias is None, "no layer of LongCat-Flash has a bias"
     output: Tensor = torch.ops.longcat.cpu_product(x, weight)
-    return output if bias is None else output + bias
+    return output
 
 
 def _product_fake(x: Tensor, weight: Tensor) -> Tensor:
