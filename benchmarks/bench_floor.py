@@ -144,7 +144,7 @@ def main(
     cached_tokens: Annotated[int, typer.Option(help="Leave out what has more tokens in the cache at once.")] = 1 << 16,
     rounds: Annotated[int, typer.Option(help="Of requests over HTTP.")] = 3,
 ) -> None:
-    """A run of all models is recorded; others are only shown."""
+    """A run of all models is recorded, and a quick one by itself; one of some models is only shown."""
     console, plan = Console(stderr=True), plan_of(quick, steps, cached_tokens)
     chosen = [Name.large] if quick else models or list(Name)
     sizes = replace(SIZES, seconds=1.0) if quick else SIZES
@@ -159,7 +159,7 @@ def main(
             apart(write_checkpoint, name, directory)
             rows += measured(name, directory, plan, machine, rounds, console)
     show(rows, machine)
-    if quick or models:
+    if models and not quick:
         return
     again = measured_machine(sizes)
     drift = {figure: round(again.figures[figure] / value, 2) for figure, value in machine.figures.items()}
@@ -172,7 +172,7 @@ def main(
         "chunk": plan.chunk,
         "models": {name: spellings.published(CONFIGS[name]) for name in chosen},
     }
-    print(record.write("floor", rows, **settings))
+    print(record.write("floor_quick" if quick else "floor", rows, **settings))
 
 
 def write_checkpoint(name: Name, directory: Path) -> None:
