@@ -127,11 +127,13 @@ def median(turns: list[dict[str, Any]], nothing: float) -> dict[str, Any]:
 
 def has_fp8_kernels() -> bool:
     """Whether weights stay in FP8 in this engine on this machine."""
+    from longcat_core.kernels.cpu.product import takes_fp8
+
     if record.ENGINE == "sglang":
-        return False
+        return takes_fp8(torch.bfloat16)
     import vllm._custom_ops  # noqa: F401  # which loads them
 
-    return hasattr(torch.ops._C, "fp8_scaled_mm_cpu")
+    return takes_fp8(torch.bfloat16) or hasattr(torch.ops._C, "fp8_scaled_mm_cpu")
 
 
 if __name__ == "__main__":

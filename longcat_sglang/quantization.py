@@ -63,7 +63,7 @@ def of_model(
     drafter: tuple[str, Collection[str]] | None = None,
 ) -> LongcatFp8Config | None:
     """For a model that is built now; packed and drafter: as `Precision`. None if no layer of it is in FP8."""
-    kernels = devices.current().fp8_kernels()
+    kernels = devices.current().fp8_kernels(torch.get_default_dtype())
     if quant_config is None or kernels is None:
         return None
     assert isinstance(quant_config, Fp8Config), "deployment.check refuses others"

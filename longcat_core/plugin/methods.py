@@ -9,10 +9,13 @@ from typing import Any
 from torch import nn
 
 
-def replace_methods(model: nn.Module, replacements: Mapping[type, type]) -> None:
-    """Give each layer whose `quant_method` is of one of these classes, and of no subclass, one of the other class."""
+def replace_methods(model: nn.Module, replacements: Mapping[type, type[Any]]) -> None:
+    """Make each `quant_method` that is of one of these classes, and of no subclass, one of the other class, which derives
+    from it. It keeps its attributes."""
     module: Any
     for module in model.modules():
         replacement = replacements.get(type(getattr(module, "quant_method", None)))
         if replacement is not None:
-            module.quant_method = replacement()
+            attributes = vars(module.quant_method)
+            module.quant_method = object.__new__(replacement)
+            vars(module.quant_method).update(attributes)

@@ -51,8 +51,9 @@ class Device(ABC):
         """hidden_states: [T, H]; cos and sin: fp32 [T, 1, rope / 2]. Returns [T, H], a part of the sum over ranks."""
 
     @abstractmethod
-    def fp8_kernels(self) -> Fp8Kernels | None:
-        """What is in FP8 here; every other FP8 weight is dequantised when loaded. None where all of them are."""
+    def fp8_kernels(self, activations: dtype) -> Fp8Kernels | None:
+        """What is in FP8 here, with activations of this dtype; every other FP8 weight is dequantised when loaded. None
+        where all of them are."""
 
     @abstractmethod
     def choose_products(self, model: nn.Module) -> None:

@@ -16,6 +16,7 @@ from longcat_core.kernels.cpu.product import product
 from longcat_core.layers import experts as reference
 from longcat_core.layers import latent_attention
 from longcat_core.layers.latent_attention import PagedBatch
+from longcat_core.weights.blocks import FP8, dequantize_blocks, quantize_blocks
 from tests.attention_steps import SCALE, Step, decodes, dense, idle, step, up_projection, verifications
 from tests.oracle import relative_error
 
@@ -64,6 +65,31 @@ def test_a_product_takes_rows_of_any_strides() -> None:
     assert product(x, torch.ones(5, 4).bfloat16()).tolist() == x.sum(dim=-1, keepdim=True).expand(2, 3, 5).tolist()
 
 
+@given(seed=seeds, tokens=st.integers(0, 10), rows=st.integers(1, 300), columns=st.integers(1, 300))
+def test_a_product_in_fp8_is_that_of_numbers_times_scales(seed: int, tokens: int, rows: int, columns: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, columns, generator=generator).bfloat16()
+    weight, scales = quantize_blocks(torch.randn(rows, columns, generator=generator))
+    scales *= torch.rand(scales.shape, generator=generator) + 0.5
+    ours = product(x, weight, scales)
+    assert ours.shape == (tokens, rows)
+    if tokens:
+        assert relative_error(ours, x.double() @ dequantize_blocks(weight, scales).double().T) < ROUNDING
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4])
+def test_every_number_of_fp8_is_read_exactly(tokens: int) -> None:
+    """In each place of a group, and in the columns after the last group."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    numbers = codes[(codes & 127) != 127].view(FP8)
+    for column in range(40):
+        weight = torch.zeros(len(numbers), 40).to(FP8)
+        weight[:, column] = numbers
+        ones = torch.ones(tokens, 40).bfloat16()
+        products = product(ones, weight, torch.full((2, 1), 0.25))
+        assert torch.equal(products, (numbers.float() / 4).bfloat16().expand(tokens, -1))
+
+
 def test_a_product_of_numbers_that_bf16_has_is_exact() -> None:
     x = torch.tensor([[1.0, -2.0, 0.5] * 30]).bfloat16()
     assert product(x, torch.ones(5, 90).bfloat16()).tolist() == [[-15.0] * 5]
@@ -89,6 +115,26 @@ def test_experts_are_the_reference(seed: int, tokens: int, experts: int, top_k: 
     if tokens:
         ffn = reference.grouped_ffn(w13.double(), w2.double())
         assert relative_error(ours, reference.routed_experts(x.double(), ids, weights.double(), ffn)) < ROUNDING
+
+
+@given(seed=seeds, tokens=st.integers(0, 12), hidden=st.integers(1, 300), inner=st.integers(1, 300))
+def test_experts_in_fp8_are_the_reference(seed: int, tokens: int, hidden: int, inner: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, hidden, generator=generator).bfloat16()
+    shapes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+    weights, scales, exact = {}, {}, {}
+    for name, shape in shapes.items():
+        drawn = [quantize_blocks(torch.randn(shape, generator=generator) * shape[1] ** -0.5) for _ in range(3)]
+        weights[name], scales[name] = (torch.stack(each) for each in zip(*drawn, strict=True))
+        exact[name] = torch.stack([dequantize_blocks(*each).double() for each in drawn])
+    w13, w13_scales, truth13 = (torch.cat((each["gate"], each["up"]), dim=1) for each in (weights, scales, exact))
+    ids = torch.randint(-1, 3, (tokens, 4), generator=generator, dtype=torch.int32)
+    shares = torch.rand(tokens, 4, generator=generator)
+    ours = routed_experts(x, ids, shares, w13, weights["down"], w13_scales, scales["down"])
+    assert ours.shape == x.shape
+    if tokens:
+        ffn = reference.grouped_ffn(truth13, exact["down"])
+        assert relative_error(ours, reference.routed_experts(x.double(), ids, shares.double(), ffn)) < ROUNDING
 
 
 def test_many_rows_of_one_expert_are_the_reference() -> None:
@@ -207,5 +253,11 @@ def test_other_dtypes_and_instruction_sets_are_refused_by_name() -> None:
         routed_experts(
             x.bfloat16(), torch.zeros(2, 1), torch.ones(2, 1), *(torch.ones(4, 2, 4).bfloat16()[::2] for _ in range(2))
         )
+    fp8, scales = torch.ones(3, 4).to(FP8), torch.ones(1, 1)
+    for wrong in (scales.double(), torch.ones(2, 1)):
+        with pytest.raises(ValueError, match=r"weight: scales torch.float.* wanted torch.float32 \[1, 1\]"):
+            product(x.bfloat16(), fp8, wrong)
+    with pytest.raises(ValueError, match=r"weight: torch.bfloat16 .* wanted torch.float8_e4m3fn"):
+        product(x.bfloat16(), torch.ones(3, 4).bfloat16(), scales)
     with pytest.raises(ValueError, match="instruction set 'sse9': not of this processor"):
         library.use("sse9")

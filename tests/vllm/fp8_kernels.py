@@ -1,4 +1,4 @@
-"""What vLLM's FP8 kernels for CPUs with AVX-512 compute, in torch, for machines without them."""
+"""vLLM's FP8 kernels for CPUs with AVX-512, as torch computes them, and a CPU for which core has none, for tests."""
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from torch import Tensor
 from longcat_core.layers.experts import grouped_ffn
 from longcat_core.quantization import PUBLISHED_BLOCK
 from longcat_core.weights.blocks import dequantize_blocks
+from longcat_vllm.devices.cpu import fp8
 
 FP8_W8A16 = 2
 """`CPUQuantMethod.FP8_W8A16`."""
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Put them in the place of the kernels that this machine lacks; the names of those that are then called."""
+    """As on a processor with products in bf16; the names of the kernels that this machine lacks and that are called."""
     called: list[str] = []
+    monkeypatch.setattr(fp8, "multiplies_bf16", lambda: True)
 
     def fp8_scaled_mm_cpu(
         rows: Tensor, weight: Tensor, scales: Tensor, block: list[int], bias: None, dtype: torch.dtype, is_packed: bool
@@ -62,3 +64,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     if not hasattr(torch.ops._C, "convert_weight_packed"):
         monkeypatch.setattr(torch.ops._C, "convert_weight_packed", Tensor.clone, raising=False)
     return called
+
+
+def remove_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As without a compiler."""
+    monkeypatch.setattr(fp8, "takes_fp8", lambda dtype: False)

@@ -16,6 +16,7 @@ from longcat_core.quantization import Quantization
 from longcat_core.weights.blocks import dequantize_blocks, quantize_blocks
 from longcat_core.weights.precision import Precision
 from longcat_vllm import devices
+from longcat_vllm.devices.cpu import fp8
 from longcat_vllm.devices.cpu.fp8 import CpuFp8Kernels, error_of_kernels
 from longcat_vllm.devices.cuda.device import Cuda
 from longcat_vllm.model import PACKED
@@ -34,14 +35,17 @@ FP8 = torch.float8_e4m3fn
 # -- a CPU with kernels ------------------------------------------------------------------------------
 
 
-def test_with_kernels_weights_stay_in_fp8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    called = fp8_kernels.install(monkeypatch)
+@pytest.mark.parametrize("kernels", ["core's", "vLLM's"])
+def test_with_kernels_weights_stay_in_fp8(kernels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = fp8_kernels.install(monkeypatch) if kernels == "vLLM's" else []
+    monkeypatch.setattr(fp8, "multiplies_bf16", lambda: kernels == "vLLM's")
     tensors = released(CONFIG, published(CONFIG))
     truth = Truth(tensors, (128, 128), tmp_path / "bf16")
     write_checkpoint(tmp_path / "fp8", CONFIG, tensors)
     with serving(tmp_path / "fp8", dtype="bfloat16") as served:
         truth.check(served)
         dtypes = {name: parameter.dtype for name, parameter in served.model.named_parameters()}
+        used = {module.fp8_kernel for module in served.model.modules() if hasattr(module, "fp8_kernel")}
     layer = {name.removeprefix(f"{LAYER}."): dtype for name, dtype in dtypes.items() if name.startswith(LAYER)}
     linear = {name for name in layer if "proj.weight" in name and not name.endswith("_scale_inv")}
     in_fp8 = {name for name in linear if layer[name] == FP8}
@@ -50,6 +54,7 @@ def test_with_kernels_weights_stay_in_fp8(tmp_path: Path, monkeypatch: pytest.Mo
     assert layer["mlp.router.classifier.weight"] == torch.float32
     stand_ins = {"fp8_scaled_mm_cpu", "fused_experts_cpu"}
     assert set(called) in (set(), stand_ins), "the real kernels, or both of the tests'"
+    assert used == {"vllm" if kernels == "vLLM's" else "compiled"}
 
 
 def test_with_kernels_the_drafts_layer_is_in_fp8_as_its_tensors_are(
@@ -82,12 +87,24 @@ def test_a_cpus_kernels_take_what_they_compute(
     dtype: torch.dtype, projections: Any, rows: Any, is_taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fp8_kernels.install(monkeypatch)
+    fp8_kernels.remove_cores(monkeypatch)
     assert CpuFp8Kernels(dtype).take_linear(projections, rows, 128) is is_taken
     assert CpuFp8Kernels(dtype).take_experts(256, 128) is (dtype == torch.bfloat16)
     assert not CpuFp8Kernels(dtype).take_experts(192, 128), "the up projection's scales begin in the middle of a block"
 
 
+def test_cores_kernels_take_any_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops, "_C", SimpleNamespace())
+    kernels = CpuFp8Kernels(torch.bfloat16)
+    assert kernels.take_linear(NAMES, (128, 83), 100)
+    assert kernels.take_experts(256, 100)
+    assert not kernels.take_experts(192, 128)
+    assert not kernels.take_linear(("kv_b_proj",), (384,), 128)
+    assert not CpuFp8Kernels(torch.float32).take_linear(NAMES, (128, 96), 128)
+
+
 def test_without_kernels_nothing_stays_in_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    fp8_kernels.remove_cores(monkeypatch)
     monkeypatch.setattr(torch.ops, "_C", SimpleNamespace())
     assert not CpuFp8Kernels(torch.bfloat16).take_linear(NAMES, (128, 96), 128)
     assert not CpuFp8Kernels(torch.bfloat16).take_experts(256, 128)
@@ -191,11 +208,14 @@ def test_the_error_of_a_cpus_kernels_is_known_before_they_are_used() -> None:
         assert error <= error_of_kernels(numbers, scales) <= 4 * error + 1e-5
 
 
+@pytest.mark.parametrize("has_cores", [True, False])
 @pytest.mark.parametrize("name", ["mlps.0.down_proj", "mlp.experts.3.up_proj"])
-def test_a_weight_that_a_cpus_kernels_read_wrongly_is_dequantised(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_weight_that_vllms_kernels_read_wrongly_is_left_to_cores_or_dequantised(
+    name: str, has_cores: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fp8_kernels.install(monkeypatch)
+    if not has_cores:
+        fp8_kernels.remove_cores(monkeypatch)
     weights = published(CONFIG)
     weights[f"{LAYER}.{name}.weight"][:, 1] *= 2e4
     tensors = released(CONFIG, weights)
@@ -204,5 +224,14 @@ def test_a_weight_that_a_cpus_kernels_read_wrongly_is_dequantised(
     with serving(tmp_path / "fp8", dtype="bfloat16") as served:
         truth.check(served)
         layer = served.model.model.layers[0]
-        dtypes = (layer.mlps[0].down_proj.weight.dtype, layer.mlp.experts.routed_experts.w13_weight.dtype)
-    assert dtypes == ((torch.bfloat16, FP8) if "mlps" in name else (FP8, torch.bfloat16))
+        experts = layer.mlp.experts.routed_experts
+        found = {
+            "mlps": (layer.mlps[0].down_proj.fp8_kernel, layer.mlps[0].down_proj.weight.dtype),
+            "mlp": (experts.cpu_kernel, experts.w13_weight.dtype),
+        }
+    wrong, right = ("mlps", "mlp") if "mlps" in name else ("mlp", "mlps")
+    assert found[right] == ("vllm" if right == "mlps" else "fp8", FP8)
+    if has_cores:
+        assert found[wrong] == ("compiled", FP8)
+    else:
+        assert found[wrong][1] == torch.bfloat16

@@ -8,18 +8,28 @@
 
 using namespace longcat;
 
-extern "C" {
+static constexpr long BLOCK = 32, AT_ONCE = 64;  // rows of a weight, and of tokens, in a product
 
-// output: bf16 [tokens, hidden]; x: bf16 [tokens, hidden], rows x_stride apart; ids: int32 [tokens, top_k], -1 for no
-// expert of these; weights: fp32 [tokens, top_k]; w13: bf16 [experts, 2 inner, hidden], gate above up; w2: bf16 [experts,
-// hidden, inner]; scratch: fp32 [tokens, padded(hidden)] and then [tokens top_k, padded(inner)].
-void longcat_experts(bf16* output, const bf16* x, long x_stride, const int32_t* ids, const float* weights,
-                     const bf16* w13, const bf16* w2, float* scratch, long tokens, long top_k, long experts, long hidden,
-                     long inner) {
-    struct Part {  // an expert's rows, a few of them at a time, so that many rows are shared among threads
-        long expert, first, count;
-    };
-    constexpr long BLOCK = 32, AT_ONCE = 64;
+namespace {
+struct Part {  // an expert's rows, a few of them at a time, so that many rows are shared among threads
+    long expert, first, count;
+};
+}  // namespace
+
+// Of a matrix [rows, k] that follows others of its size.
+static Weight<bf16> nth(Weight<bf16> first, long n, long rows) {
+    return {first.data + n * rows * first.stride, first.stride, nullptr, 0};
+}
+
+static Weight<fp8> nth(Weight<fp8> first, long n, long rows) {
+    return {first.data + n * rows * first.stride, first.stride,
+            first.scales + n * ((rows + SCALED - 1) / SCALED) * first.scale_stride, first.scale_stride};
+}
+
+template <class W>
+static void all_experts(bf16* output, const bf16* x, long x_stride, const int32_t* ids, const float* weights,
+                        Weight<W> w13, Weight<W> w2, float* scratch, long tokens, long top_k, long experts, long hidden,
+                        long inner) {
     const Tiles& tile = tiles();
     const long width = padded(hidden), inner_width = padded(inner);
     float* const inputs = scratch;
@@ -47,11 +57,10 @@ void longcat_experts(bf16* output, const bf16* x, long x_stride, const int32_t* 
     for_each(long(parts.size()) * inner_blocks, [&, inputs, acted](long item) {
         const Part part = parts[item / inner_blocks];
         const long first = item % inner_blocks * BLOCK, count = std::min(BLOCK, inner - first);
-        const bf16* const gate = w13 + (part.expert * 2 * inner + first) * hidden;
         const Rows<float> rows = {inputs, width, token.data() + part.first};
         float gates[AT_ONCE * BLOCK], ups[AT_ONCE * BLOCK];
-        tile.dot(rows, part.count, {gate, hidden, nullptr}, count, hidden, gates, BLOCK);
-        tile.dot(rows, part.count, {gate + inner * hidden, hidden, nullptr}, count, hidden, ups, BLOCK);
+        dot(tile, rows, part.count, nth(w13, 2 * part.expert, inner), first, count, hidden, gates, BLOCK);
+        dot(tile, rows, part.count, nth(w13, 2 * part.expert + 1, inner), first, count, hidden, ups, BLOCK);
         for (long i = 0; i < part.count; i++) {
             tile.silu_and_multiply(gates + i * BLOCK, ups + i * BLOCK, count);
             float* const row = acted + (part.first + i) * inner_width;
@@ -64,8 +73,8 @@ void longcat_experts(bf16* output, const bf16* x, long x_stride, const int32_t* 
         std::vector<float> sums(tokens * BLOCK);
         float rows[AT_ONCE * BLOCK];
         for (const Part& part : parts) {
-            tile.dot({acted + part.first * inner_width, inner_width, nullptr}, part.count,
-                     {w2 + (part.expert * hidden + first) * inner, inner, nullptr}, count, inner, rows, BLOCK);
+            dot(tile, {acted + part.first * inner_width, inner_width, nullptr}, part.count, nth(w2, part.expert, hidden),
+                first, count, inner, rows, BLOCK);
             for (long i = 0; i < part.count; i++) {
                 float* const sum = sums.data() + token[part.first + i] * BLOCK;
                 for (long n = 0; n < count; n++) sum[n] += share[part.first + i] * rows[i * BLOCK + n];
@@ -74,5 +83,23 @@ void longcat_experts(bf16* output, const bf16* x, long x_stride, const int32_t* 
         for (long t = 0; t < tokens; t++)
             for (long n = 0; n < count; n++) output[t * hidden + first + n] = to_bf16(sums[t * BLOCK + n]);
     });
+}
+
+extern "C" {
+
+// output: bf16 [tokens, hidden]; x: bf16 [tokens, hidden], rows x_stride apart; ids: int32 [tokens, top_k], -1 for no
+// expert of these; weights: fp32 [tokens, top_k]; w13: [experts, 2 inner, hidden], gate above up; w2: [experts, hidden,
+// inner]; both in bf16, or in FP8 if there are scales: fp32 [experts, 2 ceil(inner / SCALED), ceil(hidden / SCALED)] and
+// [experts, ceil(hidden / SCALED), ceil(inner / SCALED)]; scratch: fp32 [tokens, padded(hidden)] and then
+// [tokens top_k, padded(inner)].
+void longcat_experts(bf16* output, const bf16* x, long x_stride, const int32_t* ids, const float* weights,
+                     const void* w13, const void* w2, const float* w13_scales, const float* w2_scales, float* scratch,
+                     long tokens, long top_k, long experts, long hidden, long inner) {
+    if (w13_scales)
+        all_experts(output, x, x_stride, ids, weights, as_fp8(w13, hidden, w13_scales, hidden),
+                    as_fp8(w2, inner, w2_scales, inner), scratch, tokens, top_k, experts, hidden, inner);
+    else
+        all_experts(output, x, x_stride, ids, weights, as_bf16(w13, hidden), as_bf16(w2, inner), scratch, tokens, top_k,
+                    experts, hidden, inner);
 }
 }

@@ -1,4 +1,4 @@
-"""All FFN experts of a layer in one call, in bf16, with sums in fp32. Reference: `layers.experts.routed_experts`."""
+"""All FFN experts of a layer in one call, in bf16 or FP8, sums in fp32. Reference: `layers.experts.routed_experts`."""
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
@@ -6,34 +6,49 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longcat_core.kernels.cpu.library import library, padded, require_bf16
+from longcat_core.kernels.cpu.library import address_of, library, padded, require_bf16, require_weight
 from longcat_core.layers.experts import SparseFFN
 
 
 class CompiledExperts(SparseFFN):
-    """`routed_experts` with its weights. w13: bf16 [E, 2 I, H], gate above up; w2: bf16 [E, H, I]."""
+    """`routed_experts` with its weights, and with scales where these are in FP8."""
 
-    def __init__(self, w13: Tensor, w2: Tensor) -> None:
-        self._w13, self._w2 = w13, w2
+    def __init__(
+        self, w13: Tensor, w2: Tensor, w13_scales: Tensor | None = None, w2_scales: Tensor | None = None
+    ) -> None:
+        self._weights = w13, w2, w13_scales, w2_scales
 
     def __call__(self, rows: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        return routed_experts(rows, experts, weights, self._w13, self._w2)
+        return routed_experts(rows, experts, weights, *self._weights)
 
 
-def routed_experts(hidden_states: Tensor, ids: Tensor, weights: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
+def routed_experts(
+    hidden_states: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    w13_scales: Tensor | None = None,
+    w2_scales: Tensor | None = None,
+) -> Tensor:
     """`sum_k w_k FFN_k(x)`: bf16 [T, H]. Weights are read as they are published, once for all rows of an expert.
 
     hidden_states: bf16 [T, H]; ids: int32 [T, K], of these experts, or -1 for none, which costs nothing; weights: fp32
-    [T, K]; w13: bf16 [E, 2 I, H], gate above up; w2: bf16 [E, H, I].
+    [T, K]; w13: [E, 2 I, H], gate above up; w2: [E, H, I]; both bf16, or FP8 (e4m3) with scales, fp32, one for each
+    block of 128 x 128 of gate, up and down projection: [E, 2 ceil(I / 128), ceil(H / 128)] and [E, ceil(H / 128),
+    ceil(I / 128)].
 
     Raises:
         ValueError: for other dtypes or strides.
         RuntimeError: if the library is not there.
     """
-    require_bf16(hidden_states=hidden_states, w13=w13, w2=w2)
+    (tokens, hidden), (experts, _, inner), top_k = hidden_states.shape, w2.shape, ids.shape[1]
+    require_bf16(hidden_states=hidden_states)
     if not (w13.is_contiguous() and w2.is_contiguous()):
         raise ValueError(f"w13, w2: strides {w13.stride()} and {w2.stride()}, wanted contiguous ones")
-    (tokens, hidden), (experts, _, inner), top_k = hidden_states.shape, w2.shape, ids.shape[1]
+    scales = None if w13_scales is None else w13_scales.unflatten(1, (2, -1))
+    require_weight("w13", w13.unflatten(1, (2, inner)), scales)  # gate and up have blocks of their own
+    require_weight("w2", w2, w2_scales)
     output = hidden_states.new_empty(tokens, hidden)
     if tokens:
         ids, weights = ids.int().contiguous(), weights.float().contiguous()
@@ -46,6 +61,8 @@ def routed_experts(hidden_states: Tensor, ids: Tensor, weights: Tensor, w13: Ten
             weights.data_ptr(),
             w13.data_ptr(),
             w2.data_ptr(),
+            address_of(w13_scales),
+            address_of(w2_scales),
             scratch.data_ptr(),
             tokens,
             top_k,

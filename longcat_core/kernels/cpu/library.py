@@ -11,6 +11,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from longcat_core.quantization import PUBLISHED_BLOCK
+from longcat_core.weights.blocks import FP8, scale_shape
+
 GROUP = 32
 """Numbers that are kept together, as `tiles.h` says."""
 
@@ -85,6 +88,30 @@ def require_bf16(**tensors: Tensor) -> None:
             )
 
 
+def require_weight(name: str, weight: Tensor, scales: Tensor | None) -> None:
+    """A weight [..., rows, columns], of bf16 without scales and of FP8 with them.
+
+    Raises:
+        ValueError: for another dtype, for columns that are not contiguous, or for scales that are not fp32, contiguous,
+            and one for each block of `quantization.PUBLISHED_BLOCK`.
+    """
+    if scales is None:
+        require_bf16(**{name: weight})
+        return
+    blocks = scale_shape(weight.shape[-2:], PUBLISHED_BLOCK)
+    if weight.dtype != FP8 or not weight.is_contiguous():
+        raise ValueError(f"{name}: {weight.dtype} with strides {weight.stride()}, wanted {FP8}, contiguous")
+    if scales.dtype != torch.float32 or not scales.is_contiguous() or scales.shape != (*weight.shape[:-2], *blocks):
+        raise ValueError(
+            f"{name}: scales {scales.dtype} {[*scales.shape]}, wanted torch.float32 {[*weight.shape[:-2], *blocks]}, "
+            "contiguous"
+        )
+
+
+def address_of(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
 @cache
 def _found() -> tuple[ctypes.CDLL | None, str]:
     spec = find_spec(f"{__package__}._kernels")
@@ -102,8 +129,8 @@ def _found() -> tuple[ctypes.CDLL | None, str]:
     signatures: Sequence[tuple[str, Sequence[type], type | None]] = (
         ("longcat_instruction_set", (), ctypes.c_char_p),
         ("longcat_use", (ctypes.c_char_p,), ctypes.c_int),
-        ("longcat_product", (pointer, pointer, number, pointer, number, pointer, *[number] * 3), None),
-        ("longcat_experts", (pointer, pointer, number, *[pointer] * 5, *[number] * 5), None),
+        ("longcat_product", (pointer, pointer, number, pointer, number, *[pointer] * 2, *[number] * 3), None),
+        ("longcat_experts", (pointer, pointer, number, *[pointer] * 7, *[number] * 5), None),
         ("longcat_attention_parts", (pointer,), number),
         ("longcat_attention", [pointer] * 11, None),
     )

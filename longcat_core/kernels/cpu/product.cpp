@@ -38,6 +38,27 @@ const Tiles& tiles() { return *chosen; }
 
 using namespace longcat;
 
+static constexpr long BLOCK = 32;    // rows of weight, which stay in the second-level cache for all tokens
+static constexpr long AT_ONCE = 64;  // tokens
+
+template <class W>
+static void multiply(bf16* output, const bf16* x, long x_stride, Weight<W> weight, float* scratch, long tokens, long rows,
+                     long k) {
+    const Tiles& tile = tiles();
+    const long width = padded(k);
+    for_each(tokens, [=, &tile](long t) { tile.split(x + t * x_stride, k, scratch + t * width); });
+    for_each((rows + BLOCK - 1) / BLOCK, [=, &tile](long item) {
+        const long first = item * BLOCK, count = std::min(BLOCK, rows - first);
+        float sums[AT_ONCE * BLOCK];
+        for (long t = 0; t < tokens; t += AT_ONCE) {
+            const long some = std::min(AT_ONCE, tokens - t);
+            dot(tile, {scratch + t * width, width, nullptr}, some, weight, first, count, k, sums, BLOCK);
+            for (long i = 0; i < some; i++)
+                for (long n = 0; n < count; n++) output[(t + i) * rows + first + n] = to_bf16(sums[i * BLOCK + n]);
+        }
+    });
+}
+
 extern "C" {
 
 const char* longcat_instruction_set() { return tiles().name; }
@@ -52,25 +73,13 @@ int longcat_use(const char* name) {
     return 0;
 }
 
-// output: bf16 [tokens, rows]; x: bf16 [tokens, k], rows x_stride apart; weight: bf16 [rows, k], rows weight_stride apart;
-// scratch: fp32 [tokens, padded(k)].
-void longcat_product(bf16* output, const bf16* x, long x_stride, const bf16* weight, long weight_stride, float* scratch,
-                     long tokens, long rows, long k) {
-    constexpr long BLOCK = 32;  // rows of weight, which stay in the second-level cache for all tokens
-    const Tiles& tile = tiles();
-    const long width = padded(k);
-    for_each(tokens, [=, &tile](long t) { tile.split(x + t * x_stride, k, scratch + t * width); });
-    for_each((rows + BLOCK - 1) / BLOCK, [=, &tile](long item) {
-        const long first = item * BLOCK, count = std::min(BLOCK, rows - first);
-        constexpr long AT_ONCE = 64;
-        float sums[AT_ONCE * BLOCK];
-        for (long t = 0; t < tokens; t += AT_ONCE) {
-            const long some = std::min(AT_ONCE, tokens - t);
-            tile.dot({scratch + t * width, width, nullptr}, some, {weight + first * weight_stride, weight_stride, nullptr},
-                     count, k, sums, BLOCK);
-            for (long i = 0; i < some; i++)
-                for (long n = 0; n < count; n++) output[(t + i) * rows + first + n] = to_bf16(sums[i * BLOCK + n]);
-        }
-    });
+// output: bf16 [tokens, rows]; x: bf16 [tokens, k], rows x_stride apart; weight: [rows, k], rows weight_stride apart, in
+// bf16, or in FP8 if there are scales: fp32 [ceil(rows / SCALED), ceil(k / SCALED)]; scratch: fp32 [tokens, padded(k)].
+void longcat_product(bf16* output, const bf16* x, long x_stride, const void* weight, long weight_stride,
+                     const float* scales, float* scratch, long tokens, long rows, long k) {
+    if (scales)
+        multiply(output, x, x_stride, as_fp8(weight, weight_stride, scales, k), scratch, tokens, rows, k);
+    else
+        multiply(output, x, x_stride, as_bf16(weight, weight_stride), scratch, tokens, rows, k);
 }
 }

@@ -1,4 +1,4 @@
-"""A dense projection in bf16, with sums in fp32. Reference: `torch.nn.functional.linear`."""
+"""A dense projection in bf16 or FP8, with sums in fp32. Reference: `torch.nn.functional.linear`."""
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
@@ -6,7 +6,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longcat_core.kernels.cpu.library import is_available, library, multiplies_bf16, padded, require_bf16
+from longcat_core.kernels.cpu.library import (
+    address_of,
+    is_available,
+    library,
+    multiplies_bf16,
+    padded,
+    require_bf16,
+    require_weight,
+)
 
 
 def is_quicker(dtype: torch.dtype) -> bool:
@@ -14,8 +22,14 @@ def is_quicker(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and is_available() and not multiplies_bf16()
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x: bf16 [..., columns], of any strides; weight: bf16 [rows, columns]. Returns bf16 [..., rows].
+def takes_fp8(dtype: torch.dtype) -> bool:
+    """Whether `product` and `experts.routed_experts` multiply activations of this dtype by weights in FP8 here."""
+    return dtype == torch.bfloat16 and is_available()
+
+
+def product(x: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tensor:
+    """x: bf16 [..., columns], of any strides; weight: [rows, columns], bf16, or FP8 (e4m3) with scales: fp32, one for
+    each block of 128 x 128, by which its numbers are multiplied in fp32. Returns bf16 [..., rows].
 
     Raises:
         ValueError: for other dtypes, or a weight whose columns are not contiguous.
@@ -24,7 +38,8 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     flat = x.reshape(-1, x.shape[-1])
     if flat.stride(-1) != 1:
         flat = flat.contiguous()
-    require_bf16(x=flat, weight=weight)
+    require_bf16(x=flat)
+    require_weight("weight", weight, scales)
     tokens, (rows, columns) = len(flat), weight.shape
     output = x.new_empty(*x.shape[:-1], rows)
     if tokens:
@@ -35,6 +50,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
             flat.stride(0),
             weight.data_ptr(),
             weight.stride(0),
+            address_of(scales),
             scratch.data_ptr(),
             tokens,
             rows,

@@ -1,4 +1,4 @@
-// Products of a few rows in fp32 with many rows in bf16: the two inner loops of all kernels, once for each instruction set.
+// Products of a few rows in fp32 with many rows in bf16 or FP8: the inner loops of all kernels, once for each instruction set.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include <cstdint>
@@ -6,6 +6,9 @@
 namespace longcat {
 
 using bf16 = uint16_t;  // the upper half of an fp32
+using fp8 = uint8_t;    // e4m3: a sign, four bits of an exponent whose bias is 7, three of a fraction; NaN is read as 480
+
+constexpr long SCALED = 128;  // rows, and columns, of an FP8 weight that have one scale
 
 // A vector of fp32 is "split" when of each 32 numbers those with an even index come first, then those with an odd one: a
 // word of memory holds two numbers in bf16, and shifting or masking it gives the even or the odd one as fp32.
@@ -20,6 +23,12 @@ inline float to_float(bf16 value) {
         float number;
     } both = {uint32_t(value) << 16};
     return both.number;
+}
+
+inline float to_float(fp8 value) {
+    const int exponent = value >> 3 & 15, fraction = value & 7;
+    const float size = exponent ? float(8 + fraction) * float(1 << exponent) / 1024 : float(fraction) / 512;
+    return value & 0x80 ? -size : size;
 }
 
 inline bf16 to_bf16(float value) {  // to the nearest, ties to even, as torch does
@@ -43,6 +52,9 @@ struct Rows {
 struct Tiles {
     // out[t * out_stride + n] = sum over k of x(t)[k] w(n)[k]; x is split.
     void (*dot)(Rows<float> x, long tokens, Rows<bf16> w, long rows, long k, float* out, long out_stride);
+    // The same with a weight in FP8, each number times scales[k / SCALED].
+    void (*dot_fp8)(Rows<float> x, long tokens, Rows<fp8> w, const float* scales, long rows, long k, float* out,
+                    long out_stride);
     // out[m * out_stride + k] += sum over n of p[m * p_stride + n] w(n)[k], for whole groups of k; out is split.
     void (*mix)(const float* p, long p_stride, long tokens, Rows<bf16> w, long rows, long k, float* out, long out_stride);
     // x[i] = exp(x[i] - greatest); returns the sum. An x of -inf becomes 0.
@@ -53,6 +65,33 @@ struct Tiles {
     void (*split)(const bf16* x, long count, float* out);
     const char* name;
 };
+
+// A weight of rows `stride` apart: in bf16, or in FP8 with scales, [ceil(rows / SCALED), scale_stride].
+template <class W>
+struct Weight {
+    const W* data;
+    long stride;
+    const float* scales;
+    long scale_stride;
+};
+
+inline Weight<bf16> as_bf16(const void* data, long stride) { return {static_cast<const bf16*>(data), stride, nullptr, 0}; }
+
+inline Weight<fp8> as_fp8(const void* data, long stride, const float* scales, long k) {
+    return {static_cast<const fp8*>(data), stride, scales, (k + SCALED - 1) / SCALED};
+}
+
+// out[t * out_stride + n] = sum over k of x(t)[k] w(first + n)[k], of rows that share scales.
+inline void dot(const Tiles& tile, Rows<float> x, long tokens, Weight<bf16> w, long first, long rows, long k, float* out,
+                long out_stride) {
+    tile.dot(x, tokens, {w.data + first * w.stride, w.stride, nullptr}, rows, k, out, out_stride);
+}
+
+inline void dot(const Tiles& tile, Rows<float> x, long tokens, Weight<fp8> w, long first, long rows, long k, float* out,
+                long out_stride) {
+    tile.dot_fp8(x, tokens, {w.data + first * w.stride, w.stride, nullptr}, w.scales + first / SCALED * w.scale_stride,
+                 rows, k, out, out_stride);
+}
 
 extern const Tiles GENERIC_TILES, AVX2_TILES, AVX512_TILES;
 const Tiles& tiles();  // the quickest of this processor

@@ -10,6 +10,7 @@ from longcat_core.config import LongcatConfig
 from longcat_core.layers.routing import RouterFunctions, route
 from longcat_core.plugin.diagnosis import Finding
 from longcat_core.plugin.engine import unsupported_cpu_cache
+from longcat_core.weights.precision import Fp8Kernels
 from longcat_sglang.devices.base import Device
 from longcat_sglang.engine import CPU_ATTENTION, MTP_ALGORITHMS, algorithm_of, drafts_with_mtp
 
@@ -48,8 +49,11 @@ class Cpu(Device):
 
         return attend(attention, hidden_states, forward_batch, cos, sin)
 
-    def fp8_kernels(self) -> None:
-        """Without `sgl_kernel` a weight in FP8 would be dequantised for each product, which takes longer."""
+    def fp8_kernels(self, activations: dtype) -> Fp8Kernels | None:
+        from longcat_core.kernels.cpu.product import takes_fp8
+        from longcat_sglang.devices.cpu.fp8 import CpuFp8Kernels
+
+        return CpuFp8Kernels() if takes_fp8(activations) else None
 
     def choose_products(self, model: nn.Module) -> None:
         from longcat_core.plugin.methods import replace_methods
@@ -62,8 +66,9 @@ class Cpu(Device):
 
     def expert_arguments(self, quant_config: LongcatFp8Config | None) -> dict[str, Any]:
         from longcat_sglang.devices.cpu.experts import CompactedRowsMethod
+        from longcat_sglang.devices.cpu.fp8 import CompactedFp8RowsMethod
 
-        return {"quant_method": CompactedRowsMethod()}
+        return {"quant_method": CompactedRowsMethod() if quant_config is None else CompactedFp8RowsMethod(quant_config)}
 
     def restore_experts(self, experts: Any) -> None:
         """SGLang does so itself before some updates, and not before one from a disk."""
@@ -130,10 +135,11 @@ class Cpu(Device):
             f"{select_cpu_kernel(dtype)} in {str(dtype).removeprefix('torch.')}"
             for dtype in (torch.bfloat16, torch.float32)
         ]
+        has_fp8 = self.fp8_kernels(torch.bfloat16) is not None
         return [
             Finding("attention", f"{backend}: any sizes, chunked prefill, radix cache"),
             Finding("MoE", f"rows of FFN experts only; {', '.join(kernels)}"),
-            Finding("FP8", "dequantised when it is loaded"),
+            Finding("FP8", "in FP8 with activations in bfloat16" if has_fp8 else "dequantised when it is loaded"),
             Finding("products", products()),
             Finding("cores", _cores(torch.get_num_threads(), len(os.sched_getaffinity(0)))),
         ]

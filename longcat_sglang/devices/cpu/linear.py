@@ -1,14 +1,16 @@
-"""Linear layers and the head on a CPU without products in bf16, where torch multiplies row by row."""
+"""Linear layers and the head on a CPU: without products in bf16, where torch multiplies row by row, and in FP8."""
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
 from typing import Any
 
+from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod
 from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod, UnquantizedLinearMethod
 from torch import Tensor
 
 from longcat_core.kernels.cpu.product import is_quicker, product
+from longcat_sglang.devices.cpu.fp8 import CpuFp8LinearMethod
 
 
 class _Compiled:
@@ -33,4 +35,5 @@ class CompiledHeadMethod(_Compiled, UnquantizedEmbeddingMethod):
 METHODS: dict[type, type] = {
     UnquantizedLinearMethod: CompiledLinearMethod,
     UnquantizedEmbeddingMethod: CompiledHeadMethod,
+    Fp8LinearMethod: CpuFp8LinearMethod,
 }

@@ -59,7 +59,7 @@ class Cuda(Device):
 
         return DeepseekV2AttentionMLA.forward(attention, positions, hidden_states, forward_batch, zero_allocator)
 
-    def fp8_kernels(self) -> Fp8Kernels:
+    def fp8_kernels(self, activations: dtype) -> Fp8Kernels:
         return SglangFp8Kernels()
 
     def choose_products(self, model: nn.Module) -> None:

@@ -110,10 +110,6 @@ def _torch(w13: Tensor, w2: Tensor, _s13: None = None, _s2: None = None) -> Expe
     return grouped_ffn(w13, w2)
 
 
-def _compiled(w13: Tensor, w2: Tensor, _s13: None = None, _s2: None = None) -> ExpertFFN:
-    return CompiledExperts(w13, w2)
-
-
 class CpuKernel(NamedTuple):
     pack: Callable[[Tensor], Tensor]
     """Stacked weights into the layout of the kernel, once after loading."""
@@ -130,7 +126,7 @@ CPU_KERNELS = {
     "bf16_dot": CpuKernel(_pack_for_dot, partial(_dot, ops.CPUQuantMethod.UNQUANT)),
     "fp8": CpuKernel(_pack_for_dot, partial(_dot, ops.CPUQuantMethod.FP8_W8A16)),
     "vector": CpuKernel(lambda weight: ops.cpu_prepack_moe_weight(weight, "vec"), _vector),
-    "compiled": CpuKernel(lambda weight: weight, _compiled),
+    "compiled": CpuKernel(lambda weight: weight, CompiledExperts),
     "torch": CpuKernel(lambda weight: weight, _torch),
 }
 

@@ -1,7 +1,8 @@
-"""FP8 on a CPU: weights stay in FP8 in memory, and activations in bf16 (W8A16), in vLLM's kernels from SGLang.
+"""FP8 on a CPU: weights stay in FP8 in memory, and activations in bf16 (W8A16).
 
-vLLM chooses them on CPUs with AMX alone, and compiles them for all with AVX-512. Without it every FP8 weight is
-dequantised when it is loaded.
+On a processor with products in bf16 vLLM's kernels from SGLang compute, where they take a weight; vLLM itself chooses
+them on CPUs with AMX alone, and compiles them for all with AVX-512. Everywhere else core's compute. Without a compiler
+core has none, and what vLLM's do not take is dequantised when it is loaded.
 """
 # SPDX-License-Identifier: Apache-2.0
 
@@ -23,8 +24,10 @@ from vllm.model_executor.layers.quantization.utils.fp8_utils import (
 from vllm.model_executor.parameter import BlockQuantScaleParameter
 from vllm.model_executor.utils import replace_parameter
 
+from longcat_core.kernels.cpu.library import multiplies_bf16
+from longcat_core.kernels.cpu.product import takes_fp8
 from longcat_core.quantization import PUBLISHED_BLOCK
-from longcat_core.weights.blocks import FP8, dequantize_blocks
+from longcat_core.weights.blocks import dequantize_blocks
 from longcat_core.weights.precision import Fp8Kernels
 from longcat_vllm.devices.cpu.experts import CompactedRowsMethod
 
@@ -53,16 +56,46 @@ def error_of_kernels(weight: Tensor, scales: Tensor) -> float:
 
 class CpuFp8Kernels(Fp8Kernels):
     def __init__(self, dtype: torch.dtype) -> None:
-        self._are_there = dtype == torch.bfloat16 and hasattr(torch.ops._C, "fp8_scaled_mm_cpu")
+        self._has_cores, self._has_vllms = takes_fp8(dtype), dtype == torch.bfloat16 and _has_vllms()
 
     def take_linear(self, projections: Sequence[str], rows: Sequence[int], columns: int) -> bool:
-        """Other numbers of rows end the process inside the kernel; of `kv_b_proj` attention needs the numbers."""
-        is_of_whole_tiles = sum(rows) % 32 == 0 and columns % 32 == 0
-        return self._are_there and is_of_whole_tiles and projections[0] != "kv_b_proj"
+        """Of `kv_b_proj` attention needs the numbers."""
+        is_taken = self._has_cores or (self._has_vllms and _are_whole_tiles(sum(rows), columns))
+        return is_taken and projections[0] != "kv_b_proj"
 
     def take_experts(self, inner: int, hidden: int) -> bool:
         """Rows of gate and up projection have their own scales, so the latter's begin with a block."""
-        return self._are_there and inner % PUBLISHED_BLOCK[0] == 0 and hidden % 32 == 0
+        is_taken = self._has_cores or (self._has_vllms and _are_whole_tiles(hidden, inner))
+        return is_taken and inner % PUBLISHED_BLOCK[0] == 0
+
+
+def _has_vllms() -> bool:
+    return hasattr(torch.ops._C, "fp8_scaled_mm_cpu")
+
+
+def _are_whole_tiles(rows: int, columns: int) -> bool:
+    """Other sizes end the process inside vLLM's kernels."""
+    return rows % 32 == 0 and columns % 32 == 0
+
+
+def select_fp8_kernel(name: str, rows: int, weights: Iterable[tuple[Tensor, Tensor]]) -> str:
+    """`vllm`, `compiled`, which is core's, or `none`, for a layer that is named so in the log.
+
+    rows: of the layer's product; weights: FP8 [rows, columns] and scales of each of its experts, or its own.
+    """
+    weights = list(weights)
+    prefers_cores = takes_fp8(torch.bfloat16) and not multiplies_bf16()
+    if _has_vllms() and not prefers_cores and _are_whole_tiles(rows, weights[0][0].shape[1]):
+        error = max(error_of_kernels(weight, scales) for weight, scales in weights)
+        if error <= _ALLOWED:
+            return "vllm"
+        logger.info(
+            "LongCat: %s is not left to vLLM's FP8 kernel, as its blocks have numbers that are too far apart for it, "
+            "which would be wrong by %.1g of a row.",
+            name,
+            error,
+        )
+    return "compiled" if takes_fp8(torch.bfloat16) else "none"
 
 
 @register_weight_loader_v2_supported_method
@@ -93,19 +126,25 @@ class CpuFp8LinearMethod(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         weight, scales = layer.weight.data, layer.weight_scale_inv.data
-        if _are_read_wrongly(layer.prefix, [(weight, scales)]):
-            replace_parameter(layer, "weight", dequantize_blocks(weight, scales, torch.bfloat16))
-        else:
-            replace_parameter(layer, "weight", torch.ops._C.convert_weight_packed(weight))
+        layer.fp8_kernel = select_fp8_kernel(layer.prefix, len(weight), [(weight, scales)])
+        if layer.fp8_kernel == "vllm":
+            weight = torch.ops._C.convert_weight_packed(weight)
+        elif layer.fp8_kernel == "none":
+            weight = dequantize_blocks(weight, scales, torch.bfloat16)
+        replace_parameter(layer, "weight", weight)
         replace_parameter(layer, "weight_scale_inv", scales)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x: bf16 [..., columns], of at least one row. Returns bf16 [..., rows]."""
-        if layer.weight.dtype != FP8:
-            return torch.nn.functional.linear(x, layer.weight, bias)
+        assert bias is None, "no layer of LongCat-Flash has a bias"
+        if layer.fp8_kernel == "compiled":
+            output: Tensor = torch.ops.longcat.cpu_product(x, layer.weight, layer.weight_scale_inv)
+            return output
+        if layer.fp8_kernel == "none":
+            return torch.nn.functional.linear(x, layer.weight)
         flat = x.reshape(-1, x.shape[-1])
         product = torch.ops._C.fp8_scaled_mm_cpu(
-            flat, layer.weight, layer.weight_scale_inv, _BLOCK, bias, x.dtype, True
+            flat, layer.weight, layer.weight_scale_inv, _BLOCK, None, x.dtype, True
         )
         return product.reshape(*x.shape[:-1], -1)
 
@@ -127,32 +166,21 @@ class CompactedFp8RowsMethod(CompactedRowsMethod):
     create_weights = Fp8MoEMethod.create_weights
 
     def select_kernel(self, layer: Any) -> str:
-        """Dequantises the layer's experts first if the kernel cannot read one of them."""
-        for name in ("w13", "w2"):
-            weight, scales = getattr(layer, f"{name}_weight").data, getattr(layer, f"{name}_weight_scale_inv").data
-            if _are_read_wrongly(layer.layer_name, zip(weight, scales, strict=True)):
-                break
-        else:
+        """Dequantises the layer's experts first if there is no kernel for one of them."""
+        weights = {
+            name: (getattr(layer, f"{name}_weight").data, getattr(layer, f"{name}_weight_scale_inv").data)
+            for name in ("w13", "w2")
+        }
+        pairs = {name: [*zip(*weights[name], strict=True)] for name in weights}
+        kernels = {select_fp8_kernel(layer.layer_name, weights[name][0].shape[1], pairs[name]) for name in weights}
+        if kernels == {"vllm"}:
             return "fp8"
-        for name in ("w13", "w2"):
-            weight, scales = getattr(layer, f"{name}_weight").data, getattr(layer, f"{name}_weight_scale_inv").data
-            pairs = zip(weight, scales, strict=True)
-            replace_parameter(
-                layer, f"{name}_weight", torch.stack([dequantize_blocks(*p, torch.bfloat16) for p in pairs])
-            )
+        if "none" not in kernels:
+            return "compiled"
+        for name, each in pairs.items():
+            dequantised = torch.stack([dequantize_blocks(*pair, torch.bfloat16) for pair in each])
+            replace_parameter(layer, f"{name}_weight", dequantised)
         return super().select_kernel(layer)
-
-
-def _are_read_wrongly(name: str, weights: Iterable[tuple[Tensor, Tensor]]) -> bool:
-    error = max(error_of_kernels(weight, scales) for weight, scales in weights)
-    if error > _ALLOWED:
-        logger.info(
-            "LongCat: %s is dequantised, as its blocks have numbers that are too far apart for this CPU's FP8 kernel, "
-            "which would be wrong by %.1g of a row.",
-            name,
-            error,
-        )
-    return error > _ALLOWED
 
 
 class _Dynamic:

@@ -44,7 +44,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return output
 
 
-def _product_fake(x: Tensor, weight: Tensor) -> Tensor:
+def _product_fake(x: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
