@@ -10,8 +10,8 @@ from torch import nn
 
 
 def replace_methods(model: nn.Module, replacements: Mapping[type, type[Any]]) -> None:
-    """Make each `quant_method` that is of one of these classes, and of no subclass, one of the other class, which derives
-    from it. It keeps its attributes."""
+    """Make each `quant_method` that is of one of these classes, and of no subclass, one of the other class, which
+    derives from it. It keeps its attributes."""
     module: Any
     for module in model.modules():
         replacement = replacements.get(type(getattr(module, "quant_method", None)))
