@@ -34,7 +34,7 @@ LAYERS = 8
 """Whose weights are used in turn, so that they come from memory."""
 DECODING = [(16, 1), (16, 8), (64, 1), (64, 8)]
 """Heads and requests."""
-CONTEXTS = (128, 2048, 8192, 32768)
+CONTEXTS = (128, 2048, 8192, 32768, 131072)
 PROMPTS = [(16, 512), (64, 512), (16, 2048)]
 """Heads and tokens."""
 

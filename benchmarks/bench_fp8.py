@@ -65,8 +65,9 @@ def main(turns: int = 2, rates: bool = True) -> None:
             for name, directory in checkpoints.items():
                 status.update(f"turn {turn + 1}: {name}")
                 found[name].append(measured(directory, rates and name in ("FP8", "bf16"), Path(temporary) / "log"))
+        sizes = {name: size(directory) for name, directory in checkpoints.items()}
     nothing = statistics.median(each["memory, GB"] for each in found.pop("tiny"))
-    rows = [{"checkpoint": name, "file, GB": size(checkpoints[name]), **median(found[name], nothing)} for name in found]
+    rows = [{"checkpoint": name, "file, GB": sizes[name], **median(found[name], nothing)} for name in found]
     Console(width=140).print(rows)
     print(record.write("fp8", rows, turns=turns, has_fp8_kernels=has_fp8_kernels()))
 

@@ -1,6 +1,6 @@
-"""Time of a dense projection and of a layer's experts on a CPU, torch's over ours, by rows.
+"""Time of a dense projection and of a layer's experts on a CPU: torch's over ours, and ours in bf16 over ours in FP8.
 
-In bf16, with weights that come from memory. `floor` is what is read once over the memory's bandwidth, or the operations
+Of rows from 1 to 256, with weights that come from memory. `floor` is what is read once over the memory's bandwidth, or the operations
 over the best rate of a product that was measured, where that is longer. For the experts: 64 FFN and 32 zero experts, 12
 choices a token at random; beside ours vLLM's own kernel in its environment, and in SGLang's one product an expert.
 """
@@ -25,6 +25,8 @@ from longcat_core.kernels.cpu.experts import CompiledExperts
 from longcat_core.kernels.cpu.product import product
 from longcat_core.layers.experts import ExpertFFN, grouped_ffn, routed_experts
 from longcat_core.planning.calibration import SIZES, calibrate
+from longcat_core.quantization import PUBLISHED_BLOCK
+from longcat_core.weights.blocks import FP8, scale_shape
 
 SHAPES = [(4096, 1024), (1024, 2048), (8192, 1024)]
 """Rows and columns: gate and up projection, down projection and head of the 622 M model of `bench_floor.py`."""
@@ -67,8 +69,17 @@ def _dense(
 ) -> dict[str, float]:
     weights = [torch.randn(height, width).bfloat16() for _ in range(BYTES // (2 * height * width))]
     x, turns = torch.randn(tokens, width).bfloat16(), itertools.cycle(weights)
+    scales = torch.rand(scale_shape((height, width), PUBLISHED_BLOCK))
+    in_fp8 = itertools.cycle([weight.to(FP8) for weight in weights])
     floor = max(2 * height * width / bandwidth, 2 * tokens * height * width / rate)
-    return _ratios(lambda: F.linear(x, next(turns)), lambda: product(x, next(turns)), floor, pairs, seconds)
+    return _ratios(
+        lambda: F.linear(x, next(turns)),
+        lambda: product(x, next(turns)),
+        lambda: product(x, next(in_fp8), scales),
+        floor,
+        pairs,
+        seconds,
+    )
 
 
 def _experts(tokens: int, bandwidth: float, rate: float, pairs: int, seconds: float) -> dict[str, float]:
@@ -83,11 +94,15 @@ def _experts(tokens: int, bandwidth: float, rate: float, pairs: int, seconds: fl
     x, shares = torch.randn(tokens, HIDDEN).bfloat16(), torch.rand(tokens, TOP_K)
     floor = max(2 * each * len(kept.unique()) / bandwidth, 2 * each * len(kept) / rate)
 
+    def in_fp8(w13: Tensor, w2: Tensor) -> ExpertFFN:
+        scales = (torch.rand(EXPERTS, *scale_shape(each.shape[1:], PUBLISHED_BLOCK)) for each in (w13, w2))
+        return CompiledExperts(w13.to(FP8), w2.to(FP8), *scales)
+
     def calls(make: Callable[[Tensor, Tensor], ExpertFFN]) -> Callable[[], Tensor]:
         turns = itertools.cycle([make(*weights) for weights in layers])
         return lambda: routed_experts(x, ids, shares, next(turns))
 
-    return _ratios(calls(_engines), calls(CompiledExperts), floor, pairs, seconds)
+    return _ratios(calls(_engines), calls(CompiledExperts), calls(in_fp8), floor, pairs, seconds)
 
 
 def _engines(w13: Tensor, w2: Tensor) -> ExpertFFN:
@@ -100,14 +115,21 @@ def _engines(w13: Tensor, w2: Tensor) -> ExpertFFN:
 
 
 def _ratios(
-    theirs: Callable[[], Tensor], ours: Callable[[], Tensor], floor: float, pairs: int, seconds: float
+    theirs: Callable[[], Tensor],
+    ours: Callable[[], Tensor],
+    in_fp8: Callable[[], Tensor],
+    floor: float,
+    pairs: int,
+    seconds: float,
 ) -> dict[str, float]:
     _, taken, ratio = record.medians(record.paired_times(theirs, ours, pairs, seconds))
+    gain = record.medians(record.paired_times(ours, in_fp8, pairs, seconds))[2]
     return {
         "ms": round(taken * 1e3, 3),
         "floor, ms": round(floor * 1e3, 3),
         "floor / ms": round(floor / taken, 2),
         "theirs / ours": round(ratio, 2),
+        "bf16 / FP8": round(gain, 2),
     }
 
 

@@ -156,7 +156,7 @@ def calibrated(path: Path) -> tuple[str, Rates]:
         name="calibrated",
         about=f"measured on {raw['name']}",
         memory_bytes_per_second=figures["memory_gb_per_s"].value * 1e9,
-        # A CPU has no product in FP8: weights are dequantised when they are loaded.
+        # A CPU has no product in FP8: a weight is read in FP8, and multiplied in fp32.
         products_per_second={"bf16": bf16, "fp8": bf16},
         attention_per_second=bf16[0][1],
         fp8_cache_speedup=1.0,
