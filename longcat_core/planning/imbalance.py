@@ -8,52 +8,41 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
+from longcat_core.parallel.placement import deviations_of_the_busiest, linear, place
+
 
 def random_imbalance(ranks: int, rows_a_rank: float) -> float:
     """Rows of the busiest rank over the mean where each token chooses experts alike and for itself.
 
-    The expected maximum of `ranks` normal deviates is about sqrt(2 ln ranks); a rank's rows have the variance of their
-    mean. For 128 ranks and 1536 rows 1.08, for 128 rows 1.28.
+    A rank's rows have the variance of their mean. For 128 ranks and 1536 rows 1.08, for 128 rows 1.28.
     """
     if ranks <= 1 or rows_a_rank <= 0:
         return 1.0
-    return 1 + math.sqrt(2 * math.log(ranks) / rows_a_rank)
+    return 1 + deviations_of_the_busiest(ranks) / math.sqrt(rows_a_rank)
 
 
 def recorded_imbalance(counts: Sequence[Sequence[float]], ranks: int, is_balanced: bool = False) -> float:
     """counts [layers, experts]: how often each FFN expert was chosen. The busiest rank over the mean, mean over layers.
 
-    Ranks have neighbouring experts, as engines place them. is_balanced: as after EPLB without redundant experts, by its
-    greedy packing: the most used expert goes to the rank with the least so far, as many experts to each.
+    Ranks have neighbouring experts, as engines place them, or those that `placement.place` gives them, none redundant.
 
     Raises:
         ValueError: if the ranks do not divide the experts, or nothing was counted.
     """
     found = []
     for layer in counts:
-        each, rest = divmod(len(layer), ranks)
-        if rest or not each:
+        if len(layer) % ranks or not layer:
             raise ValueError(f"routing: {len(layer)} experts, which {ranks} ranks do not divide")
         if not sum(layer):
             raise ValueError("routing: a layer in which no expert was chosen")
-        loads = (
-            _packed(layer, ranks, each)
-            if is_balanced
-            else [sum(layer[rank * each : (rank + 1) * each]) for rank in range(ranks)]
-        )
-        found.append(max(loads) * ranks / sum(layer))
+        rows = np.array([layer], dtype=float)
+        placement = place(rows[None], ranks) if is_balanced else linear(1, len(layer), ranks)
+        found.append(float(placement.rank_rows(rows).max()) * ranks / sum(layer))
     if not found:
         raise ValueError("routing: no layer")
     return sum(found) / len(found)
-
-
-def _packed(layer: Sequence[float], ranks: int, each: int) -> list[float]:
-    loads, experts = [0.0] * ranks, [0] * ranks
-    for count in sorted(layer, reverse=True):
-        rank = min((r for r in range(ranks) if experts[r] < each), key=loads.__getitem__)
-        loads[rank] += count
-        experts[rank] += 1
-    return loads
 
 
 def read_counts(path: Path) -> list[list[float]]:
