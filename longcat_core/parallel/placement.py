@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-EVEN_ENOUGH = 1.01
-"""Over what all ranks would have if they were alike: no swap is looked for. Chance in what was counted is as much."""
+EVEN_ENOUGH = 1.005
+"""A rank has no swaps if it is not busier than so much of what each would be if all were alike, by chance alone. Chance
+in what was counted is as much."""
 LEAST_GAIN = 1e-3
-"""What a swap has to take off the busiest rank, as a share."""
+"""What a swap has to take off the busier of its two ranks, as a share."""
 LEAST_GAIN_OF_A_REPLICA = 0.05
 """What the busiest expert has to be above another with one replica less, to be given that."""
 
@@ -96,7 +97,8 @@ def place(
     1. The busiest expert gets one more replica, as long as there are redundant ones.
     2. Each replica, the busiest first, goes to the least busy rank with room (the greedy packing of engines).
     3. Of all swaps of an expert of the busiest rank with one elsewhere that is made which leaves the busier of the two
-       ranks least busy; again, until none helps, or the busiest rank is within a hundredth of what even ranks would be.
+       ranks least busy; again, and where none helps for the next busiest, until no rank is busier
+       than one with the mean and chance alone.
     A swap of step 3 looks at (slots of a rank) x (slots of all ranks) pairs, each by a product over common changes.
 
     Replicas of an expert are on different ranks, and as evenly on nodes as there is room. With `current`, steps 1 and 2
@@ -251,24 +253,27 @@ class _Layer:
     def _swap(self) -> None:
         mean, changes = self._sums(np.arange(self.ranks))
         busy = self._busy(mean, (changes**2).sum(axis=-1))
+        enough = EVEN_ENOUGH * self._busy(self.mean.sum() / self.ranks, np.zeros(1))[0]
+        is_stuck = np.zeros(self.ranks, dtype=bool)
         left = self.budget - int((self._is_on(self.slots) & ~self.held).sum())
-        even = self._busy(self.mean.sum() / self.ranks, np.zeros(1))[0]
         while True:
-            busiest = int(busy.argmax())
-            if busy[busiest] <= even * EVEN_ENOUGH:
+            candidates = np.where(is_stuck, 0, busy)
+            busiest = int(candidates.argmax())
+            if candidates[busiest] <= enough:
                 return
-            after = self._after_swaps(busiest, mean, changes)
-            sent = self._sent_by_swaps(busiest)
+            after, sent = self._after_swaps(busiest, mean, changes), self._sent_by_swaps(busiest)
             after[self._forbidden(busiest) | (sent > left)] = np.inf
             mine, theirs = np.unravel_index(int(after.argmin()), after.shape)
             if after[mine, theirs] >= busy[busiest] * (1 - LEAST_GAIN):
-                return
+                is_stuck[busiest] = True
+                continue
             rank, slot = divmod(int(theirs), self.slots.shape[1])
             left -= int(sent[mine, theirs])
             self.slots[busiest, mine], self.slots[rank, slot] = self.slots[rank, slot], self.slots[busiest, mine]
             pair = np.array([busiest, rank])
             mean[pair], changes[pair] = self._sums(pair)
             busy[pair] = self._busy(mean[pair], (changes[pair] ** 2).sum(axis=-1))
+            is_stuck[pair] = False
 
     def _after_swaps(self, busiest: int, mean: Floats, changes: Floats) -> Floats:
         """[slots of the busiest rank, all slots]: how busy the busier of both ranks is if their experts swap."""
