@@ -17,7 +17,7 @@ EVEN_ENOUGH = 1.005
 """A rank has no swaps if it is not busier than so much of what each would be if all were alike, by chance alone. Chance
 in what was counted is as much."""
 LEAST_GAIN = 1e-3
-"""What a swap has to take off the busier of its two ranks, as a share."""
+"""What a swap has to take off the busier of its two ranks, as a share of that."""
 LEAST_GAIN_OF_A_REPLICA = 0.05
 """What the busiest expert has to be above another with one replica less, to be given that."""
 
@@ -103,7 +103,8 @@ def place(
 
     Replicas of an expert are on different ranks, and as evenly on nodes as there is room. With `current`, steps 1 and 2
     change what they must, step 3 begins there, and `most_received` bounds how many experts of a layer are sent to ranks
-    that do not have them. Where the ranks do not divide the slots, some stay empty, which no engine takes.
+    that do not have them, beside those that `current` has twice on a rank. Where the ranks do not divide the slots,
+    some stay empty, which no engine takes.
 
     Raises:
         ValueError: if a number does not fit the others, or no row was counted in a layer.
@@ -163,6 +164,9 @@ class _Layer:
         self.mean, self.changes = rows.mean(axis=0), _common_changes(rows)
         self.deviations = deviations_of_the_busiest(self.ranks)
         self.slots = np.where(current < 0, self.experts, current)
+        for rank in self.slots:  # engines' policies can put an expert twice on one
+            _, first = np.unique(rank, return_index=True)
+            rank[np.setdiff1d(np.arange(slots), first)] = self.experts
         self.nodes, self.node_of_rank = nodes, np.arange(self.ranks) * nodes // self.ranks
         self.rank_of_slot = np.repeat(np.arange(self.ranks), slots)
         self.held = self._is_on(self.slots)

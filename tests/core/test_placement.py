@@ -127,6 +127,13 @@ def test_a_placement_that_is_even_stays() -> None:
     assert again.received(placement).tolist() == [0, 0]
 
 
+def test_an_expert_that_is_twice_on_a_rank_is_parted() -> None:
+    current = Placement(np.array([[[0, 0, 1], [2, 3, 0]]]))
+    after = place(np.full((1, 1, 4), 100.0), 2, 2, current=current, most_received=0)
+    assert not has_one_twice(after)
+    assert after.replicas(4).sum() == 6
+
+
 @pytest.mark.parametrize("most", [0, 1, 2, 5, 12])
 def test_no_more_experts_are_sent_than_allowed(most: int) -> None:
     before = place(drawn(3), 8, 8)
