@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -27,6 +28,10 @@ def command(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Directory of a checkpoint.")],
     text: Annotated[Path, typer.Option(help="The text, a UTF-8 file, as the model is to see it.")],
     html: Annotated[Path | None, typer.Option(help="Write a page with every layer to this file.")] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write to this file, as JSON, how often each FFN expert was chosen."),
+    ] = None,
     layer: Annotated[
         int | None, typer.Option(min=0, help="Colour by this layer, the first is 0; by the mean, if not given.")
     ] = None,
@@ -44,6 +49,8 @@ def command(
         report = _report(checkpoint, text, tokens, layer, errors)
         if html is not None:
             html.write_bytes(report.page().encode())
+        if record is not None:
+            record.write_text(json.dumps({"logical_count": report.inspection.load.tolist()}))
     except (ConfigError, CheckpointError, LoadingError, OSError) as error:
         errors.print(f"longcat inspect: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
@@ -51,6 +58,8 @@ def command(
     console.print(Group(_coloured(report, layer), Text(), _legend(report, layer), Text(), _summary(report)))
     if html is not None:
         typer.echo(f"{html}: all layers, expert load, and the drafts")
+    if record is not None:
+        typer.echo(f"{record}: rows of each layer's FFN experts, for longcat plan --routing")
 
 
 def _report(directory: Path, file: Path, tokens: int, layer: int | None, console: Console) -> Report:

@@ -90,7 +90,7 @@ def command(
         float | None, typer.Option(min=0.0, help="FFN experts a token; by default the mean of training.")
     ] = None,
     routing: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Recorded choices, JSON: a list of layers of counts by expert.")
+        Path | None, typer.Option(metavar="FILE", help="Recorded choices, JSON, see longcat inspect --record.")
     ] = None,
     eplb: Annotated[bool, typer.Option("--eplb", help="Experts of --routing are placed by their load.")] = False,
     share: Annotated[float, typer.Option(min=0.01, max=1.0, help="Of a GPU's memory, for the engine.")] = SHARE,

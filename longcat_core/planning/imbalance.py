@@ -46,12 +46,15 @@ def recorded_imbalance(counts: Sequence[Sequence[float]], ranks: int, is_balance
 
 
 def read_counts(path: Path) -> list[list[float]]:
-    """A JSON file: a list of layers, each a list of counts by FFN expert.
+    """A JSON file: a list of layers, each a list of counts by FFN expert; or an object with that as `logical_count`, as
+    `longcat inspect --record` writes it, and SGLang's `--init-expert-location` reads it.
 
     Raises:
         ValueError: if it is something else.
     """
     found = json.loads(path.read_text())
+    if isinstance(found, dict):
+        found = found.get("logical_count")
     if not isinstance(found, list) or not all(
         isinstance(layer, list) and all(isinstance(n, (int, float)) and n >= 0 for n in layer) for layer in found
     ):

@@ -23,6 +23,7 @@ from longcat_cli import example_tokenizer, loading
 from longcat_cli.commands import app
 from longcat_cli.inspection_report import Report, _shade, pieces, si
 from longcat_core.inspection import Inspection, inspect
+from longcat_core.planning.imbalance import read_counts
 from longcat_core.reference import LongcatForCausalLM
 from longcat_core.weights.checkpoint import read_config
 from tests.cases import DEFAULT, published, write_checkpoint
@@ -263,6 +264,13 @@ def test_the_charts_are_drawn_within_the_page(browser_page: Page, found: Inspect
     heights = browser_page.locator("svg rect").evaluate_all("all => all.map(bar => bar.getBBox().height)")
     assert min(heights) >= 0
     assert max(heights) > 10
+
+
+def test_the_choices_are_recorded_for_a_plan(source: Path, text: Path, found: Inspection, tmp_path: Path) -> None:
+    file = tmp_path / "counts.json"
+    assert str(file) in run(source, text, "--record", str(file)).stdout.replace("\n", "")
+    assert json.loads(file.read_text()) == {"logical_count": found.load.tolist()}
+    assert read_counts(file) == found.load.tolist()
 
 
 # -- what is refused -----------------------------------------------------------------------------------

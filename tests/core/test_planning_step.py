@@ -116,6 +116,8 @@ def test_recorded_routing_with_and_without_balance(tmp_path) -> None:  # type: i
     file = tmp_path / "counts.json"
     file.write_text("[[1, 2], [3, 4]]")
     assert read_counts(file) == [[1, 2], [3, 4]]
+    file.write_text('{"logical_count": [[1, 2], [3, 4]]}')
+    assert read_counts(file) == [[1, 2], [3, 4]], "as SGLang has it"
     file.write_text('{"layer": [1]}')
     with pytest.raises(ValueError, match="a list of layers"):
         read_counts(file)
