@@ -358,7 +358,7 @@ class LongcatFlashForCausalLM(LongcatCausalLM):
                 use_attn_tp_group=get_parallel().enable_dp_lm_head,
             )
         )
-        devices.current().choose_products(self)
+        devices.current().choose_kernels(self)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens

@@ -126,7 +126,7 @@ class LongcatFlashMTP(LongcatCausalLM):
     ) -> None:
         super().__init__(config, quant_config, mtp_load_plan(config.longcat, LAYOUT))
         self.model = LongcatMTPModel(config, quant_config, add_prefix("model", prefix))
-        devices.current().choose_products(self)
+        devices.current().choose_kernels(self)
         self.lm_head: nn.Module | None = None
 
     def get_input_embeddings(self) -> nn.Module:

@@ -110,6 +110,7 @@ class LongcatAttention(nn.Module):
             attn_backend=devices.current().attention_backend(),
         )
         self.attn.register_state_dict_post_hook(_leave_derived_weights_out)
+        self.rotate = devices.current().rotate
 
     def forward(self, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """hidden_states: [T, H]; cos and sin: fp32 [T, 1, rope / 2]."""
@@ -117,11 +118,7 @@ class LongcatAttention(nn.Module):
         qkv_a, _ = self.fused_qkv_a_proj(hidden_states)
         q_a, latent, k_rope = qkv_a.split([config.q_lora_rank, config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
         query, _ = self.q_b_proj(self.q_a_layernorm(q_a))
-        q_nope, q_rope = query.unflatten(-1, (self.num_heads, -1)).split(
-            [config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1
-        )
-        query = torch.cat((q_nope, rotary.rotate_interleaved(q_rope, cos, sin)), dim=-1)
-        k_rope = rotary.rotate_interleaved(k_rope.unsqueeze(-2), cos, sin)
+        query, k_rope = self.rotate(query.unflatten(-1, (self.num_heads, -1)), k_rope.unsqueeze(-2), cos, sin)
         output_shape = (hidden_states.shape[0], self.num_heads * config.v_head_dim)
         attended = self.attn(query, self.kv_a_layernorm(latent), k_rope, output_shape=output_shape)
         output, _ = self.o_proj(attended)
@@ -327,7 +324,7 @@ class LongcatFlashForCausalLM(LongcatCausalLM, SupportsLoRA, SupportsPP):
         else:
             self.lm_head = PPMissingLayer()
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
-        devices.current().choose_products(self)
+        devices.current().choose_kernels(self)
         self.counted: metrics.CountedChoices | None = None
         if self.model.notes_choices:
             layers = range(self.model.start_layer, self.model.end_layer)

@@ -52,6 +52,16 @@ def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
 
 
+def rotate(queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries [T, heads, nope + rope] with the last `rope` dimensions rotated, and keys [T, 1, rope] rotated.
+
+    cos and sin: fp32 [T, 1, rope / 2].
+    """
+    q_nope, q_rope = queries.split([queries.shape[-1] - keys.shape[-1], keys.shape[-1]], dim=-1)
+    rotated = torch.cat((q_nope, rotate_interleaved(q_rope, cos, sin)), dim=-1)
+    return rotated, rotate_interleaved(keys, cos, sin)
+
+
 def _yarn_correction_range(rope: RopeConfig, context: int, dim: int) -> tuple[float, float]:
     def dimension_of(rotations: float) -> float:
         return dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))

@@ -56,8 +56,8 @@ class Device(ABC):
         where all of them are."""
 
     @abstractmethod
-    def choose_products(self, model: nn.Module) -> None:
-        """Give the linear layers and the head of a model their kernels, where the engine's own are slow."""
+    def choose_kernels(self, model: nn.Module) -> None:
+        """Give the linear layers, the head and the norms of a model their kernels, where the engine's own are slow."""
 
     @abstractmethod
     def router_functions(self) -> RouterFunctions:

@@ -37,6 +37,10 @@ class Device(ABC):
         """Our MLA backend, or None where vLLM chooses one of its own."""
 
     @abstractmethod
+    def rotate(self, queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """`layers.rotary.rotate`, or what equals it and may do so in place."""
+
+    @abstractmethod
     def fp8_kernels(self, dtype: torch.dtype) -> Fp8Kernels:
         """What is in FP8 here, with activations of this dtype; every other FP8 weight is dequantised when loaded."""
 
@@ -45,8 +49,8 @@ class Device(ABC):
         """The kernel of a linear layer that is in FP8. `choose` makes vLLM's own choice."""
 
     @abstractmethod
-    def choose_products(self, model: nn.Module) -> None:
-        """Give the linear layers and the head of a model their kernels, where the engine's own are slow."""
+    def choose_kernels(self, model: nn.Module) -> None:
+        """Give the linear layers, the head and the norms of a model their kernels, where the engine's own are slow."""
 
     @abstractmethod
     def router_functions(self) -> RouterFunctions:

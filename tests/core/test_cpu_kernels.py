@@ -7,14 +7,18 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longcat_core.kernels.cpu import attention, library
+from longcat_core.kernels.cpu import attention, library, rotary, routing
 from longcat_core.kernels.cpu.experts import routed_experts
+from longcat_core.kernels.cpu.norm import add_rms_norm, rms_norm, takes
 from longcat_core.kernels.cpu.product import product
 from longcat_core.layers import experts as reference
 from longcat_core.layers import latent_attention
+from longcat_core.layers import rotary as rotary_reference
+from longcat_core.layers import routing as routing_reference
 from longcat_core.layers.latent_attention import PagedBatch
 from longcat_core.weights.blocks import FP8, dequantize_blocks, quantize_blocks
 from tests.attention_steps import SCALE, Step, decodes, dense, idle, step, up_projection, verifications
@@ -241,6 +245,113 @@ def test_what_other_tokens_left_in_the_cache_is_not_read() -> None:
     queries = torch.cat(case.queries)
     ours = attention.paged_attention(queries, cache, batch, up, SCALE)
     assert relative_error(ours, latent_attention.paged_attention(queries, cache, batch, up, SCALE)) < 2**-5
+
+
+@given(seed=seeds, rows=st.integers(0, 40), columns=st.integers(1, 1100), scale=st.sampled_from([1e-3, 1.0, 100.0]))
+def test_a_norm_is_torchs(seed: int, rows: int, columns: int, scale: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    wider = (torch.randn(2, rows, columns + 5, generator=generator) * scale).bfloat16()
+    x, residual = wider[:, :, 2:-3]
+    weight = torch.randn(columns, generator=generator).bfloat16()
+    output, (added, both) = rms_norm(x, weight, 1e-5), add_rms_norm(x, residual, weight, 1e-5)
+    assert output.shape == added.shape == both.shape == x.shape
+    if rows:
+        exact = x.double() + residual.double()
+        assert torch.equal(both, exact.bfloat16())
+        for ours, of in ((output, x.double()), (added, exact)):
+            assert relative_error(ours, F.rms_norm(of, (columns,), weight.double(), 1e-5)) < ROUNDING
+
+
+def test_a_norm_rounds_once() -> None:
+    """So that it is the fp32 norm in bf16, but where sums in another order round to the other side."""
+    x, weight = torch.randn(2, 200, 512).bfloat16()
+    exact = F.rms_norm(x.float(), (512,), weight[0].float(), 1e-5).bfloat16()
+    assert (rms_norm(x, weight[0], 1e-5) != exact).float().mean() < 1e-3
+
+
+def test_a_norm_takes_bf16_in_rows_alone() -> None:
+    x, weight = torch.ones(3, 4).bfloat16(), torch.ones(4).bfloat16()
+    assert takes(x[:, :2], weight)
+    assert not takes(x.float(), weight)
+    assert not takes(x, weight.float())
+    assert not takes(x.unsqueeze(0), weight)
+    assert not takes(x[0], weight)
+    assert not takes(x.T, weight)
+    with pytest.raises(ValueError, match=r"residual: torch.float32 .* wanted torch.bfloat16"):
+        add_rms_norm(x, x.float(), weight, 1e-5)
+
+
+@given(
+    seed=seeds,
+    tokens=st.integers(0, 30),
+    heads=st.integers(1, 20),
+    nope=st.integers(0, 9),
+    pairs=st.integers(1, 40),
+)
+def test_a_rotation_is_the_reference(seed: int, tokens: int, heads: int, nope: int, pairs: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    queries = torch.randn(tokens, heads, nope + 2 * pairs, generator=generator).bfloat16()
+    keys = torch.randn(tokens, 2 * pairs + 3, generator=generator).bfloat16()[:, None, 1:-2]
+    angles = torch.randn(tokens, 1, pairs, generator=generator)
+    cos, sin = angles.cos(), angles.sin()
+    truth = rotary_reference.rotate(queries.double(), keys.double(), cos, sin)
+    passed = queries[..., :nope].clone()
+    ours = rotary.rotate(queries, keys, cos, sin)
+    for rotated, given_, wanted in zip(ours, (queries, keys), truth, strict=True):
+        assert rotated.data_ptr() == given_.data_ptr()
+        if tokens:
+            assert relative_error(rotated, wanted) < ROUNDING
+    assert torch.equal(ours[0][..., :nope], passed)
+
+
+def test_a_rotation_in_another_dtype_is_the_reference_and_not_in_place() -> None:
+    queries, keys = torch.randn(3, 2, 7), torch.randn(3, 1, 4)
+    before = queries.clone(), keys.clone()
+    cos, sin = torch.randn(2, 3, 1, 2)
+    ours = rotary.rotate(queries, keys, cos, sin)
+    for rotated, wanted in zip(ours, rotary_reference.rotate(*before, cos, sin), strict=True):
+        assert torch.equal(rotated, wanted)
+    assert torch.equal(queries, before[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("index", [torch.int64, torch.int32])
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+def test_latents_are_written_as_by_the_reference(dtype: torch.dtype, index: torch.dtype, tokens: int) -> None:
+    latents, keys = torch.randn(tokens, 9).to(dtype)[:, 1:8], torch.randn(tokens, 6).to(dtype)[:, :3]
+    slots = torch.tensor([4, -1, 0, 2, -1], dtype=index)[:tokens]
+    ours, wanted = torch.zeros(2, 6, 10, dtype=dtype)
+    attention.write_latents(ours, latents, keys, slots)
+    latent_attention.write_latents(wanted, latents, keys, slots)
+    assert torch.equal(ours, wanted)
+    assert ours.any() == bool(tokens)
+
+
+@given(
+    seed=seeds,
+    tokens=st.integers(0, 80),
+    experts=st.integers(1, 30),
+    zero=st.integers(0, 30),
+    data=st.data(),
+)
+def test_a_choice_is_the_reference(seed: int, tokens: int, experts: int, zero: int, data: st.DataObject) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    top_k = data.draw(st.integers(1, experts + zero))
+    logits = torch.randn(tokens, experts + zero, generator=generator) * 3
+    bias = torch.randn(experts + zero, generator=generator) * 0.1
+    sizes = {"n_routed_experts": experts, "top_k": top_k, "routed_scaling_factor": 2.5}
+    ours, wanted = routing.route(logits, bias, **sizes), routing_reference.route(logits, bias, **sizes)
+    assert torch.equal(ours.ids, wanted.ids)
+    assert ours.ids.dtype == torch.int32
+    torch.testing.assert_close(ours.weights, wanted.weights)
+    torch.testing.assert_close(ours.identity, wanted.identity, rtol=1e-5, atol=1e-6)
+
+
+def test_a_choice_from_other_dtypes_is_the_references() -> None:
+    logits, bias = torch.randn(4, 6).double(), torch.zeros(6)
+    sizes = {"n_routed_experts": 4, "top_k": 2, "routed_scaling_factor": 1.0}
+    ours, wanted = routing.route(logits, bias, **sizes), routing_reference.route(logits, bias, **sizes)
+    assert torch.equal(ours.ids, wanted.ids)
 
 
 def test_other_dtypes_and_instruction_sets_are_refused_by_name() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from longcat_core.kernels.cpu import library
 from longcat_core.weights.plan import load_plan
 from longcat_nano import CHECKPOINT
 from tests.cases import DEFAULT
@@ -66,26 +68,71 @@ def test_a_cpu_gives_an_engines_layers_cores_products_and_leaves_other_methods_a
         model[0].quant_method = theirs.__new__(theirs)
         model[0].quant_method.made_with = theirs
         model[1].quant_method = object.__new__(type("Other", (theirs,), {}))
-        DEVICES["Cpu"].choose_products(model)
+        DEVICES["Cpu"].choose_kernels(model)
         assert type(model[0].quant_method) is ours
         assert model[0].quant_method.made_with is theirs
         assert type(model[1].quant_method).__name__ == "Other"
 
 
-def _note_models(noted: Path, patch: pytest.MonkeyPatch) -> None:
-    device = type(import_module(f"{engine.PACKAGE}.devices").current())
-    choose = device.choose_products
+def _building() -> AbstractContextManager[Any]:
+    """What an engine needs to make a layer."""
+    if engine.NAME != "vLLM":
+        return nullcontext()
+    config = import_module("vllm.config")
+    return config.set_current_vllm_config(config.VllmConfig())  # type: ignore[no-any-return]
 
-    def note(this: Any, model: Any) -> None:
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cpu_norms_as_the_engine_and_by_core_in_bf16(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    norms = import_module(f"{engine.PACKAGE}.devices.cpu.norm")
+    with _building():
+        model: Any = torch.nn.Sequential(norms.RMSNorm(8), norms.RMSNorm(8), type("Other", (norms.RMSNorm,), {})(8))
+        model.to(dtype)
+        DEVICES["Cpu"].choose_kernels(model[::2])
+        ours, theirs, _ = model
+        x, residual = torch.randn(2, 3, 8).to(dtype)
+        torch.testing.assert_close(ours(x), theirs(x))
+        for found, wanted in zip(ours(x.clone(), residual.clone()), theirs(x, residual), strict=True):
+            torch.testing.assert_close(found, wanted)
+        monkeypatch.setattr(norms, "rms_norm", lambda *_: "core's")
+        by_core = [name for name, norm in zip("abc", model, strict=True) if isinstance(norm(x), str)]
+        assert by_core == (["a"] if dtype == torch.bfloat16 and library.is_available() else [])
+
+
+KERNELS = ("longcat_rms_norm", "longcat_rotate", "longcat_write_latents", "longcat_route", "longcat_attention")
+
+
+def _note_kernels(noted: Path, patch: pytest.MonkeyPatch) -> None:
+    """The models that ask for kernels, and the kernels that are called."""
+    device = type(import_module(f"{engine.PACKAGE}.devices").current())
+    choose = device.choose_kernels
+
+    def note(name: str) -> None:
         with noted.open("a") as names:
-            names.write(f"{type(model).__name__}\n")
+            names.write(f"{name}\n")
+
+    def noting_model(this: Any, model: Any) -> None:
+        note(type(model).__name__)
         choose(this, model)
 
-    patch.setattr(device, "choose_products", note)
+    def noting(name: str, kernel: Any) -> Any:
+        def call(*args: Any) -> Any:
+            note(name)
+            return kernel(*args)
+
+        return call
+
+    patch.setattr(device, "choose_kernels", noting_model)
+    for name in KERNELS if library.is_available() else ():
+        patch.setattr(library.library(), name, noting(name, getattr(library.library(), name)))
 
 
-def test_target_and_drafter_get_their_products_from_the_device(tmp_path: Path) -> None:
+def test_target_and_drafter_get_their_kernels_from_the_device(tmp_path: Path) -> None:
     noted = tmp_path / "noted"
-    with engine.serving(CHECKPOINT, dtype="bfloat16", draft_tokens=1, broken=partial(_note_models, noted)) as served:
+    with engine.serving(CHECKPOINT, dtype="bfloat16", draft_tokens=1, broken=partial(_note_kernels, noted)) as served:
         assert served.greedy([[5, 6, 7]], 2)
-    assert sorted(noted.read_text().split()) == ["LongcatFlashForCausalLM", "LongcatFlashMTP"]
+    names = noted.read_text().split()
+    models = [name for name in names if name not in KERNELS]
+    assert sorted(models) == ["LongcatFlashForCausalLM", "LongcatFlashMTP"]
+    if library.is_available():
+        assert set(names) >= set(KERNELS)

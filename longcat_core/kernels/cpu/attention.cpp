@@ -140,4 +140,16 @@ void longcat_attention(const Attention* attention, bf16* output, const bf16* que
         output[(rows[n] * a.heads + h) * a.value + i] = to_bf16(made);
     });
 }
+
+// cache: bf16 [slots of the cache, latent + rope], cache_stride apart; latents: bf16 [tokens, latent], latent_stride apart;
+// keys: bf16 [tokens, rope], key_stride apart; slots: int64 [tokens], of which a negative one stores nothing.
+void longcat_write_latents(bf16* cache, long cache_stride, const bf16* latents, long latent_stride, const bf16* keys,
+                           long key_stride, const int64_t* slots, long tokens, long latent, long rope) {
+    for (long t = 0; t < tokens; t++) {
+        if (slots[t] < 0) continue;
+        bf16* const to = cache + slots[t] * cache_stride;
+        std::copy_n(latents + t * latent_stride, latent, to);
+        std::copy_n(keys + t * key_stride, rope, to + latent);
+    }
+}
 }

@@ -47,6 +47,27 @@ def paged_attention(
     return output
 
 
+def write_latents(cache: Tensor, latents: Tensor, rope_keys: Tensor, slots: Tensor) -> None:
+    """As the reference, by the compiled kernel where it is there and takes dtypes and strides."""
+    tensors = (cache, latents, rope_keys)
+    if not is_available() or any(t.dtype != torch.bfloat16 or t.stride(-1) != 1 for t in tensors):
+        latent_attention.write_latents(cache, latents, rope_keys, slots)
+        return
+    slots = slots.long().contiguous()
+    library().longcat_write_latents(
+        cache.data_ptr(),
+        cache.stride(0),
+        latents.data_ptr(),
+        latents.stride(0),
+        rope_keys.data_ptr(),
+        rope_keys.stride(0),
+        slots.data_ptr(),
+        len(slots),
+        latents.shape[1],
+        rope_keys.shape[1],
+    )
+
+
 def _takes(queries: Tensor, cache: Tensor, up: UpProjection) -> bool:
     dtypes = {queries.dtype, cache.dtype, up.w_uk.dtype, up.w_uv.dtype}
     return is_available() and dtypes == {torch.bfloat16} and up.w_uk.shape[2] % GROUP == 0

@@ -125,7 +125,7 @@ def _found() -> tuple[ctypes.CDLL | None, str]:
         found = ctypes.CDLL(spec.origin)
     except OSError as error:
         return None, f"{spec.origin} does not load: {error}"
-    pointer, number = ctypes.c_void_p, ctypes.c_long
+    pointer, number, real = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
     signatures: Sequence[tuple[str, Sequence[type], type | None]] = (
         ("longcat_instruction_set", (), ctypes.c_char_p),
         ("longcat_use", (ctypes.c_char_p,), ctypes.c_int),
@@ -133,6 +133,10 @@ def _found() -> tuple[ctypes.CDLL | None, str]:
         ("longcat_experts", (pointer, pointer, number, *[pointer] * 7, *[number] * 5), None),
         ("longcat_attention_parts", (pointer,), number),
         ("longcat_attention", [pointer] * 11, None),
+        ("longcat_write_latents", (*[pointer, number] * 3, pointer, *[number] * 3), None),
+        ("longcat_rms_norm", (pointer, pointer, *[pointer, number] * 2, pointer, real, number, number), None),
+        ("longcat_rotate", (pointer, number, number, pointer, number, pointer, pointer, *[number] * 3), None),
+        ("longcat_route", (*[pointer] * 5, real, *[number] * 4), None),
     )
     for name, arguments, result in signatures:
         function = getattr(found, name)

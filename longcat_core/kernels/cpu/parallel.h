@@ -7,6 +7,8 @@
 
 namespace longcat {
 
+constexpr long WORTH_A_THREAD = 1 << 14;  // numbers, of which each takes an operation or two
+
 // Calls work(item) once for each of `items`, from any thread.
 template <class Work>
 void for_each(long items, Work work) {

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import RadixAttention
-from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.model_runner import ModelRunner
 from torch import Tensor
 
-from longcat_core.kernels.cpu.attention import paged_attention
-from longcat_core.layers import rotary
+from longcat_core.kernels.cpu.attention import paged_attention, write_latents
+from longcat_core.kernels.cpu.rotary import rotate
 from longcat_core.layers.latent_attention import PagedBatch, UpProjection
 
 if TYPE_CHECKING:
@@ -75,15 +74,15 @@ class LatentAttentionBackend(AttentionBackend):
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
         *,
+        k_rope: Tensor,
         up: UpProjection,
         **_: Any,
     ) -> Tensor:
-        """q: [T, heads, nope + rope]; k: [T, 1, latent + rope]; v: its first `latent` columns. Returns [T, heads v]."""
+        """q: [T, heads, nope + rope]; k and v: [T, 1, latent], the same; k_rope: [T, 1, rope]. Returns [T, heads v]."""
         assert self.forward_metadata is not None
-        if save_kv_cache:
-            slots = KVWriteLoc(forward_batch.out_cache_loc, None)
-            self._cache.set_kv_buffer(layer, slots, k, v)  # type: ignore[arg-type]  # what MLATokenToKVPool takes
         cache = self._cache.get_key_buffer(layer.layer_id).squeeze(1)
+        if save_kv_cache:
+            write_latents(cache, k.squeeze(1), k_rope.squeeze(1), forward_batch.out_cache_loc)
         attended = paged_attention(q, cache, self.forward_metadata, up, layer.scaling)
         return attended.flatten(1)
 
@@ -133,14 +132,10 @@ def attend(
         [attention.q_lora_rank, attention.kv_lora_rank, attention.qk_rope_head_dim], dim=-1
     )
     query = attention.q_b_proj_forward(attention.q_a_layernorm(q_a))
-    q_nope, q_rope = query.split([attention.qk_nope_head_dim, attention.qk_rope_head_dim], dim=-1)
-    rotated = rotary.rotate_interleaved(torch.cat((q_rope, k_rope.unsqueeze(1)), dim=1), cos, sin)
-    q_rope, k_rope = rotated.split([attention.num_local_heads, 1], dim=1)
-    query = torch.cat((q_nope, q_rope), dim=-1)
-    latent = attention.kv_a_layernorm(latent).unsqueeze(1)
-    keys = torch.cat((latent, k_rope), dim=-1)
+    query, k_rope = rotate(query, k_rope.unsqueeze(1), cos, sin)
+    latent = attention.kv_a_layernorm(latent)
     kv_b_proj: Any = attention.kv_b_proj.weight
     up = UpProjection(kv_b_proj, attention.w_kc, attention.w_vc.transpose(1, 2))
-    attended = attention.attn_mqa(query, keys, latent, forward_batch, up=up)
+    attended = attention.attn_mqa(query, latent, latent, forward_batch, k_rope=k_rope, up=up)
     output, _ = attention.o_proj(attended)
     return output

@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from longcat_core.config import LongcatConfig
-from longcat_core.layers.routing import RouterFunctions, route
+from longcat_core.layers.routing import RouterFunctions
 from longcat_core.plugin.diagnosis import Finding
 from longcat_core.plugin.engine import unsupported_cpu_cache
 from longcat_core.weights.precision import Fp8Kernels
@@ -55,13 +55,17 @@ class Cpu(Device):
 
         return CpuFp8Kernels() if takes_fp8(activations) else None
 
-    def choose_products(self, model: nn.Module) -> None:
+    def choose_kernels(self, model: nn.Module) -> None:
         from longcat_core.plugin.methods import replace_methods
         from longcat_sglang.devices.cpu.linear import METHODS
+        from longcat_sglang.devices.cpu.norm import compile_norms
 
         replace_methods(model, METHODS)
+        compile_norms(model)
 
     def router_functions(self) -> RouterFunctions:
+        from longcat_core.kernels.cpu.routing import route
+
         return RouterFunctions(route)
 
     def expert_arguments(self, quant_config: LongcatFp8Config | None) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class Cuda(Device):
     def fp8_kernels(self, activations: dtype) -> Fp8Kernels:
         return SglangFp8Kernels()
 
-    def choose_products(self, model: nn.Module) -> None:
+    def choose_kernels(self, model: nn.Module) -> None:
         """They are the engine's."""
 
     def router_functions(self) -> RouterFunctions:

@@ -24,8 +24,8 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from longcat_core.kernels.cpu.attention import paged_attention
-from longcat_core.layers.latent_attention import PagedBatch, UpProjection, write_latents
+from longcat_core.kernels.cpu.attention import paged_attention, write_latents
+from longcat_core.layers.latent_attention import PagedBatch, UpProjection
 
 
 @dataclass

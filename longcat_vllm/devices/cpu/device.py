@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from longcat_core.config import LongcatConfig
-from longcat_core.layers.routing import RouterFunctions, route
+from longcat_core.layers.routing import RouterFunctions
 from longcat_core.plugin.diagnosis import Finding
 from longcat_core.plugin.engine import unsupported_cpu_cache
 from longcat_core.weights.precision import Fp8Kernels
@@ -16,7 +16,7 @@ from longcat_vllm.devices.base import MOE_BACKENDS, Device
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
     from vllm.config import VllmConfig
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
     from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
@@ -31,6 +31,11 @@ class Cpu(Device):
 
         return LatentAttentionBackend
 
+    def rotate(self, queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        from longcat_core.kernels.cpu.rotary import rotate
+
+        return rotate(queries, keys, cos, sin)
+
     def fp8_kernels(self, dtype: torch.dtype) -> Fp8Kernels:
         from longcat_vllm.devices.cpu.fp8 import CpuFp8Kernels
 
@@ -41,13 +46,17 @@ class Cpu(Device):
 
         return CpuFp8LinearMethod()
 
-    def choose_products(self, model: nn.Module) -> None:
+    def choose_kernels(self, model: nn.Module) -> None:
         from longcat_core.plugin.methods import replace_methods
         from longcat_vllm.devices.cpu.linear import METHODS
+        from longcat_vllm.devices.cpu.norm import compile_norms
 
         replace_methods(model, METHODS)
+        compile_norms(model)
 
     def router_functions(self) -> RouterFunctions:
+        from longcat_core.kernels.cpu.routing import route
+
         return RouterFunctions(route)
 
     def experts_method(

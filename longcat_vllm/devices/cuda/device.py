@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from longcat_core import spellings
 from longcat_core.config import LongcatConfig
+from longcat_core.layers import rotary
 from longcat_core.layers.routing import RouterFunctions, route
 from longcat_core.plugin.diagnosis import Finding
 from longcat_core.plugin.engine import unserved_quantization
@@ -48,13 +49,16 @@ class Cuda(Device):
 
         return FlashInferPagedMLABackend
 
+    def rotate(self, queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return rotary.rotate(queries, keys, cos, sin)
+
     def fp8_kernels(self, dtype: torch.dtype) -> Fp8Kernels:
         return VllmFp8Kernels()
 
     def fp8_linear_method(self, choose: Callable[[], QuantizeMethodBase | None]) -> QuantizeMethodBase | None:
         return choose()
 
-    def choose_products(self, model: nn.Module) -> None:
+    def choose_kernels(self, model: nn.Module) -> None:
         """They are the engine's."""
 
     def router_functions(self) -> RouterFunctions:
