@@ -85,13 +85,17 @@ def routed_experts(
         ids = torch.where(ids >= 0, expert_map[ids.clamp(min=0)], -1)
     if isinstance(ffn, SparseFFN):
         return ffn(hidden_states, ids, weights)
+    if ids.shape[0] == 1:  # one token needs no gathering
+        kept = [place for place, expert in enumerate(ids[0].tolist()) if expert >= 0]
+        if not kept:
+            return torch.zeros_like(hidden_states)
+        places = torch.tensor(kept, device=ids.device)
+        return ffn(hidden_states, ids.index_select(1, places), weights.index_select(1, places))
     kept = ids >= 0
     if not kept.any():
         return torch.zeros_like(hidden_states)
     if kept.all():
         return ffn(hidden_states, ids, weights)
-    if ids.shape[0] == 1:  # one token needs no gathering
-        return ffn(hidden_states, ids[:, kept[0]], weights[:, kept[0]])
     rows = compact(ids, weights)
     inputs = hidden_states.index_select(0, rows.tokens)
     outputs = ffn(inputs, rows.experts.unsqueeze(1), rows.weights.unsqueeze(1))
