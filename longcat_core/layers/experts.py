@@ -86,10 +86,10 @@ def routed_experts(
     if isinstance(ffn, SparseFFN):
         return ffn(hidden_states, ids, weights)
     if ids.shape[0] == 1:  # one token needs no gathering
-        kept = [place for place, expert in enumerate(ids[0].tolist()) if expert >= 0]
-        if not kept:
+        chosen = [place for place, expert in enumerate(ids[0].tolist()) if expert >= 0]
+        if not chosen:
             return torch.zeros_like(hidden_states)
-        places = torch.tensor(kept, device=ids.device)
+        places = torch.tensor(chosen, device=ids.device)
         return ffn(hidden_states, ids.index_select(1, places), weights.index_select(1, places))
     kept = ids >= 0
     if not kept.any():

@@ -362,7 +362,7 @@ def test_a_gpu_has_sglangs_own_experts_and_a_router_in_torch_unless_kernels_are_
 
     monkeypatch.setattr(requested, "current", Requested)
     assert Cuda().expert_arguments(None) == {}
-    assert Cuda().router_functions() == Cpu().router_functions() == RouterFunctions(route)
+    assert Cuda().router_functions() == RouterFunctions(route)
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def with_layers_of_a_gpu(directory: Path, patch: pytest.MonkeyPatch) -> None:
 
     arguments = Cpu.expert_arguments
     patch.setattr(Cpu, "fp8_kernels", Cuda.fp8_kernels)
-    patch.setattr(Cpu, "choose_products", Cuda.choose_products)
+    patch.setattr(Cpu, "choose_kernels", Cuda.choose_kernels)
     patch.setattr(Cpu, "expert_arguments", expert_arguments)
     with_names_of_weights(directory, patch)
     for method, apply in ((Fp8LinearMethod, apply_linear), (Fp8MoEMethod, apply_experts)):

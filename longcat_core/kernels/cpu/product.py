@@ -16,10 +16,19 @@ from longcat_core.kernels.cpu.library import (
     require_weight,
 )
 
+FEW_ROWS = 8
+"""Up to so many, torch on a processor with products in bf16 is slower than `product`: it lays a weight out for them in
+each call, which takes longer than reading it."""
+
 
 def is_quicker(dtype: torch.dtype) -> bool:
     """Whether `product` is quicker here than torch's and the engines' own."""
     return dtype == torch.bfloat16 and is_available() and not multiplies_bf16()
+
+
+def is_quicker_than_torch(dtype: torch.dtype, rows: int) -> bool:
+    """The same for so many rows of x, beside `torch.nn.functional.linear`, whose weight is not packed beforehand."""
+    return is_quicker(dtype) or (dtype == torch.bfloat16 and is_available() and rows <= FEW_ROWS)
 
 
 def takes_fp8(dtype: torch.dtype) -> bool:

@@ -130,7 +130,8 @@ class Cpu(Device):
     def implementations(self) -> list[Finding]:
         import torch
 
-        from longcat_core.kernels.cpu.library import products
+        from longcat_core.kernels.cpu.library import is_available, multiplies_bf16, products
+        from longcat_core.kernels.cpu.product import FEW_ROWS
         from longcat_sglang.devices.cpu.attention import LatentAttentionBackend
         from longcat_sglang.devices.cpu.experts import select_cpu_kernel
 
@@ -140,11 +141,12 @@ class Cpu(Device):
             for dtype in (torch.bfloat16, torch.float32)
         ]
         has_fp8 = self.fp8_kernels(torch.bfloat16) is not None
+        few_rows = f"ours for up to {FEW_ROWS} rows, else " if is_available() and multiplies_bf16() else ""
         return [
             Finding("attention", f"{backend}: any sizes, chunked prefill, radix cache"),
             Finding("MoE", f"rows of FFN experts only; {', '.join(kernels)}"),
             Finding("FP8", "in FP8 with activations in bfloat16" if has_fp8 else "dequantised when it is loaded"),
-            Finding("products", products()),
+            Finding("products", few_rows + products()),
             Finding("cores", _cores(torch.get_num_threads(), len(os.sched_getaffinity(0)))),
         ]
 

@@ -1,4 +1,4 @@
-"""Linear layers and the head on a CPU: without products in bf16, where torch multiplies row by row, and in FP8."""
+"""Linear layers and the head on a CPU: of few rows, of any where torch multiplies row by row in bf16, and in FP8."""
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod
 from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod, UnquantizedLinearMethod
 from torch import Tensor
 
-from longcat_core.kernels.cpu.product import is_quicker, product
+from longcat_core.kernels.cpu.product import is_quicker_than_torch, product
 from longcat_sglang.devices.cpu.fp8 import CpuFp8LinearMethod
 
 
 class _Compiled:
-    """Core's product in place of torch's."""
+    """Core's product in place of torch's, where it is quicker."""
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        if is_quicker(layer.weight.dtype):
+        if is_quicker_than_torch(layer.weight.dtype, x.shape[:-1].numel()):
             assert bias is None, "no layer of LongCat-Flash has a bias"
             return product(x, layer.weight)
         output: Tensor = super().apply(layer, x, bias)  # type: ignore[misc]  # SGLang's class comes next
