@@ -327,6 +327,12 @@ def test_latents_are_written_as_by_the_reference(dtype: torch.dtype, index: torc
     assert ours.any() == bool(tokens)
 
 
+def test_latents_without_slots_are_refused() -> None:
+    cache, latents = torch.zeros(6, 10).bfloat16(), torch.ones(3, 10).bfloat16()
+    with pytest.raises(ValueError, match="3 latents and 3 keys for 2 slots"):
+        attention.write_latents(cache, latents[:, :7], latents[:, 7:], torch.arange(2))
+
+
 @given(
     seed=seeds,
     tokens=st.integers(0, 80),

@@ -48,7 +48,13 @@ def paged_attention(
 
 
 def write_latents(cache: Tensor, latents: Tensor, rope_keys: Tensor, slots: Tensor) -> None:
-    """As the reference, by the compiled kernel where it is there and takes dtypes and strides."""
+    """As the reference, by the compiled kernel where it is there and takes dtypes and strides.
+
+    Raises:
+        ValueError: if there are not as many slots as latents and keys.
+    """
+    if not len(slots) == len(latents) == len(rope_keys):
+        raise ValueError(f"{len(latents)} latents and {len(rope_keys)} keys for {len(slots)} slots, wanted as many")
     tensors = (cache, latents, rope_keys)
     if not is_available() or any(t.dtype != torch.bfloat16 or t.stride(-1) != 1 for t in tensors):
         latent_attention.write_latents(cache, latents, rope_keys, slots)
