@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from longcat_core.config import LongcatConfig
+from longcat_core.kernels.cpu.routing import route
 from longcat_core.layers.routing import RouterFunctions
 from longcat_core.plugin.diagnosis import Finding
 from longcat_core.plugin.engine import unsupported_cpu_cache
@@ -64,8 +65,6 @@ class Cpu(Device):
         compile_norms(model)
 
     def router_functions(self) -> RouterFunctions:
-        from longcat_core.kernels.cpu.routing import route
-
         return RouterFunctions(route)
 
     def expert_arguments(self, quant_config: LongcatFp8Config | None) -> dict[str, Any]:

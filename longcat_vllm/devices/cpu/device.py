@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from longcat_core.config import LongcatConfig
+from longcat_core.kernels.cpu.routing import route
 from longcat_core.layers.routing import RouterFunctions
 from longcat_core.plugin.diagnosis import Finding
 from longcat_core.plugin.engine import unsupported_cpu_cache
@@ -55,8 +56,6 @@ class Cpu(Device):
         compile_norms(model)
 
     def router_functions(self) -> RouterFunctions:
-        from longcat_core.kernels.cpu.routing import route
-
         return RouterFunctions(route)
 
     def experts_method(
