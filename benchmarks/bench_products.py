@@ -1,6 +1,6 @@
 """Time of a dense projection and of a layer's experts on a CPU: torch's over ours, and ours in bf16 over ours in FP8.
 
-Of rows from 1 to 256, with weights that come from memory. `floor` is what is read once over the memory's bandwidth, or the operations
+With weights that come from memory. `floor` is what is read once over the memory's bandwidth, or the operations
 over the best rate of a product that was measured, where that is longer. For the experts: 64 FFN and 32 zero experts, 12
 choices a token at random; beside ours vLLM's own kernel in its environment, and in SGLang's one product an expert.
 """

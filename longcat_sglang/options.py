@@ -326,9 +326,9 @@ SERVED: tuple[Option, ...] = (
     Option(
         "--quantization fp8",
         Outcome.SERVED,
-        "With a checkpoint in FP8, where it can be left out; --dtype is then bfloat16 or float16. Weights that no kernel "
-        "takes are dequantised when they are loaded, of any square blocks, and take twice the memory of FP8; on a CPU "
-        "all of them in float16, and where the package was installed without a compiler.",
+        "With a checkpoint in FP8, where it can be left out; --dtype is then bfloat16 or float16. Weights that no "
+        "kernel takes are dequantised when they are loaded, of any square blocks, and take twice the memory of FP8; "
+        "on a CPU all of them in float16, and where the package was installed without a compiler.",
         f"a CPU: {RUN}; a GPU: {READ}",
     ),
     Option(

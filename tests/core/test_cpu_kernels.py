@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longcat_core.kernels.cpu import attention, library, rotary, routing
+from longcat_core.kernels.cpu import experts as compiled
 from longcat_core.kernels.cpu.experts import routed_experts
 from longcat_core.kernels.cpu.norm import add_rms_norm, rms_norm, takes
 from longcat_core.kernels.cpu.product import product
@@ -151,6 +152,25 @@ def test_many_rows_of_one_expert_are_the_reference() -> None:
         x.double(), ids, weights.double(), reference.grouped_ffn(w13.double(), w2.double())
     )
     assert relative_error(routed_experts(x, ids, weights, w13, w2), truth) < ROUNDING
+
+
+def test_many_tokens_are_torchs_on_a_processor_with_products_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "multiplies_bf16", lambda: True)
+    called: list[int] = []
+    original = compiled.routed_experts
+    monkeypatch.setattr(compiled, "routed_experts", lambda x, *rest: called.append(len(x)) or original(x, *rest))
+    generator = torch.Generator().manual_seed(0)
+    w13, w2 = (torch.randn(shape, generator=generator).bfloat16() * 0.1 for shape in ((3, 96, 64), (3, 64, 48)))
+    ffn = compiled.CompiledExperts(w13, w2)
+    for tokens in (compiled.FEW_TOKENS, compiled.FEW_TOKENS + 1):
+        x = torch.randn(tokens, 64, generator=generator).bfloat16()
+        ids = torch.randint(-1, 3, (tokens, 2), generator=generator, dtype=torch.int32)
+        weights = torch.rand(tokens, 2, generator=generator)
+        truth = reference.routed_experts(
+            x.double(), ids, weights.double(), reference.grouped_ffn(w13.double(), w2.double())
+        )
+        assert relative_error(ffn(x, ids, weights), truth) < 4 * ROUNDING
+    assert called == [compiled.FEW_TOKENS]
 
 
 def test_a_choice_of_no_expert_is_no_row() -> None:

@@ -6,19 +6,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longcat_core.kernels.cpu.library import address_of, library, padded, require_bf16, require_weight
+from longcat_core.kernels.cpu.library import (
+    address_of,
+    library,
+    multiplies_bf16,
+    padded,
+    require_bf16,
+    require_weight,
+)
+from longcat_core.layers import experts as layers
 from longcat_core.layers.experts import SparseFFN
+
+FEW_TOKENS = 64
+"""Of more, torch on a processor with products in bf16 is quicker, with one product an expert."""
 
 
 class CompiledExperts(SparseFFN):
-    """`routed_experts` with its weights, and with scales where these are in FP8."""
+    """`routed_experts` with its weights, and with scales where these are in FP8; torch where that is quicker."""
 
     def __init__(
         self, w13: Tensor, w2: Tensor, w13_scales: Tensor | None = None, w2_scales: Tensor | None = None
     ) -> None:
         self._weights = w13, w2, w13_scales, w2_scales
+        self._of_torch = layers.grouped_ffn(w13, w2) if w13_scales is None and multiplies_bf16() else None
 
     def __call__(self, rows: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        if self._of_torch is not None and len(rows) > FEW_TOKENS:
+            return layers.routed_experts(rows, experts, weights, self._of_torch)
         return routed_experts(rows, experts, weights, *self._weights)
 
 

@@ -14,7 +14,7 @@ from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 from torch import Tensor
 
 from longcat_core.kernels.cpu.experts import CompiledExperts
-from longcat_core.kernels.cpu.product import is_quicker
+from longcat_core.kernels.cpu.library import is_available
 from longcat_core.kernels.packed_experts import PackedExperts, is_supported
 from longcat_core.layers.experts import ExpertFFN, grouped_ffn, routed_experts
 
@@ -62,7 +62,7 @@ class CompactedRowsMethod(UnquantizedFusedMoEMethod):
 
 def select_cpu_kernel(dtype: torch.dtype) -> str:
     """The quickest kernel on this CPU: `compiled`, `packed` or, for any dtype, `torch`."""
-    if is_quicker(dtype):
+    if dtype == torch.bfloat16 and is_available():
         return "compiled"
     return "packed" if is_supported(dtype) else "torch"
 

@@ -1,4 +1,4 @@
-"""Linear layers and the head on a CPU: of few rows, of any where torch multiplies row by row in bf16, and in FP8."""
+"""Linear layers and the head on a CPU: of few rows, of any where torch has no products in bf16, and in FP8."""
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
