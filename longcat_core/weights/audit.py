@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
@@ -130,8 +131,9 @@ class Audit:
 
     def check_scales(self, name: str, scales: Tensor) -> None:
         """Record the values of a tensor of scales, which multiply a weight: each is to be finite and positive."""
-        wrong = scales[~(scales.isfinite() & (scales > 0))]
-        if wrong.numel():
+        least, greatest = (float(each) for each in scales.aminmax())  # both are NaN if one of them is
+        if not 0 < least <= greatest < math.inf:
+            wrong = scales[~(scales.isfinite() & (scales > 0))]
             self._problems.append(
                 f"wrong: {name} has {wrong.numel()} scales such as {float(wrong[0])}, wanted finite numbers above 0; "
                 "convert the checkpoint again"
