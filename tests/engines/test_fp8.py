@@ -25,6 +25,7 @@ from tests.oracle import greedy, oracle, oracle_logits, typical_error
 
 PLAIN = replace(CONFIG, quantization=None)
 PROMPT = torch.randint(CONFIG.vocab_size, (90,), generator=torch.Generator().manual_seed(0)).tolist()
+CHUNK = 32
 CLEAR = 0.05
 """Tokens are the exact model's wherever its two best logits are so far apart."""
 VERY_CLEAR = 4 * CLEAR
@@ -65,7 +66,7 @@ class Truth:
         self._log_softmax = oracle_logits(model, torch.tensor([PROMPT]))[0, :-1].log_softmax(dim=-1)
         self._tokens = greedy(model, PROMPT[:40], 12)
         write_checkpoint(directory, PLAIN, dequantised(tensors, torch.bfloat16, block))
-        with engine.serving(directory, dtype="bfloat16") as served:
+        with engine.serving(directory, dtype="bfloat16", chunk=CHUNK) as served:
             self._error_of_bf16 = self._error(served)
             (self._tokens_of_bf16,) = served.greedy([PROMPT[:40]], 12)
 
@@ -102,7 +103,7 @@ def test_a_release_in_fp8_is_the_model_that_it_stands_for(
     name: str, truth_of: Callable[[str], tuple[Path, Truth]]
 ) -> None:
     directory, truth = truth_of(name)
-    with engine.serving(directory, dtype="bfloat16", chunk=32) as served:
+    with engine.serving(directory, dtype="bfloat16", chunk=CHUNK) as served:
         truth.check(served)
         before = served.cached_tokens
         (again,) = served.greedy([PROMPT[:40]], 12)
@@ -206,10 +207,10 @@ def test_drafts_come_from_the_mtp_layer_that_is_there(
     tensors = release(has, drafting_tensors(CONFIG))
     fp8 = write(says, tensors, tmp_path / "fp8")
     bf16 = write_checkpoint(tmp_path / "bf16", PLAIN, dequantised(tensors, torch.bfloat16))
-    prompts = [PROMPT[:17], PROMPT[:40], PROMPT[40:43]]
+    prompts = [PROMPT[start : start + length] for start in range(0, 90, 18) for length in (3, 17, 40)]
     model = oracle(PLAIN, dequantised(tensors))
     truths = [[*takewhile(lambda each: each.margin > VERY_CLEAR, greedy(model, prompt, 24))] for prompt in prompts]
-    assert all(truths), "a first token that is clear"
+    assert any(truths), "no token is clear"
     accepted = {}
     for directory in (fp8, bf16):
         with engine.serving(directory, dtype="bfloat16", draft_tokens=draft_tokens, chunk=chunk) as served:

@@ -8,12 +8,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from longcat_core import spellings
 from longcat_core.weights.names import SCALE_SUFFIX
 from tests import fp8
 from tests.cases import CASES, Case, published, write_checkpoint
+from tests.engines.test_fp8 import without_a_compiler
 from tests.oracle import assert_greedy_equal, greedy, oracle, oracle_logits, typical_error
 from tests.sglang.engine import Engine, serving
 
@@ -33,7 +35,8 @@ def test_an_update_from_a_disk_is_in_the_next_token(checkpoint_of: Callable[[Cas
         assert_greedy_equal(served.greedy([prompt], 8)[0], after)
 
 
-def test_weights_in_fp8_are_replaced_from_a_disk_and_from_tensors(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_kept", [True, False], ids=["in FP8", "dequantised"])
+def test_weights_in_fp8_are_replaced_from_a_disk_and_from_tensors(is_kept: bool, tmp_path: Path) -> None:
     config, plain = fp8.CONFIG, replace(fp8.CONFIG, quantization=None)
     prompt = torch.randint(config.vocab_size, (60,), generator=torch.Generator().manual_seed(0)).tolist()
     releases = [fp8.released(config, published(config, seed)) for seed in (0, 1)]
@@ -48,20 +51,26 @@ def test_weights_in_fp8_are_replaced_from_a_disk_and_from_tensors(tmp_path: Path
         (found,) = (n for n, truth in enumerate(truths) if typical_error(logits, truth) < 0.01)
         return found
 
-    with serving(directories[0], dtype="bfloat16", prefix_caching=False) as served:
+    broken = None if is_kept else without_a_compiler
+    with serving(directories[0], dtype="bfloat16", prefix_caching=False, broken=broken) as served:
         assert which(served) == 0
         succeeded, message, *_ = served.sglang.update_weights_from_disk(str(directories[1]))
         assert succeeded, message
         assert which(served) == 1
         weight = "model.layers.0.self_attn.0.o_proj.weight"
-        refused = served.refused_update({weight: releases[0][weight]})
-        assert f"missing: {weight}{SCALE_SUFFIX}, without which {weight} cannot be read" in refused
-        assert which(served) == 1
+        if not is_kept:
+            refused = served.refused_update({weight: releases[0][weight]})
+            assert f"missing: {weight}{SCALE_SUFFIX}, without which {weight} cannot be read" in refused
+            assert which(served) == 1
         served.update(releases[0])
         assert which(served) == 0
         in_bf16 = fp8.dequantised(releases[1], torch.bfloat16)
-        served.update(in_bf16)
-        assert which(served) == 1, "whatever the precision of an update is"
+        if is_kept:
+            assert "wanted torch.float8_e4m3fn" in served.refused_update({weight: in_bf16[weight]})
+            assert which(served) == 0
+        else:
+            served.update(in_bf16)
+            assert which(served) == 1, "whatever the precision of an update is"
 
 
 def test_weights_that_sglang_has_saved_are_the_same_when_it_loads_them(
