@@ -27,7 +27,7 @@ def test_fp32_is_supported_wherever_torch_has_onednn() -> None:
     tokens=st.integers(1, 40),
     experts=st.integers(1, 6),
     top_k=st.integers(1, 5),
-    hidden=st.integers(1, 70),
+    hidden=st.integers(4, 70),  # one number alone may be a difference of two that are far greater
     inner=st.integers(1, 40),
     dtype=st.sampled_from(DTYPES or [None]),
 )
