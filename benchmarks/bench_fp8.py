@@ -82,8 +82,8 @@ def write(directory: Path, config: LongcatConfig) -> dict[str, Path]:
     write_checkpoint(directory / "fp8", fp8, release)
     write_checkpoint(directory / "bf16", config, dequantised(release, torch.bfloat16))
     del release
-    for name, config in (("half", half), ("tiny", TINY)):
-        make_checkpoint(directory / name, config, seed=0, dtype=torch.bfloat16, with_mtp=False)
+    for name, other in (("half", half), ("tiny", TINY)):
+        make_checkpoint(directory / name, other, seed=0, dtype=torch.bfloat16, with_mtp=False)
     for name in ("fp8", "bf16"):  # which have no tokenizer
         for file in (directory / "tiny").glob("*token*"):
             (directory / name / file.name).write_bytes(file.read_bytes())

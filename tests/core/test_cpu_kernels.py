@@ -390,6 +390,13 @@ def test_other_dtypes_and_instruction_sets_are_refused_by_name() -> None:
         routed_experts(
             x.bfloat16(), torch.zeros(2, 1), torch.ones(2, 1), *(torch.ones(4, 2, 4).bfloat16()[::2] for _ in range(2))
         )
+    with pytest.raises(ValueError, match="x: 4 columns, wanted 5 as weight has"):
+        product(x.bfloat16(), torch.ones(3, 5).bfloat16())
+    w13, w2 = torch.ones(3, 8, 5).bfloat16(), torch.ones(3, 4, 4).bfloat16()
+    with pytest.raises(ValueError, match=r"w13 \[3, 8, 5\], w2 \[3, 4, 4\]: wanted"):
+        routed_experts(x.bfloat16(), torch.zeros(2, 1), torch.ones(2, 1), w13, w2)
+    with pytest.raises(ValueError, match=r"residual: \[1, 4\], wanted \[2, 4\] as x has"):
+        add_rms_norm(x.bfloat16(), x[:1].bfloat16(), torch.ones(4).bfloat16(), 1e-5)
     fp8, scales = torch.ones(3, 4).to(FP8), torch.ones(1, 1)
     for wrong in (scales.double(), torch.ones(2, 1)):
         with pytest.raises(ValueError, match=r"weight: scales torch.float.* wanted torch.float32 \[1, 1\]"):

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from longcat_core.kernels.cpu import library
+from longcat_core.plugin import methods
 from longcat_core.weights.plan import load_plan
 from longcat_nano import CHECKPOINT
 from tests.cases import DEFAULT
@@ -82,11 +83,14 @@ def _building() -> AbstractContextManager[Any]:
     return config.set_current_vllm_config(config.VllmConfig())  # type: ignore[no-any-return]
 
 
+NORMS = {"vLLM": "vllm.model_executor.layers", "SGLang": "sglang.srt.layers"}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_cpu_norms_as_the_engine_and_by_core_in_bf16(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    norms = import_module(f"{engine.PACKAGE}.devices.cpu.norm")
+    norm: Any = import_module(f"{NORMS[engine.NAME]}.layernorm").RMSNorm
     with _building():
-        model: Any = torch.nn.Sequential(norms.RMSNorm(8), norms.RMSNorm(8), type("Other", (norms.RMSNorm,), {})(8))
+        model: Any = torch.nn.Sequential(norm(8), norm(8), type("Other", (norm,), {})(8))
         model.to(dtype)
         DEVICES["Cpu"].choose_kernels(model[::2])
         ours, theirs, _ = model
@@ -94,8 +98,8 @@ def test_a_cpu_norms_as_the_engine_and_by_core_in_bf16(dtype: torch.dtype, monke
         torch.testing.assert_close(ours(x), theirs(x))
         for found, wanted in zip(ours(x.clone(), residual.clone()), theirs(x, residual), strict=True):
             torch.testing.assert_close(found, wanted)
-        monkeypatch.setattr(norms, "rms_norm", lambda *_: "core's")
-        by_core = [name for name, norm in zip("abc", model, strict=True) if isinstance(norm(x), str)]
+        monkeypatch.setattr(methods, "rms_norm", lambda *_: "core's")
+        by_core = [name for name, each in zip("abc", model, strict=True) if isinstance(each(x), str)]
         assert by_core == (["a"] if dtype == torch.bfloat16 and library.is_available() else [])
 
 

@@ -53,13 +53,18 @@ def routed_experts(
     ceil(I / 128)].
 
     Raises:
-        ValueError: for other dtypes or strides.
+        ValueError: for other dtypes, sizes or strides.
         RuntimeError: if the library is not there.
     """
     (tokens, hidden), (experts, _, inner), top_k = hidden_states.shape, w2.shape, ids.shape[1]
     require_bf16(hidden_states=hidden_states)
     if not (w13.is_contiguous() and w2.is_contiguous()):
         raise ValueError(f"w13, w2: strides {w13.stride()} and {w2.stride()}, wanted contiguous ones")
+    if w13.shape != (experts, 2 * inner, hidden) or w2.shape[1] != hidden or weights.shape != ids.shape:
+        raise ValueError(
+            f"hidden_states {[*hidden_states.shape]}, ids {[*ids.shape]}, weights {[*weights.shape]}, w13 "
+            f"{[*w13.shape]}, w2 {[*w2.shape]}: wanted [T, H], [T, K], [T, K], [E, 2 I, H] and [E, H, I]"
+        )
     scales = None if w13_scales is None else w13_scales.unflatten(1, (2, -1))
     require_weight("w13", w13.unflatten(1, (2, inner)), scales)  # gate and up have blocks of their own
     require_weight("w2", w2, w2_scales)

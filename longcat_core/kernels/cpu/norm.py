@@ -32,6 +32,8 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """The norm of `x + residual`, which is not rounded before, and that sum: bf16 [T, H] both. As `rms_norm`."""
     require_bf16(x=x, residual=residual, weight=weight)
+    if residual.shape != x.shape:
+        raise ValueError(f"residual: {[*residual.shape]}, wanted {[*x.shape]} as x has")
     output, both = x.new_empty(x.shape), x.new_empty(x.shape)
     library().longcat_rms_norm(
         output.data_ptr(),

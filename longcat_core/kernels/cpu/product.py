@@ -41,7 +41,7 @@ def product(x: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tensor:
     each block of 128 x 128, by which its numbers are multiplied in fp32. Returns bf16 [..., rows].
 
     Raises:
-        ValueError: for other dtypes, or a weight whose columns are not contiguous.
+        ValueError: for other dtypes or sizes, or a weight whose columns are not contiguous.
         RuntimeError: if the library is not there.
     """
     flat = x.reshape(-1, x.shape[-1])
@@ -50,6 +50,8 @@ def product(x: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tensor:
     require_bf16(x=flat)
     require_weight("weight", weight, scales)
     tokens, (rows, columns) = len(flat), weight.shape
+    if flat.shape[1] != columns:
+        raise ValueError(f"x: {flat.shape[1]} columns, wanted {columns} as weight has")
     output = x.new_empty(*x.shape[:-1], rows)
     if tokens:
         scratch = torch.empty(tokens * padded(columns), dtype=torch.float32)

@@ -51,18 +51,19 @@ class Cpu(Device):
         return attend(attention, hidden_states, forward_batch, cos, sin)
 
     def fp8_kernels(self, activations: dtype) -> Fp8Kernels | None:
+        from longcat_core.kernels.cpu.fp8 import CompiledFp8Kernels
         from longcat_core.kernels.cpu.product import takes_fp8
-        from longcat_sglang.devices.cpu.fp8 import CpuFp8Kernels
 
-        return CpuFp8Kernels() if takes_fp8(activations) else None
+        return CompiledFp8Kernels() if takes_fp8(activations) else None
 
     def choose_kernels(self, model: nn.Module) -> None:
-        from longcat_core.plugin.methods import replace_methods
+        from sglang.srt.layers.layernorm import RMSNorm
+
+        from longcat_core.plugin.methods import compile_norms, replace_methods
         from longcat_sglang.devices.cpu.linear import METHODS
-        from longcat_sglang.devices.cpu.norm import compile_norms
 
         replace_methods(model, METHODS)
-        compile_norms(model)
+        compile_norms(model, RMSNorm)
 
     def router_functions(self) -> RouterFunctions:
         return RouterFunctions(route)

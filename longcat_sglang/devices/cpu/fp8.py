@@ -7,7 +7,6 @@ every FP8 weight is dequantised when it is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
@@ -19,18 +18,6 @@ from torch import Tensor
 from longcat_core.kernels.cpu.experts import CompiledExperts
 from longcat_core.kernels.cpu.product import product
 from longcat_core.layers.experts import routed_experts
-from longcat_core.quantization import PUBLISHED_BLOCK
-from longcat_core.weights.precision import Fp8Kernels
-
-
-class CpuFp8Kernels(Fp8Kernels):
-    def take_linear(self, projections: Sequence[str], rows: Sequence[int], columns: int) -> bool:
-        """Of `kv_b_proj` attention needs the numbers."""
-        return projections[0] != "kv_b_proj"
-
-    def take_experts(self, inner: int, hidden: int) -> bool:
-        """Rows of gate and up projection have their own scales, so the latter's begin with a block."""
-        return inner % PUBLISHED_BLOCK[0] == 0
 
 
 class CpuFp8LinearMethod(Fp8LinearMethod):

@@ -48,12 +48,13 @@ class Cpu(Device):
         return CpuFp8LinearMethod()
 
     def choose_kernels(self, model: nn.Module) -> None:
-        from longcat_core.plugin.methods import replace_methods
+        from vllm.model_executor.layers.layernorm import RMSNorm
+
+        from longcat_core.plugin.methods import compile_norms, replace_methods
         from longcat_vllm.devices.cpu.linear import METHODS
-        from longcat_vllm.devices.cpu.norm import compile_norms
 
         replace_methods(model, METHODS)
-        compile_norms(model)
+        compile_norms(model, RMSNorm)
 
     def router_functions(self) -> RouterFunctions:
         return RouterFunctions(route)

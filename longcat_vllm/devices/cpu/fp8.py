@@ -24,11 +24,11 @@ from vllm.model_executor.layers.quantization.utils.fp8_utils import (
 from vllm.model_executor.parameter import BlockQuantScaleParameter
 from vllm.model_executor.utils import replace_parameter
 
+from longcat_core.kernels.cpu.fp8 import CompiledFp8Kernels
 from longcat_core.kernels.cpu.library import multiplies_bf16
 from longcat_core.kernels.cpu.product import takes_fp8
 from longcat_core.quantization import PUBLISHED_BLOCK
 from longcat_core.weights.blocks import dequantize_blocks
-from longcat_core.weights.precision import Fp8Kernels
 from longcat_vllm.devices.cpu.experts import CompactedRowsMethod
 
 logger = init_logger(f"vllm.{__name__}")
@@ -54,19 +54,18 @@ def error_of_kernels(weight: Tensor, scales: Tensor) -> float:
     return float((wrong.sum(dim=1) / exact.sum(dim=1)).nan_to_num(0.0).max().sqrt())
 
 
-class CpuFp8Kernels(Fp8Kernels):
+class CpuFp8Kernels(CompiledFp8Kernels):
     def __init__(self, dtype: torch.dtype) -> None:
         self._has_cores, self._has_vllms = takes_fp8(dtype), dtype == torch.bfloat16 and _has_vllms()
 
     def take_linear(self, projections: Sequence[str], rows: Sequence[int], columns: int) -> bool:
-        """Of `kv_b_proj` attention needs the numbers."""
-        is_taken = self._has_cores or (self._has_vllms and _are_whole_tiles(sum(rows), columns))
-        return is_taken and projections[0] != "kv_b_proj"
+        return self._have_one(sum(rows), columns) and super().take_linear(projections, rows, columns)
 
     def take_experts(self, inner: int, hidden: int) -> bool:
-        """Rows of gate and up projection have their own scales, so the latter's begin with a block."""
-        is_taken = self._has_cores or (self._has_vllms and _are_whole_tiles(hidden, inner))
-        return is_taken and inner % PUBLISHED_BLOCK[0] == 0
+        return self._have_one(hidden, inner) and super().take_experts(inner, hidden)
+
+    def _have_one(self, rows: int, columns: int) -> bool:
+        return self._has_cores or (self._has_vllms and _are_whole_tiles(rows, columns))
 
 
 def _has_vllms() -> bool:
