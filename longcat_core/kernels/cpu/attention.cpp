@@ -9,20 +9,18 @@
 
 using namespace longcat;
 
-static constexpr long BLOCK = 64;  // rows of a weight, or slots of the cache
+static constexpr long BLOCK = 64;  // rows of a weight, or slots of the cache; a multiple of GROUP
 
-// made(n, h, i, x(n, h) w(h)[i]) for each head h, each row i of its weight and each of `all` x: split [all, heads, k],
-// `stride` apart; w: bf16 [heads, rows, k].
-template <class Made>
-static void for_each_head(long heads, long all, const float* x, long stride, const bf16* w, long rows, long k, Made made) {
+// store(n, h, first, count, sums), with sums[i] = x(h)(n) w(h)[first + i], for each head h and each of `all` rows of x(h),
+// for a block of the weight's rows after the other; w: bf16 [heads, rows, k].
+template <class X, class Store>
+static void for_each_head(long heads, long all, X x, const bf16* w, long rows, long k, Store store) {
     const long blocks = (rows + BLOCK - 1) / BLOCK;
     for_each(heads * blocks, [=](long item) {
         const long h = item / blocks, first = item % blocks * BLOCK, count = std::min(BLOCK, rows - first);
         std::vector<float> sums(all * BLOCK);
-        tiles().dot({x + h * stride, heads * stride, nullptr}, all, {w + (h * rows + first) * k, k, nullptr}, count, k,
-                    sums.data(), BLOCK);
-        for (long n = 0; n < all; n++)
-            for (long i = 0; i < count; i++) made(n, h, first + i, sums[n * BLOCK + i]);
+        dot(tiles(), x(h), all, as_bf16(w + h * rows * k, k), first, count, k, sums.data(), BLOCK);
+        for (long n = 0; n < all; n++) store(n, h, first, count, sums.data() + n * BLOCK);
     });
 }
 
@@ -61,14 +59,27 @@ void longcat_attention(const Attention* attention, bf16* output, const bf16* que
     for_each(all * a.heads, [=, &tile](long item) {
         const long n = item / a.heads, h = item % a.heads;
         const bf16* const from = query + rows[n] * a.query_stride + h * (a.nope + a.rope);
-        tile.split(from, a.nope, without_rope + item * nope_width);
+        if (!tile.dot_bf16) tile.split(from, a.nope, without_rope + item * nope_width);
         float* const to = in_latent + item * width;
         for (long i = 0; i < a.rope; i++) to[split_place(a.latent + i)] = to_float(from[a.nope + i]) * a.scale;
         for (long i = key; i < width; i++) to[split_place(i)] = 0.0f;
     });
-    for_each_head(a.heads, all, without_rope, nope_width, w_uk, a.latent, a.nope, [=](long n, long h, long i, float made) {
-        in_latent[(n * a.heads + h) * width + split_place(i)] = made * a.scale;
-    });
+    const auto store = [=](long n, long h, long first, long count, const float* made) {
+        float* const to = in_latent + (n * a.heads + h) * width + first;
+        for (long group = 0; group < count; group += GROUP)
+            for (long i = 0; i < GROUP / 2; i++) {
+                to[group + i] = made[group + 2 * i] * a.scale;
+                to[group + GROUP / 2 + i] = made[group + 2 * i + 1] * a.scale;
+            }
+    };
+    const auto in_bf16 = [=](long h) { return Rows<bf16>{query + h * (a.nope + a.rope), a.query_stride, rows}; };
+    const auto in_fp32 = [=](long h) {
+        return Rows<float>{without_rope + h * nope_width, a.heads * nope_width, nullptr};
+    };
+    if (tile.dot_bf16)
+        for_each_head(a.heads, all, in_bf16, w_uk, a.latent, a.nope, store);
+    else
+        for_each_head(a.heads, all, in_fp32, w_uk, a.latent, a.nope, store);
 
     // Scores, softmax and contexts of some heads of a request over a part of its slots, a block of slots at a time.
     const long threads = omp_get_max_threads();
@@ -136,9 +147,12 @@ void longcat_attention(const Attention* attention, bf16* output, const bf16* que
     });
     const float* const found = parts > 1 ? in_latent : contexts;
     const long stride = parts > 1 ? width : kept;
-    for_each_head(a.heads, all, found, stride, w_uv, a.value, a.latent, [=](long n, long h, long i, float made) {
-        output[(rows[n] * a.heads + h) * a.value + i] = to_bf16(made);
-    });
+    const auto contexts_of = [=](long h) { return Rows<float>{found + h * stride, a.heads * stride, nullptr}; };
+    const auto store_values = [=](long n, long h, long first, long count, const float* made) {
+        bf16* const to = output + (rows[n] * a.heads + h) * a.value + first;
+        for (long i = 0; i < count; i++) to[i] = to_bf16(made[i]);
+    };
+    for_each_head(a.heads, all, contexts_of, w_uv, a.value, a.latent, store_values);
 }
 
 // cache: bf16 [slots of the cache, latent + rope], cache_stride apart; latents: bf16 [tokens, latent], latent_stride apart;

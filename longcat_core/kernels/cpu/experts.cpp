@@ -26,14 +26,12 @@ static Weight<fp8> nth(Weight<fp8> first, long n, long rows) {
             first.scales + n * ((rows + SCALED - 1) / SCALED) * first.scale_stride, first.scale_stride};
 }
 
-template <class W>
-static void all_experts(bf16* output, const bf16* x, long x_stride, const int32_t* ids, const float* weights,
-                        Weight<W> w13, Weight<W> w2, float* scratch, long tokens, long top_k, long experts, long hidden,
-                        long inner) {
+// x: rows that a product takes; acted: [the rows of all experts, padded(inner)].
+template <class X, class W>
+static void all_experts(bf16* output, Rows<X> x, X* acted, const int32_t* ids, const float* weights, Weight<W> w13,
+                        Weight<W> w2, long tokens, long top_k, long experts, long hidden, long inner) {
     const Tiles& tile = tiles();
-    const long width = padded(hidden), inner_width = padded(inner);
-    float* const inputs = scratch;
-    float* const acted = scratch + tokens * width;
+    const long inner_width = padded(inner);
 
     std::vector<long> starts(experts + 1);
     for (long i = 0; i < tokens * top_k; i++)
@@ -52,20 +50,19 @@ static void all_experts(bf16* output, const bf16* x, long x_stride, const int32_
         for (long row = starts[e]; row < starts[e + 1]; row += AT_ONCE)
             parts.push_back({e, row, std::min(AT_ONCE, starts[e + 1] - row)});
 
-    for_each(tokens, [=, &tile](long t) { tile.split(x + t * x_stride, hidden, inputs + t * width); });
     const long inner_blocks = (inner + BLOCK - 1) / BLOCK;
-    for_each(long(parts.size()) * inner_blocks, [&, inputs, acted](long item) {
+    for_each(long(parts.size()) * inner_blocks, [&, acted](long item) {
         const Part part = parts[item / inner_blocks];
         const long first = item % inner_blocks * BLOCK, count = std::min(BLOCK, inner - first);
-        const Rows<float> rows = {inputs, width, token.data() + part.first};
+        const Rows<X> rows = {x.data, x.stride, token.data() + part.first};
         float gates[AT_ONCE * BLOCK], ups[AT_ONCE * BLOCK];
         dot(tile, rows, part.count, nth(w13, 2 * part.expert, inner), first, count, hidden, gates, BLOCK);
         dot(tile, rows, part.count, nth(w13, 2 * part.expert + 1, inner), first, count, hidden, ups, BLOCK);
         for (long i = 0; i < part.count; i++) {
             tile.silu_and_multiply(gates + i * BLOCK, ups + i * BLOCK, count);
-            float* const row = acted + (part.first + i) * inner_width;
+            X* const row = acted + (part.first + i) * inner_width;
             for (long n = 0; n < BLOCK && first + n < inner_width; n++)
-                row[split_place(first + n)] = n < count ? gates[i * BLOCK + n] : 0.0f;
+                put(row, first + n, n < count ? gates[i * BLOCK + n] : 0.0f);
         }
     });
     for_each((hidden + BLOCK - 1) / BLOCK, [&, acted](long item) {
@@ -73,7 +70,7 @@ static void all_experts(bf16* output, const bf16* x, long x_stride, const int32_
         std::vector<float> sums(tokens * BLOCK);
         float rows[AT_ONCE * BLOCK];
         for (const Part& part : parts) {
-            dot(tile, {acted + part.first * inner_width, inner_width, nullptr}, part.count, nth(w2, part.expert, hidden),
+            dot(tile, Rows<X>{acted + part.first * inner_width, inner_width, nullptr}, part.count, nth(w2, part.expert, hidden),
                 first, count, inner, rows, BLOCK);
             for (long i = 0; i < part.count; i++) {
                 float* const sum = sums.data() + token[part.first + i] * BLOCK;
@@ -83,6 +80,20 @@ static void all_experts(bf16* output, const bf16* x, long x_stride, const int32_
         for (long t = 0; t < tokens; t++)
             for (long n = 0; n < count; n++) output[t * hidden + first + n] = to_bf16(sums[t * BLOCK + n]);
     });
+}
+
+template <class W>
+static void all_experts(bf16* output, const bf16* x, long x_stride, const int32_t* ids, const float* weights,
+                        Weight<W> w13, Weight<W> w2, float* scratch, long tokens, long top_k, long experts, long hidden,
+                        long inner) {
+    const Tiles& tile = tiles();
+    if (tile.dot_bf16)
+        return all_experts(output, Rows<bf16>{x, x_stride, nullptr}, reinterpret_cast<bf16*>(scratch), ids, weights, w13,
+                           w2, tokens, top_k, experts, hidden, inner);
+    const long width = padded(hidden);
+    for_each(tokens, [=, &tile](long t) { tile.split(x + t * x_stride, hidden, scratch + t * width); });
+    all_experts(output, Rows<float>{scratch, width, nullptr}, scratch + tokens * width, ids, weights, w13, w2, tokens,
+                top_k, experts, hidden, inner);
 }
 
 extern "C" {

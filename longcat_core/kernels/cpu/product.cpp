@@ -10,12 +10,13 @@ namespace longcat {
 
 static const Tiles* const ALL_TILES[] = {  // the quickest first
 #ifdef __x86_64__
-    &AVX512_TILES, &AVX2_TILES,
+    &AVX512_BF16_TILES, &AVX512_TILES, &AVX2_TILES,
 #endif
     &GENERIC_TILES};
 
 static bool is_supported(const Tiles& some) {
 #ifdef __x86_64__
+    if (&some == &AVX512_BF16_TILES) return is_supported(AVX512_TILES) && __builtin_cpu_supports("avx512bf16");
     if (&some == &AVX512_TILES)
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
@@ -41,22 +42,29 @@ using namespace longcat;
 static constexpr long BLOCK = 32;    // rows of weight, which stay in the second-level cache for all tokens
 static constexpr long AT_ONCE = 64;  // tokens
 
-template <class W>
-static void multiply(bf16* output, const bf16* x, long x_stride, Weight<W> weight, float* scratch, long tokens, long rows,
-                     long k) {
+template <class X, class W>
+static void multiply(bf16* output, Rows<X> x, Weight<W> weight, long tokens, long rows, long k) {
     const Tiles& tile = tiles();
-    const long width = padded(k);
-    for_each(tokens, [=, &tile](long t) { tile.split(x + t * x_stride, k, scratch + t * width); });
     for_each((rows + BLOCK - 1) / BLOCK, [=, &tile](long item) {
         const long first = item * BLOCK, count = std::min(BLOCK, rows - first);
         float sums[AT_ONCE * BLOCK];
         for (long t = 0; t < tokens; t += AT_ONCE) {
             const long some = std::min(AT_ONCE, tokens - t);
-            dot(tile, {scratch + t * width, width, nullptr}, some, weight, first, count, k, sums, BLOCK);
+            dot(tile, {x(t), x.stride, nullptr}, some, weight, first, count, k, sums, BLOCK);
             for (long i = 0; i < some; i++)
                 for (long n = 0; n < count; n++) output[(t + i) * rows + first + n] = to_bf16(sums[i * BLOCK + n]);
         }
     });
+}
+
+template <class W>
+static void multiply(bf16* output, const bf16* x, long x_stride, Weight<W> weight, float* scratch, long tokens, long rows,
+                     long k) {
+    const Tiles& tile = tiles();
+    if (tile.dot_bf16) return multiply(output, Rows<bf16>{x, x_stride, nullptr}, weight, tokens, rows, k);
+    const long width = padded(k);
+    for_each(tokens, [=, &tile](long t) { tile.split(x + t * x_stride, k, scratch + t * width); });
+    multiply(output, Rows<float>{scratch, width, nullptr}, weight, tokens, rows, k);
 }
 
 extern "C" {

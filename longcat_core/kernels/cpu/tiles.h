@@ -40,6 +40,10 @@ inline bf16 to_bf16(float value) {  // to the nearest, ties to even, as torch do
     return bf16((both.bits + 0x7fff + (both.bits >> 16 & 1)) >> 16);
 }
 
+// Number `index` of a row that a product takes: split, or in bf16.
+inline void put(float* split, long index, float value) { split[split_place(index)] = value; }
+inline void put(bf16* row, long index, float value) { row[index] = to_bf16(value); }
+
 // Rows of a matrix: `index[i]`, or i itself without an index, is the place of row i.
 template <class T>
 struct Rows {
@@ -55,6 +59,10 @@ struct Tiles {
     // The same with a weight in FP8, each number times scales[k / SCALED].
     void (*dot_fp8)(Rows<float> x, long tokens, Rows<fp8> w, const float* scales, long rows, long k, float* out,
                     long out_stride);
+    // Both of x in bf16, as it is; null where the processor has no products in bf16.
+    void (*dot_bf16)(Rows<bf16> x, long tokens, Rows<bf16> w, long rows, long k, float* out, long out_stride);
+    void (*dot_bf16_fp8)(Rows<bf16> x, long tokens, Rows<fp8> w, const float* scales, long rows, long k, float* out,
+                         long out_stride);
     // out[m * out_stride + k] += sum over n of p[m * p_stride + n] w(n)[k], for whole groups of k; out is split.
     void (*mix)(const float* p, long p_stride, long tokens, Rows<bf16> w, long rows, long k, float* out, long out_stride);
     // x[i] = exp(x[i] - greatest); returns the sum. An x of -inf becomes 0.
@@ -81,19 +89,31 @@ inline Weight<fp8> as_fp8(const void* data, long stride, const float* scales, lo
     return {static_cast<const fp8*>(data), stride, scales, (k + SCALED - 1) / SCALED};
 }
 
-// out[t * out_stride + n] = sum over k of x(t)[k] w(first + n)[k], of rows that share scales.
+inline Rows<bf16> rows_from(Weight<bf16> w, long first) { return {w.data + first * w.stride, w.stride, nullptr}; }
+inline Rows<fp8> rows_from(Weight<fp8> w, long first) { return {w.data + first * w.stride, w.stride, nullptr}; }
+
+// out[t * out_stride + n] = sum over k of x(t)[k] w(first + n)[k], of rows that share scales; x is split, or in bf16.
 inline void dot(const Tiles& tile, Rows<float> x, long tokens, Weight<bf16> w, long first, long rows, long k, float* out,
                 long out_stride) {
-    tile.dot(x, tokens, {w.data + first * w.stride, w.stride, nullptr}, rows, k, out, out_stride);
+    tile.dot(x, tokens, rows_from(w, first), rows, k, out, out_stride);
+}
+
+inline void dot(const Tiles& tile, Rows<bf16> x, long tokens, Weight<bf16> w, long first, long rows, long k, float* out,
+                long out_stride) {
+    tile.dot_bf16(x, tokens, rows_from(w, first), rows, k, out, out_stride);
 }
 
 inline void dot(const Tiles& tile, Rows<float> x, long tokens, Weight<fp8> w, long first, long rows, long k, float* out,
                 long out_stride) {
-    tile.dot_fp8(x, tokens, {w.data + first * w.stride, w.stride, nullptr}, w.scales + first / SCALED * w.scale_stride,
-                 rows, k, out, out_stride);
+    tile.dot_fp8(x, tokens, rows_from(w, first), w.scales + first / SCALED * w.scale_stride, rows, k, out, out_stride);
 }
 
-extern const Tiles GENERIC_TILES, AVX2_TILES, AVX512_TILES;
+inline void dot(const Tiles& tile, Rows<bf16> x, long tokens, Weight<fp8> w, long first, long rows, long k, float* out,
+                long out_stride) {
+    tile.dot_bf16_fp8(x, tokens, rows_from(w, first), w.scales + first / SCALED * w.scale_stride, rows, k, out, out_stride);
+}
+
+extern const Tiles GENERIC_TILES, AVX2_TILES, AVX512_TILES, AVX512_BF16_TILES;
 const Tiles& tiles();  // the quickest of this processor
 
 }  // namespace longcat

@@ -1,0 +1,50 @@
+// The inner loops for processors with avx512 and its products in bf16.
+// SPDX-License-Identifier: Apache-2.0
+#include "tiles.h"
+
+#ifdef __x86_64__
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")
+#include <immintrin.h>
+
+namespace {
+
+struct Values {
+    alignas(64) uint16_t of[128];  // e4m3 without its sign, as bf16
+};
+
+constexpr Values values() {
+    Values all = {};
+    for (int code = 1; code < 128; code++) {
+        int exponent = code >> 3, significand = code & 7;
+        if (exponent)
+            significand += 8;
+        else
+            exponent = 1;
+        for (; significand < 8; exponent--) significand *= 2;
+        all.of[code] = uint16_t((exponent - 7 + 127) << 7 | (significand - 8) << 4);
+    }
+    return all;
+}
+
+constexpr Values VALUES = values();
+
+static inline __attribute__((always_inline)) __m512i pairs_of_codes(const uint8_t* from) {
+    const __m512i codes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)from));
+    const __m512i* const table = (const __m512i*)VALUES.of;
+    const __m512i small = _mm512_permutex2var_epi16(table[0], codes, table[1]);
+    const __m512i large = _mm512_permutex2var_epi16(table[2], codes, table[3]);
+    const __m512i sizes = _mm512_mask_blend_epi16(_mm512_test_epi16_mask(codes, _mm512_set1_epi16(64)), small, large);
+    const __m512i signs = _mm512_slli_epi16(_mm512_and_si512(codes, _mm512_set1_epi16(0x80)), 8);
+    return _mm512_or_si512(sizes, signs);
+}
+
+}  // namespace
+
+#define LANES 16
+#define ROWS 4
+#define TILES AVX512_BF16_TILES
+#define TILES_NAME "avx512_bf16"
+#define floats_of_halves(halves) ((Floats)_mm512_maskz_cvtph_ps(0xffff, (__m256i)(halves)))
+#define add_products(total, x, w) ((Floats)_mm512_dpbf16_ps((__m512)(total), (__m512bh)(x), (__m512bh)(w)))
+#include "tiles.inc"
+#endif
