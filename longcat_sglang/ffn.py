@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from sglang.srt.distributed import tensor_model_parallel_all_reduce
 from sglang.srt.layers.activation import SiluAndMul
 from sglang.srt.layers.linear import MergedColumnParallelLinear, RowParallelLinear
@@ -12,9 +14,14 @@ from sglang.srt.runtime_context import get_parallel
 from sglang.srt.utils import add_prefix
 from torch import Tensor, nn
 
+from longcat_sglang import devices
+
 
 class LongcatFFN(nn.Module):
     """Dense SwiGLU."""
+
+    compiled: Any = None
+    """A device's own, once it has asked."""
 
     def __init__(self, hidden: int, intermediate: int, quant_config: QuantizationConfig | None, prefix: str) -> None:
         super().__init__()
@@ -40,8 +47,10 @@ class LongcatFFN(nn.Module):
 
         The layer boundary may have announced that it makes the sum itself, with what comes next.
         """
-        gate_up, _ = self.gate_up_proj(hidden_states)
-        output, _ = self.down_proj(self.act_fn(gate_up))
+        output = devices.current().dense_ffn(self, hidden_states)
+        if output is None:
+            gate_up, _ = self.gate_up_proj(hidden_states)
+            output, _ = self.down_proj(self.act_fn(gate_up))
         if partial is not None:
             output = output + partial
         if get_parallel().tp_size > 1 and not should_skip_mlp_all_reduce():

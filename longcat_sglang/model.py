@@ -88,6 +88,7 @@ class LongcatAttention(DeepseekV2AttentionMLA):
         self.rotary_emb = rotary_embedding
         self.w_kc: Tensor  # type: ignore[assignment]  # None until the weights are loaded
         self.w_vc: Tensor  # type: ignore[assignment]
+        self.compiled: Any = None  # as LongcatFFN's
         for norm in (self.q_a_layernorm, self.kv_a_layernorm):
             norm.variance_epsilon = config.mla_norm_eps
         self.scaling = config.softmax_scale
@@ -121,6 +122,7 @@ class LongcatAttention(DeepseekV2AttentionMLA):
         w_kc, w_vc = parts.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
         self.w_kc = bind_or_assign(self.w_kc, w_kc.transpose(1, 2).contiguous().transpose(1, 2))
         self.w_vc = bind_or_assign(self.w_vc, w_vc.contiguous().transpose(1, 2))
+        self.compiled = None
 
 
 class LongcatDecoderLayer(nn.Module):
@@ -302,6 +304,8 @@ class LongcatCausalLM(nn.Module):
         for module in self.modules():
             if isinstance(module, LongcatAttention):
                 module.process_weights_after_loading()
+            if isinstance(module, LongcatFFN):
+                module.compiled = None
 
     def _is_loaded(self) -> bool:
         """Judged by tensors derived from the weights, as some of SGLang's loaders call no method of this class."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, dtype, nn
 
     from longcat_sglang.devices.cuda.rotary import LongcatRotaryEmbedding
+    from longcat_sglang.ffn import LongcatFFN
     from longcat_sglang.model import LongcatAttention
     from longcat_sglang.quantization import LongcatFp8Config
 
@@ -49,6 +50,10 @@ class Device(ABC):
         sin: Tensor,
     ) -> Tensor:
         """hidden_states: [T, H]; cos and sin: fp32 [T, 1, rope / 2]. Returns [T, H], a part of the sum over ranks."""
+
+    @abstractmethod
+    def dense_ffn(self, ffn: LongcatFFN, hidden_states: Tensor) -> Tensor | None:
+        """[T, H] -> [T, H], a part of the sum over ranks; None where its two linear layers are to be asked."""
 
     @abstractmethod
     def fp8_kernels(self, activations: dtype) -> Fp8Kernels | None:

@@ -4,8 +4,8 @@
 #include <cmath>
 #include <vector>
 
+#include "kernels.h"
 #include "parallel.h"
-#include "tiles.h"
 
 using namespace longcat;
 
@@ -24,32 +24,34 @@ static void for_each_head(long heads, long all, X x, const bf16* w, long rows, l
     });
 }
 
+// How many parts the slots of a request are attended to in, each by one thread.
+static long parts_of(const Attention& a) {
+    const long threads = omp_get_max_threads(), items = a.requests * ((a.heads + 3) / 4);
+    return std::max(1L, std::min((2 * threads + items - 1) / items, a.slots / 512));
+}
+
 extern "C" {
 
-struct Attention {
-    long requests, queries, heads, nope, rope, latent, value;  // queries: of each request
-    long slots, cache_stride, query_stride;  // slots: of each request; a query's heads lie one after the other
-    float scale;
-};
-
-// How many parts the slots of a request are attended to in, each by one thread.
-long longcat_attention_parts(const Attention* a) {
-    const long threads = omp_get_max_threads(), items = a->requests * ((a->heads + 3) / 4);
-    return std::max(1L, std::min((2 * threads + items - 1) / items, a->slots / 512));
+// How many fp32 `longcat_attention` needs as its scratch.
+long longcat_attention_scratch(const Attention* a) {
+    return a->requests * a->queries * a->heads *
+           (padded(a->latent + a->rope) + parts_of(*a) * (a->latent + 2) + padded(a->nope));
 }
+
 
 // output: bf16 [T, heads, value], of which rows `rows` are written; query: bf16 [T, heads, nope + rope]; rows: int64
 // [requests, queries]; cache: bf16 [slots of the cache, latent + rope]; slots: int64 [requests, slots]; positions: int64
 // [requests, queries], a query sees the slots up to its own; or `visible`, bool [requests, queries, slots], says which;
-// w_uk: bf16 [heads, latent, nope]; w_uv: bf16 [heads, value, latent]; latent is a multiple of 32. scratch: fp32 [N, heads,
-// padded(latent + rope)], then [parts, N, heads, latent + 2], where N = requests queries, then [N, heads, padded(nope)].
+// w_uk: bf16 [heads, latent, nope]; w_uv: bf16 [heads, value, latent]; latent is a multiple of 32. scratch: fp32
+// [N, heads, padded(latent + rope)], then [parts, N, heads, latent + 2], where N = requests queries, then
+// [N, heads, padded(nope)].
 void longcat_attention(const Attention* attention, bf16* output, const bf16* query, const int64_t* rows,
                        const bf16* cache, const int64_t* slots, const int64_t* positions, const bool* visible,
                        const bf16* w_uk, const bf16* w_uv, float* scratch) {
     const Attention a = *attention;
     const Tiles& tile = tiles();
     const long all = a.requests * a.queries, width = padded(a.latent + a.rope), nope_width = padded(a.nope);
-    const long key = a.latent + a.rope, parts = longcat_attention_parts(attention);
+    const long key = a.latent + a.rope, parts = parts_of(a);
     const long kept = a.latent + 2;  // a context with its greatest score and its sum of exponentials
     float* const in_latent = scratch;
     float* const contexts = in_latent + all * a.heads * width;

@@ -14,8 +14,10 @@ from longcat_core.kernels.cpu.library import (
     require_bf16,
     require_weight,
 )
+from longcat_core.kernels.cpu.product import FEW_ROWS, Projection
 from longcat_core.layers import experts as layers
 from longcat_core.layers.experts import SparseFFN
+from longcat_core.quantization import PUBLISHED_BLOCK
 
 FEW_TOKENS = 64
 """Of more, torch on a processor with products in bf16 is quicker, with one product an expert."""
@@ -34,6 +36,30 @@ class CompiledExperts(SparseFFN):
         if self._of_torch is not None and len(rows) > FEW_TOKENS:
             return layers.routed_experts(rows, experts, weights, self._of_torch)
         return routed_experts(rows, experts, weights, *self._weights)
+
+
+class CompiledFFN:
+    """A dense SwiGLU: the only expert, which every token has, with all of it."""
+
+    def __init__(self, gate_up: Projection, down: Projection) -> None:
+        """gate_up: [2 I, H], gate above up; down: [H, I]."""
+        scales = (None if each.scales is None else each.scales.unsqueeze(0) for each in (gate_up, down))
+        self._weights = gate_up.weight.unsqueeze(0), down.weight.unsqueeze(0), *scales
+        self._ids = torch.zeros(FEW_ROWS, 1, dtype=torch.int32)
+        self._shares = torch.ones(FEW_ROWS, 1)
+
+    @classmethod
+    def of(cls, gate_up: Projection, down: Projection) -> CompiledFFN | None:
+        """None where blocks of FP8 have both gate and up."""
+        is_cut = gate_up.scales is not None and down.weight.shape[1] % PUBLISHED_BLOCK[0] != 0
+        return None if is_cut else cls(gate_up, down)
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        """bf16 [T, H] -> [T, H], or None where two products are quicker, with many tokens."""
+        tokens = len(x)
+        if not 0 < tokens <= FEW_ROWS:
+            return None
+        return routed_experts(x, self._ids[:tokens], self._shares[:tokens], *self._weights)
 
 
 def routed_experts(

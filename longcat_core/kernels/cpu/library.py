@@ -131,11 +131,12 @@ def _found() -> tuple[ctypes.CDLL | None, str]:
         ("longcat_use", (ctypes.c_char_p,), ctypes.c_int),
         ("longcat_product", (pointer, pointer, number, pointer, number, *[pointer] * 2, *[number] * 3), None),
         ("longcat_experts", (pointer, pointer, number, *[pointer] * 7, *[number] * 5), None),
-        ("longcat_attention_parts", (pointer,), number),
+        ("longcat_attention_scratch", (pointer,), number),
         ("longcat_attention", [pointer] * 11, None),
         ("longcat_write_latents", (*[pointer, number] * 3, pointer, *[number] * 3), None),
         ("longcat_rms_norm", (pointer, pointer, *[pointer, number] * 2, pointer, real, number, number), None),
         ("longcat_rotate", (pointer, number, number, pointer, number, pointer, pointer, *[number] * 3), None),
+        ("longcat_mla", (*[pointer] * 3, number, *[pointer] * 5, number, number), None),
         ("longcat_route", (*[pointer] * 5, real, *[number] * 4), None),
     )
     for name, arguments, result in signatures:

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "kernels.h"
 #include "parallel.h"
-#include "tiles.h"
 
 namespace longcat {
 

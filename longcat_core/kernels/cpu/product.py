@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,13 @@ from longcat_core.kernels.cpu.library import (
 FEW_ROWS = 32
 """Up to so many, torch is slower than `product` on a processor with products in bf16, too: measured on an AMD EPYC with
 AVX512-BF16."""
+
+
+class Projection(NamedTuple):
+    weight: Tensor
+    """[rows, columns]: bf16, or FP8 (e4m3) with scales."""
+    scales: Tensor | None = None
+    """fp32 [ceil(rows / 128), ceil(columns / 128)]"""
 
 
 def is_quicker(dtype: torch.dtype) -> bool:

@@ -2,8 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 
+#include "kernels.h"
 #include "parallel.h"
-#include "tiles.h"
 
 using namespace longcat;
 

@@ -14,12 +14,15 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.model_executor.forward_context import get_attn_backend
 from sglang.srt.model_executor.model_runner import ModelRunner
 from torch import Tensor
 
-from longcat_core.kernels.cpu.attention import paged_attention, write_latents
+from longcat_core.kernels.cpu.attention import paged_attention, takes, write_latents
+from longcat_core.kernels.cpu.mla import Mla
 from longcat_core.kernels.cpu.rotary import rotate
 from longcat_core.layers.latent_attention import PagedBatch, UpProjection
+from longcat_sglang.devices.cpu.linear import projection
 
 if TYPE_CHECKING:
     from longcat_sglang.model import LongcatAttention
@@ -80,11 +83,16 @@ class LatentAttentionBackend(AttentionBackend):
     ) -> Tensor:
         """q: [T, heads, nope + rope]; k and v: [T, 1, latent], the same; k_rope: [T, 1, rope]. Returns [T, heads v]."""
         assert self.forward_metadata is not None
-        cache = self._cache.get_key_buffer(layer.layer_id).squeeze(1)
+        cache = self.cache_of(layer)
         if save_kv_cache:
             write_latents(cache, k.squeeze(1), k_rope.squeeze(1), forward_batch.out_cache_loc)
         attended = paged_attention(q, cache, self.forward_metadata, up, layer.scaling)
         return attended.flatten(1)
+
+    def cache_of(self, layer: RadixAttention) -> Tensor:
+        """[slots, latent + rope]"""
+        cache: Tensor = self._cache.get_key_buffer(layer.layer_id).squeeze(1)
+        return cache
 
     forward_decode = forward_extend  # type: ignore[assignment]
 
@@ -127,6 +135,14 @@ def attend(
     attention: LongcatAttention, hidden_states: Tensor, forward_batch: ForwardBatch, cos: Tensor, sin: Tensor
 ) -> Tensor:
     """The forward pass of MLA around `LatentAttentionBackend`, as `devices.base.Device.attend`."""
+    if attention.compiled is None:
+        attention.compiled = _compiled(attention) or False
+    backend = get_attn_backend()
+    if attention.compiled and isinstance(backend, LatentAttentionBackend) and backend.forward_metadata is not None:
+        cache, slots = backend.cache_of(attention.attn_mqa), forward_batch.out_cache_loc
+        attended = attention.compiled(hidden_states, cos, sin, cache, slots, backend.forward_metadata)
+        if attended is not None:
+            return attended
     qkv_a = attention.prepare_qkv_latent(hidden_states, forward_batch)
     q_a, latent, k_rope = qkv_a.split(
         [attention.q_lora_rank, attention.kv_lora_rank, attention.qk_rope_head_dim], dim=-1
@@ -134,8 +150,25 @@ def attend(
     query = attention.q_b_proj_forward(attention.q_a_layernorm(q_a))
     query, k_rope = rotate(query, k_rope.unsqueeze(1), cos, sin)
     latent = attention.kv_a_layernorm(latent)
-    kv_b_proj: Any = attention.kv_b_proj.weight
-    up = UpProjection(kv_b_proj, attention.w_kc, attention.w_vc.transpose(1, 2))
-    attended = attention.attn_mqa(query, latent, latent, forward_batch, k_rope=k_rope, up=up)
+    attended = attention.attn_mqa(query, latent, latent, forward_batch, k_rope=k_rope, up=_up(attention))
     output, _ = attention.o_proj(attended)
     return output
+
+
+def _up(attention: LongcatAttention) -> UpProjection:
+    kv_b_proj: Any = attention.kv_b_proj.weight
+    return UpProjection(kv_b_proj, attention.w_kc, attention.w_vc.transpose(1, 2))
+
+
+def _compiled(attention: LongcatAttention) -> Mla | None:
+    """Its decode steps in one call, if core's kernels multiply in all of its layers."""
+    layers = attention.fused_qkv_a_proj_with_mqa, attention.q_b_proj, attention.o_proj
+    qkv_a, q_b, o = map(projection, layers)
+    up, norms = _up(attention), (attention.q_a_layernorm.weight, attention.kv_a_layernorm.weight)
+    if qkv_a is None or q_b is None or o is None or any(norm.dtype != torch.bfloat16 for norm in norms):
+        return None
+    if not takes(up):
+        return None
+    epsilon = attention.q_a_layernorm.variance_epsilon
+    return Mla(qkv_a, *norms, q_b, up, o, epsilon, attention.scaling)
+

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sglang.srt.utils import BumpAllocator
     from torch import Tensor, dtype, nn
 
+    from longcat_sglang.ffn import LongcatFFN
     from longcat_sglang.model import LongcatAttention
     from longcat_sglang.quantization import LongcatFp8Config
 
@@ -49,6 +50,11 @@ class Cpu(Device):
         from longcat_sglang.devices.cpu.attention import attend
 
         return attend(attention, hidden_states, forward_batch, cos, sin)
+
+    def dense_ffn(self, ffn: LongcatFFN, hidden_states: Tensor) -> Tensor | None:
+        from longcat_sglang.devices.cpu.linear import dense_ffn
+
+        return dense_ffn(ffn, hidden_states)
 
     def fp8_kernels(self, activations: dtype) -> Fp8Kernels | None:
         from longcat_core.kernels.cpu.fp8 import CompiledFp8Kernels

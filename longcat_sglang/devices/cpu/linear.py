@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod
 from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod, UnquantizedLinearMethod
 from torch import Tensor
 
-from longcat_core.kernels.cpu.product import is_quicker_than_torch, product
+from longcat_core.kernels.cpu.experts import CompiledFFN
+from longcat_core.kernels.cpu.product import Projection, is_quicker_than_torch, product
 from longcat_sglang.devices.cpu.fp8 import CpuFp8LinearMethod
+
+if TYPE_CHECKING:
+    from longcat_sglang.ffn import LongcatFFN
 
 
 class _Compiled:
@@ -30,6 +34,24 @@ class CompiledLinearMethod(_Compiled, UnquantizedLinearMethod):
 
 class CompiledHeadMethod(_Compiled, UnquantizedEmbeddingMethod):
     """The head may be the embedding as well."""
+
+
+def projection(layer: Any) -> Projection | None:
+    """A linear layer's weight, if core's kernels take it as it is."""
+    method = type(getattr(layer, "quant_method", None))
+    if method is CpuFp8LinearMethod:
+        return Projection(layer.weight, layer.weight_scale_inv)
+    if method is CompiledLinearMethod and is_quicker_than_torch(layer.weight.dtype, rows=1):
+        return Projection(layer.weight)
+    return None
+
+
+def dense_ffn(ffn: LongcatFFN, hidden_states: Tensor) -> Tensor | None:
+    """As `devices.base.Device.dense_ffn`: in one call for few tokens, if core's kernels take both weights."""
+    if ffn.compiled is None:
+        gate_up, down = projection(ffn.gate_up_proj), projection(ffn.down_proj)
+        ffn.compiled = gate_up is not None and down is not None and CompiledFFN.of(gate_up, down)
+    return ffn.compiled(hidden_states) if ffn.compiled else None
 
 
 METHODS: dict[type, type] = {

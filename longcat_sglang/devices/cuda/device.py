@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor, dtype, nn
 
     from longcat_sglang.devices.cuda.rotary import LongcatRotaryEmbedding
+    from longcat_sglang.ffn import LongcatFFN
     from longcat_sglang.model import LongcatAttention
     from longcat_sglang.quantization import LongcatFp8Config
 
@@ -58,6 +59,9 @@ class Cuda(Device):
         from sglang.srt.models.deepseek_v2 import DeepseekV2AttentionMLA
 
         return DeepseekV2AttentionMLA.forward(attention, positions, hidden_states, forward_batch, zero_allocator)
+
+    def dense_ffn(self, ffn: LongcatFFN, hidden_states: Tensor) -> None:
+        return None
 
     def fp8_kernels(self, activations: dtype) -> Fp8Kernels:
         return SglangFp8Kernels()

@@ -1,0 +1,28 @@
+// Kernels that others are made of; their arguments are described where they are defined.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include "tiles.h"
+
+extern "C" {
+
+struct Attention {
+    long requests, queries, heads, nope, rope, latent, value;  // queries: of each request
+    long slots, cache_stride, query_stride;  // slots: of each request; a query's heads lie one after the other
+    float scale;
+};
+
+long longcat_attention_scratch(const Attention* attention);
+void longcat_attention(const Attention* attention, longcat::bf16* output, const longcat::bf16* query, const int64_t* rows,
+                       const longcat::bf16* cache, const int64_t* slots, const int64_t* positions, const bool* visible,
+                       const longcat::bf16* w_uk, const longcat::bf16* w_uv, float* scratch);
+void longcat_product(longcat::bf16* output, const longcat::bf16* x, long x_stride, const void* weight, long weight_stride,
+                     const float* scales, float* scratch, long tokens, long rows, long k);
+void longcat_rms_norm(longcat::bf16* output, longcat::bf16* sum, const longcat::bf16* x, long x_stride,
+                      const longcat::bf16* residual, long residual_stride, const longcat::bf16* weight, float epsilon,
+                      long rows, long columns);
+void longcat_rotate(longcat::bf16* queries, long query_stride, long head_stride, longcat::bf16* keys, long key_stride,
+                    const float* cos, const float* sin, long tokens, long heads, long pairs);
+void longcat_write_latents(longcat::bf16* cache, long cache_stride, const longcat::bf16* latents, long latent_stride,
+                           const longcat::bf16* keys, long key_stride, const int64_t* slots, long tokens, long latent,
+                           long rope);
+}

@@ -1,0 +1,150 @@
+"""A whole MLA of a decode step in one call: projections, norms, rotary embedding, the cache's write, attention.
+
+Each of its operators is one of this folder's; alone, at a few tokens, calling them takes as long as what they do.
+"""
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from longcat_core.kernels.cpu.attention import Case, Sizes, decoding
+from longcat_core.kernels.cpu.library import GROUP, address_of, is_available, library, require_bf16, require_weight
+from longcat_core.kernels.cpu.product import FEW_ROWS, Projection
+from longcat_core.layers.latent_attention import PagedBatch, UpProjection
+
+
+class _Projection(ctypes.Structure):
+    """`Projection` of mla.cpp."""
+
+    _fields_: ClassVar[Any] = [
+        ("weight", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("rows", ctypes.c_long),
+        ("columns", ctypes.c_long),
+    ]
+
+
+class _Mla(ctypes.Structure):
+    """`Mla` of mla.cpp."""
+
+    _fields_: ClassVar[Any] = [
+        *((name, _Projection) for name in ("qkv_a", "q_b", "o")),
+        *((name, ctypes.c_void_p) for name in ("q_norm", "kv_norm", "w_uk", "w_uv")),
+        ("epsilon", ctypes.c_float),
+    ]
+
+
+class _Group(ctypes.Structure):
+    """`Group` of mla.cpp."""
+
+    _fields_: ClassVar[Any] = [
+        ("attention", Sizes),
+        *((name, ctypes.c_void_p) for name in ("rows", "slots", "positions", "visible")),
+    ]
+
+
+class Mla:
+    """One attention's weights, which stay where they are, whatever is loaded into them.
+
+    Raises:
+        ValueError: for dtypes or strides that the kernels do not take, or sizes that do not fit.
+        RuntimeError: if the library is not there.
+    """
+
+    def __init__(
+        self,
+        qkv_a: Projection,
+        q_norm: Tensor,
+        kv_norm: Tensor,
+        q_b: Projection,
+        up: UpProjection,
+        o: Projection,
+        epsilon: float,
+        softmax_scale: float,
+    ) -> None:
+        """qkv_a: of queries and then latents and keys; q_norm: bf16 [q rank]; kv_norm: bf16 [latent]; up: bf16; o: back
+        to the hidden size. Both MLA scales are in the norms."""
+        heads, nope, latent = up.w_uk.shape
+        rope = qkv_a.weight.shape[0] - len(q_norm) - latent
+        found = [[*p.weight.shape] for p in (qkv_a, q_b, o)], len(kv_norm)
+        hidden, values = o.weight.shape[0], heads * up.w_uv.shape[1]
+        wanted = (
+            [[len(q_norm) + latent + rope, hidden], [heads * (nope + rope), len(q_norm)], [hidden, values]],
+            latent,
+        )
+        if found != wanted or rope < 0 or latent % GROUP:
+            raise ValueError(f"projections and the latents' norm {found}, wanted {wanted}, and a multiple of {GROUP}")
+        for name, projection in (("qkv_a", qkv_a), ("q_b", q_b), ("o", o)):
+            require_weight(name, *projection)
+        w_uk, w_uv = up.w_uk.transpose(1, 2), up.w_uv
+        require_bf16(q_norm=q_norm, kv_norm=kv_norm, w_uk=w_uk, w_uv=w_uv)
+        if not w_uk.is_contiguous() or not w_uv.is_contiguous():
+            raise ValueError("w_uk, w_uv: not contiguous, wanted as `UpProjection.of` lays them out")
+        self._up, self._rope, self._scale, self._hidden = up, rope, softmax_scale, hidden
+        self._tensors = qkv_a, q_norm, kv_norm, q_b, o  # which it keeps alive
+        self._mla = _Mla(
+            *(_Projection(p.weight.data_ptr(), address_of(p.scales), *p.weight.shape) for p in (qkv_a, q_b, o)),
+            *(tensor.data_ptr() for tensor in (q_norm, kv_norm, w_uk, w_uv)),
+            epsilon,
+        )
+
+    def __call__(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, new_slots: Tensor, batch: PagedBatch
+    ) -> Tensor | None:
+        """x: bf16 [T, H]; cos and sin: fp32 [T, 1, rope / 2]; cache: bf16 [S, latent + rope]; new_slots: int64 [T],
+        where the tokens go. Returns bf16 [T, H], or None where others are quicker: for prompts, and many tokens.
+
+        Raises:
+            ValueError: for other dtypes, or rows that are not contiguous.
+        """
+        if not 0 < len(x) <= FEW_ROWS:
+            return None
+        require_bf16(x=x, cache=cache)
+        groups = _groups(batch, self._up, cache, self._rope, self._scale)
+        if groups is None:
+            return None
+        output = x.new_empty(len(x), self._hidden)
+        library().longcat_mla(
+            ctypes.byref(self._mla),
+            output.data_ptr(),
+            x.data_ptr(),
+            x.stride(0),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            cache.data_ptr(),
+            new_slots.data_ptr(),
+            groups.array,
+            len(groups.cases),
+            len(x),
+        )
+        return output
+
+
+class _Groups(NamedTuple):
+    array: ctypes.Array[_Group]
+    cases: list[Case]
+    """Which the array points into."""
+
+
+_last: tuple[PagedBatch, tuple[Any, ...], _Groups | None] | None = None
+"""Those of a step, which all layers share."""
+
+
+def _groups(batch: PagedBatch, up: UpProjection, cache: Tensor, rope: int, scale: float) -> _Groups | None:
+    global _last
+    key = (up.w_uk.shape, up.w_uv.shape, cache.stride(0), rope, scale)
+    if _last is None or _last[0] is not batch or _last[1] != key:
+        cases, groups = decoding(batch, up, cache, rope, scale), None
+        if cases is not None:
+            pointers = (
+                (case.sizes, *map(address_of, (case.rows, case.slots, case.positions, case.visible))) for case in cases
+            )
+            groups = _Groups((_Group * len(cases))(*(_Group(*each) for each in pointers)), cases)
+        _last = batch, key, groups
+    return _last[2]
+
