@@ -4,7 +4,8 @@ Three models in bf16: random ones of 123 M and of 622 M parameters, and the ship
 a processor's cache, so that it can be below its floor. In-process, the engine eager and, where it does that, compiled:
 milliseconds between forward passes by requests and context, and from a prompt to its first token; transformers' decode
 steps; and output tokens a second of the stock server over HTTP, prompts included. Floors are those of
-`benchmarks/floors.py`, with the experts that the eager engine's routers chose.
+`benchmarks/floors.py`, with the experts that the eager engine's routers chose; those of an engine's steps with the
+bandwidth that memory had right after them, the others with that before the run.
 """
 # SPDX-License-Identifier: Apache-2.0
 
@@ -32,7 +33,7 @@ from rich.table import Table
 from benchmarks import record
 from benchmarks.bench_serving import AT_ONCE, BOUNDS, CONFIG, NEW_TOKENS, PROMPT_TOKENS, served_rate
 from benchmarks.floors import Floor, Machine, Routed, decode_floor, measured_machine, prefill_floor
-from benchmarks.passes import AFTER, MOST_REQUESTS, WARM_UP, Notes, Pass, decode_steps, prefill_seconds
+from benchmarks.passes import AFTER, MOST_REQUESTS, WARM_UP, Notes, Pass, Steps, decode_steps, prefill_seconds
 from longcat_cli.make_checkpoint import make_checkpoint
 from longcat_core import spellings
 from longcat_core.config import LongcatConfig
@@ -130,8 +131,7 @@ def plan_of(is_quick: bool, steps: int, cached_tokens: int) -> Plan:
 class Times(NamedTuple):
     """Of one engine."""
 
-    decode: dict[Cell, tuple[float, Routed | None]]
-    """Seconds of a step, and what was chosen in it."""
+    decode: dict[Cell, Steps]
     prefill: dict[int, float]
     """Seconds by tokens of the prompt."""
     threads: int
@@ -196,15 +196,14 @@ def measured(
     for run in RUNS:
         console.log(f"{name}: {engine.NAME}, {run}")
         engines[run] = apart(engine_times, directory, config, run, plan)
-    floors = {
-        cell: (decode_floor(model, machine.rates, *cell, routed), routed)
-        for cell, (_, routed) in engines["eager"].decode.items()
-        if routed is not None
-    }
+    routed = {cell: found.routed for cell, found in engines["eager"].decode.items() if found.routed is not None}
+    floors = {cell: (decode_floor(model, machine.rates, *cell, chosen), chosen) for cell, chosen in routed.items()}
     rows = []
     for run, times in engines.items():
-        for cell, (seconds, _) in times.decode.items():
-            rows.append(row(name, run, cell, seconds, *floors[cell], threads=times.threads))
+        for cell, (seconds, rate, _) in times.decode.items():
+            rates = replace(machine.rates, memory_bytes_per_second=rate or machine.rates.memory_bytes_per_second)
+            floor = decode_floor(model, rates, *cell, routed[cell])
+            rows.append(row(name, run, cell, seconds, floor, routed[cell], rate, threads=times.threads))
         for tokens, seconds in times.prefill.items():
             floor = prefill_floor(model, machine.rates, tokens)
             rows.append(row(name, run, Cell(1, tokens), seconds, floor, threads=times.threads))
@@ -224,9 +223,11 @@ def row(
     seconds: float,
     floor: Floor,
     routed: Routed | None = None,
+    bytes_per_second: float | None = None,
     threads: int | None = None,
 ) -> dict[str, Any]:
-    """routed: of a decode step; a pass without it is over a prompt."""
+    """routed: of a decode step; a pass without it is over a prompt. bytes_per_second: of memory, where it was measured right
+    after the steps."""
     tokens = cell.context if routed is None else cell.requests
     return {
         "model": name.value,
@@ -236,6 +237,7 @@ def row(
         "context": cell.context,
         "ms": round(seconds * 1e3, 2),
         "tokens/s": round(tokens / seconds, 1),
+        "memory, GB/s": None if bytes_per_second is None else round(bytes_per_second / 1e9, 1),
         "floor, ms": round(floor.seconds * 1e3, 2),
         "fraction": round(floor.seconds / seconds, 3),
         "bound by": floor.bound,
@@ -259,7 +261,7 @@ def engine_times(directory: Path, config: LongcatConfig, run: str, plan: Plan) -
     decode, prefill, threads = {}, {}, 0
     cached = max([*map(plan.tokens, plan.cells), *plan.prompts]) + plan.chunk
     with tempfile.TemporaryDirectory() as folder, Console(stderr=True).status("starting") as status:
-        notes = Notes(Path(folder), plan.steps, counts_experts=run == "eager")
+        notes = Notes(Path(folder), plan.steps, counts_experts=run == "eager", times_memory=True)
         options = {
             "dtype": "bfloat16",
             "chunk": plan.chunk,
@@ -278,7 +280,7 @@ def engine_times(directory: Path, config: LongcatConfig, run: str, plan: Plan) -
                 served.greedy(prompts, plan.new_tokens(cell))
                 passes = notes.taken()
                 decode[cell] = decode_steps(passes, cell.requests, plan.steps)
-                if notes.counts_experts and decode[cell][1] is None:
+                if notes.counts_experts and decode[cell].routed is None:
                     raise ValueError("no routing was seen, wanted the model to ask its device for `router_functions`")
                 threads = passes[-1].threads
             notes.compute_prompts()
@@ -310,7 +312,7 @@ def transformers_times(directory: Path, config: LongcatConfig, plan: Plan) -> di
             ids = torch.tensor(random_prompts(config, cell.requests, plan.prompt_tokens(cell)))
             new = plan.new_tokens(cell)
             model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False)
-            found[cell], _ = decode_steps(passes, cell.requests, plan.steps)
+            found[cell] = decode_steps(passes, cell.requests, plan.steps).seconds
     return found
 
 

@@ -30,6 +30,8 @@ WARM_UP, AFTER = 8, 4
 
 MOST_REQUESTS = 32
 """At once; a pass over more tokens has a prompt in it."""
+READ_SECONDS = 1.0
+"""For a few milliseconds memory can be twice as quick as it is for long."""
 
 
 class Pass(NamedTuple):
@@ -38,8 +40,22 @@ class Pass(NamedTuple):
     tokens: int
     threads: int
     """On which the model computes."""
+    bytes_per_second: float = 0.0
+    """Of memory, measured before the pass if it is the first one after those that are timed: where others share memory,
+    it is quicker at one time than at another."""
     routed: Routed | None = None
     """None where the experts were not counted."""
+
+
+class Steps(NamedTuple):
+    """Decode steps of one batch."""
+
+    seconds: float
+    """Of one, the median."""
+    bytes_per_second: float | None
+    """Of memory, right after them; None where it was not measured."""
+    routed: Routed | None
+    """What was chosen, where it was counted."""
 
 
 @dataclass
@@ -51,6 +67,8 @@ class Notes:
     """That are timed of each batch."""
     counts_experts: bool
     """Which a compiled model does not allow."""
+    times_memory: bool = False
+    """After the steps that are timed."""
     _lines: TextIO | None = None
     _tokens_before: int = 0
     """Of the last pass."""
@@ -61,6 +79,7 @@ class Notes:
     _pools: list[Any] = field(default_factory=list)
     """SGLang's, of the cache."""
     _are_caches_filled: bool = False
+    _read: Tensor | None = None
 
     @property
     def _passes(self) -> Path:
@@ -104,10 +123,13 @@ class Notes:
             patch.setattr(pool, "_create_buffers", create_and_note)
 
     def _noted(self, call: Any, model: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        start, tokens = time.monotonic(), input_ids.shape[0]
+        tokens = input_ids.shape[0]
         self._same = self._same + 1 if tokens == self._tokens_before else 0
         self._tokens_before = tokens
         is_timed = WARM_UP <= self._same < WARM_UP + self.steps
+        is_after = self._same == WARM_UP + self.steps + 1
+        rate = self._bytes_per_second() if is_after and self.times_memory else 0.0
+        start = time.monotonic()
         self._ids = [] if self.counts_experts and not is_timed else None
         if tokens > MOST_REQUESTS and self._leaves_out.exists():
             self._fill_caches(model)
@@ -115,13 +137,22 @@ class Notes:
             states = (random, None) if ENGINE == "vllm" else random  # beside the choices, which are not counted here
         else:
             states = call(model, input_ids, *args, **kwargs)
-        words: list[float] = [start, tokens, torch.get_num_threads()]
+        words: list[float] = [start, tokens, torch.get_num_threads(), rate]
         if self._ids:
             words += routed_by(self._ids)
         if self._lines is None:
             self._lines = self._passes.open("a", buffering=1)
         self._lines.write(" ".join(map(str, words)) + "\n")
         return states
+
+    def _bytes_per_second(self) -> float:
+        if self._read is None:
+            self._read = torch.ones(1 << 26, dtype=torch.float32)
+        start, times = time.monotonic(), 0
+        while (now := time.monotonic()) < start + READ_SECONDS:
+            self._read.sum()
+            times += 1
+        return times * self._read.nbytes / (now - start)
 
     def _counting(self, functions: Any) -> Any:
         def route(*args: Any, **kwargs: Any) -> Any:
@@ -155,8 +186,8 @@ def routed_by(layers: Sequence[Tensor]) -> Routed:
     )
 
 
-def decode_steps(passes: Sequence[Pass], requests: int, steps: int) -> tuple[float, Routed | None]:
-    """The median of the seconds between passes in which each request has one token, and what they chose.
+def decode_steps(passes: Sequence[Pass], requests: int, steps: int) -> Steps:
+    """Between passes in which each request has one token.
 
     Raises:
         ValueError: if there are fewer steps than asked for.
@@ -166,13 +197,15 @@ def decode_steps(passes: Sequence[Pass], requests: int, steps: int) -> tuple[flo
         raise ValueError(f"{len(found)} decode steps of {requests} requests, wanted {WARM_UP + steps + 1}")
     timed = found[WARM_UP : WARM_UP + steps + 1]
     seconds = statistics.median(after.start - before.start for before, after in pairwise(timed))
+    rate = next((each.bytes_per_second for each in found if each.bytes_per_second), None)
     counted = [each.routed for each in found if each.routed is not None]
     if not counted:
-        return seconds, None
-    return seconds, Routed(
+        return Steps(seconds, rate, None)
+    routed = Routed(
         experts=statistics.mean(each.experts for each in counted),
         choices=statistics.mean(each.choices for each in counted),
     )
+    return Steps(seconds, rate, routed)
 
 
 def prefill_seconds(passes: Sequence[Pass]) -> float:
@@ -187,5 +220,6 @@ def _decoding(passes: Sequence[Pass], requests: int) -> list[Pass]:
 
 
 def _read(line: str) -> Pass:
-    start, tokens, threads, *routed = line.split()
-    return Pass(float(start), int(tokens), int(threads), Routed(*map(float, routed)) if routed else None)
+    start, tokens, threads, rate, *routed = line.split()
+    choices = Routed(*map(float, routed)) if routed else None
+    return Pass(float(start), int(tokens), int(threads), float(rate), choices)

@@ -25,9 +25,17 @@ def test_a_step_is_the_median_time_between_passes_of_all_requests_after_warming_
     prompts = [(0.0, 100), (7.0, 2), (5.0, 101)]  # requests that came first decode while others wait
     warm_up = [(9.0, 2)] * (WARM_UP + 1)
     timed, after = [(1.0, 2), (8.0, 2), (2.0, 2)], [(30.0, 2)] * 5 + [(0.1, 1)] * 20
-    seconds, routed = decode_steps(passes(*prompts, *warm_up, *timed, *after), 2, STEPS)
+    seconds, rate, routed = decode_steps(passes(*prompts, *warm_up, *timed, *after), 2, STEPS)
     assert seconds == pytest.approx(2.0)
-    assert routed is None
+    assert rate is routed is None
+
+
+def test_how_quick_memory_was_is_measured_after_the_steps_and_is_no_part_of_them() -> None:
+    found = passes((0.0, 100), *[(1.0, 2)] * (WARM_UP + STEPS + 1), (60.0, 2))
+    found[-1] = found[-1]._replace(bytes_per_second=2e9)
+    seconds, rate, _ = decode_steps(found, 2, STEPS)
+    assert seconds == pytest.approx(1.0)
+    assert rate == 2e9
 
 
 def test_too_few_steps_are_no_measurement() -> None:
@@ -44,7 +52,7 @@ def test_what_was_chosen_is_the_mean_over_the_decode_steps_that_counted() -> Non
     found[0] = found[0]._replace(routed=Routed(50, 50))
     found[1] = found[1]._replace(routed=Routed(4, 2))
     found[2] = found[2]._replace(routed=Routed(5, 3))
-    assert decode_steps(found, 2, STEPS)[1] == Routed(4.5, 2.5)
+    assert decode_steps(found, 2, STEPS).routed == Routed(4.5, 2.5)
 
 
 def test_a_prefill_lasts_until_the_first_decode_step() -> None:

@@ -14,7 +14,7 @@ NEW_TOKENS = WARM_UP + STEPS + AFTER + 4
 
 
 def test_passes_are_noted_and_a_prompt_that_is_left_out_is_not_computed(tmp_path: Path) -> None:
-    notes = Notes(tmp_path, STEPS, counts_experts=True)
+    notes = Notes(tmp_path, STEPS, counts_experts=True, times_memory=True)
     prompts = [list(range(5 + n, 5 + n + PROMPT)) for n in range(REQUESTS)]
     options = {"dtype": "bfloat16", "prefix_caching": False, "broken": notes.watch}
     with engine.serving(CHECKPOINT, **options) as served:
@@ -32,8 +32,10 @@ def test_passes_are_noted_and_a_prompt_that_is_left_out_is_not_computed(tmp_path
     assert answers == again != without
     for passes in (computed, left_out):
         assert sum(each.tokens for each in passes if each.tokens > MOST_REQUESTS) == REQUESTS * PROMPT
-        seconds, routed = decode_steps(passes, REQUESTS, STEPS)
+        seconds, rate, routed = decode_steps(passes, REQUESTS, STEPS)
         assert 0 < seconds < 10
+        assert rate is not None
+        assert 1e8 < rate < 1e13
         assert routed is not None
         # Nano has 32 FFN experts, and a token takes 6 of 48.
         assert 0 < routed.choices <= 6
