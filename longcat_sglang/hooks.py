@@ -150,6 +150,17 @@ HOOKS: tuple[Hook, ...] = (
         remove_when="As draft attention.",
     ),
     Wrapper(
+        name="chains of drafts",
+        target="sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker.draft_forward",
+        around="longcat_sglang.devices.cpu.drafting:draft_chain",
+        concerns="longcat_sglang.engine:is_longcats_process",
+        stage=Stage.MODEL,
+        device="cpu",
+        why="On a CPU the way of one more draft through SGLang's model runner, layer boundaries and logits takes ten "
+        "times as long as the MTP layer's few small products.",
+        remove_when="`EagleDraftWorker` has a compiled chain of drafts on a CPU, as graphs are on CUDA.",
+    ),
+    Wrapper(
         name="selection of drafts",
         target="sglang.srt.speculative.spec_utils._select_top_k_tokens_later",
         around="longcat_sglang.devices.cpu.patches:select_drafts_without_a_compiler",

@@ -88,7 +88,7 @@ class LongcatAttention(DeepseekV2AttentionMLA):
         self.rotary_emb = rotary_embedding
         self.w_kc: Tensor  # type: ignore[assignment]  # None until the weights are loaded
         self.w_vc: Tensor  # type: ignore[assignment]
-        self.compiled: Any = None  # as LongcatFFN's
+        self.compiled: Any = None  # a device's own, once it has asked
         for norm in (self.q_a_layernorm, self.kv_a_layernorm):
             norm.variance_epsilon = config.mla_norm_eps
         self.scaling = config.softmax_scale
@@ -304,7 +304,7 @@ class LongcatCausalLM(nn.Module):
         for module in self.modules():
             if isinstance(module, LongcatAttention):
                 module.process_weights_after_loading()
-            if isinstance(module, LongcatFFN):
+            if hasattr(module, "compiled"):  # of weights that may lie elsewhere now
                 module.compiled = None
 
     def _is_loaded(self) -> bool:

@@ -85,9 +85,12 @@ class LongcatMTPLayer(nn.Module):
 
 
 class LongcatMTPModel(nn.Module):
+    compiled: Any = None
+    """A device's own, once it has asked."""
+
     def __init__(self, hf_config: LongcatFlashConfig, quant_config: QuantizationConfig | None, prefix: str) -> None:
         super().__init__()
-        config = hf_config.longcat
+        self.config = config = hf_config.longcat
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size, config.hidden_size, use_attn_tp_group=is_dp_attention_enabled()
         )
@@ -100,6 +103,9 @@ class LongcatMTPModel(nn.Module):
     def forward(self, input_ids: Tensor, positions: Tensor, forward_batch: ForwardBatch) -> Tensor:
         embedded = self.embed_tokens(input_ids)
         cos, sin = rotary.cos_sin(positions.unsqueeze(-1), self.inverse_frequencies, self.attention_factor)
+        drafted = devices.current().draft(self, embedded, forward_batch, cos, sin)
+        if drafted is not None:
+            return drafted
         attention_inputs = {
             "positions": positions,
             "forward_batch": forward_batch,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from longcat_sglang.devices.cuda.rotary import LongcatRotaryEmbedding
     from longcat_sglang.ffn import LongcatFFN
     from longcat_sglang.model import LongcatAttention
+    from longcat_sglang.mtp import LongcatMTPModel
     from longcat_sglang.quantization import LongcatFp8Config
 
 
@@ -54,6 +55,13 @@ class Device(ABC):
     @abstractmethod
     def dense_ffn(self, ffn: LongcatFFN, hidden_states: Tensor) -> Tensor | None:
         """[T, H] -> [T, H], a part of the sum over ranks; None where its two linear layers are to be asked."""
+
+    @abstractmethod
+    def draft(
+        self, model: LongcatMTPModel, embedded: Tensor, forward_batch: ForwardBatch, cos: Tensor, sin: Tensor
+    ) -> Tensor | None:
+        """embedded: [T, H], of the next tokens; cos and sin: fp32 [T, 1, rope / 2]. Returns the MTP layer's output with
+        the last norm, [T, H]; None where its modules are to be asked."""
 
     @abstractmethod
     def fp8_kernels(self, activations: dtype) -> Fp8Kernels | None:

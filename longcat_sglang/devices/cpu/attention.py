@@ -135,12 +135,10 @@ def attend(
     attention: LongcatAttention, hidden_states: Tensor, forward_batch: ForwardBatch, cos: Tensor, sin: Tensor
 ) -> Tensor:
     """The forward pass of MLA around `LatentAttentionBackend`, as `devices.base.Device.attend`."""
-    if attention.compiled is None:
-        attention.compiled = _compiled(attention) or False
-    backend = get_attn_backend()
-    if attention.compiled and isinstance(backend, LatentAttentionBackend) and backend.forward_metadata is not None:
+    mla, backend = compiled_mla(attention), get_attn_backend()
+    if mla is not None and isinstance(backend, LatentAttentionBackend) and backend.forward_metadata is not None:
         cache, slots = backend.cache_of(attention.attn_mqa), forward_batch.out_cache_loc
-        attended = attention.compiled(hidden_states, cos, sin, cache, slots, backend.forward_metadata)
+        attended = mla(hidden_states, cos, sin, cache, slots, backend.forward_metadata)
         if attended is not None:
             return attended
     qkv_a = attention.prepare_qkv_latent(hidden_states, forward_batch)
@@ -160,8 +158,14 @@ def _up(attention: LongcatAttention) -> UpProjection:
     return UpProjection(kv_b_proj, attention.w_kc, attention.w_vc.transpose(1, 2))
 
 
-def _compiled(attention: LongcatAttention) -> Mla | None:
+def compiled_mla(attention: LongcatAttention) -> Mla | None:
     """Its decode steps in one call, if core's kernels multiply in all of its layers."""
+    if attention.compiled is None:
+        attention.compiled = _compiled(attention) or False
+    return attention.compiled or None
+
+
+def _compiled(attention: LongcatAttention) -> Mla | None:
     layers = attention.fused_qkv_a_proj_with_mqa, attention.q_b_proj, attention.o_proj
     qkv_a, q_b, o = map(projection, layers)
     up, norms = _up(attention), (attention.q_a_layernorm.weight, attention.kv_a_layernorm.weight)

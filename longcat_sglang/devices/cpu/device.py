@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from longcat_sglang.ffn import LongcatFFN
     from longcat_sglang.model import LongcatAttention
+    from longcat_sglang.mtp import LongcatMTPModel
     from longcat_sglang.quantization import LongcatFp8Config
 
 
@@ -52,9 +53,17 @@ class Cpu(Device):
         return attend(attention, hidden_states, forward_batch, cos, sin)
 
     def dense_ffn(self, ffn: LongcatFFN, hidden_states: Tensor) -> Tensor | None:
-        from longcat_sglang.devices.cpu.linear import dense_ffn
+        from longcat_sglang.devices.cpu.linear import compiled_ffn
 
-        return dense_ffn(ffn, hidden_states)
+        compiled = compiled_ffn(ffn)
+        return None if compiled is None else compiled(hidden_states)
+
+    def draft(
+        self, model: LongcatMTPModel, embedded: Tensor, forward_batch: ForwardBatch, cos: Tensor, sin: Tensor
+    ) -> Tensor | None:
+        from longcat_sglang.devices.cpu.drafting import draft
+
+        return draft(model, embedded, forward_batch, cos, sin)
 
     def fp8_kernels(self, activations: dtype) -> Fp8Kernels | None:
         from longcat_core.kernels.cpu.fp8 import CompiledFp8Kernels

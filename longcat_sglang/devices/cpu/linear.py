@@ -46,12 +46,12 @@ def projection(layer: Any) -> Projection | None:
     return None
 
 
-def dense_ffn(ffn: LongcatFFN, hidden_states: Tensor) -> Tensor | None:
-    """As `devices.base.Device.dense_ffn`: in one call for few tokens, if core's kernels take both weights."""
+def compiled_ffn(ffn: LongcatFFN) -> CompiledFFN | None:
+    """A dense FFN of few tokens in one call, if core's kernels take both weights."""
     if ffn.compiled is None:
         gate_up, down = projection(ffn.gate_up_proj), projection(ffn.down_proj)
-        ffn.compiled = gate_up is not None and down is not None and CompiledFFN.of(gate_up, down)
-    return ffn.compiled(hidden_states) if ffn.compiled else None
+        ffn.compiled = (gate_up is not None and down is not None and CompiledFFN.of(gate_up, down)) or False
+    return ffn.compiled or None
 
 
 METHODS: dict[type, type] = {
