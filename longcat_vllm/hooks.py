@@ -190,6 +190,17 @@ HOOKS: tuple[Hook, ...] = (
         upstream="https://github.com/vllm-project/vllm/pull/48421",
     ),
     Wrapper(
+        name="chains of drafts",
+        target="vllm.v1.spec_decode.eagle.EagleProposer.propose",
+        around="longcat_vllm.devices.cpu.drafting:draft_chain",
+        concerns="longcat_vllm.engine:drafts_for_longcat",
+        stage=Stage.MODEL,
+        device="cpu",
+        why="On a CPU the way of one more draft through vLLM's proposer, which builds metadata anew for it, and the model "
+        "takes several times as long as the MTP layer's few small products.",
+        remove_when="vLLM's proposer has a compiled chain of drafts on a CPU, as graphs are on CUDA.",
+    ),
+    Wrapper(
         name="draft gate",
         target="vllm.v1.spec_decode.eagle.EagleProposer.propose",
         around="longcat_vllm.speculation:propose_what_passes",

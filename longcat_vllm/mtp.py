@@ -61,6 +61,9 @@ class LongcatMTPLayer(nn.Module):
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "hidden_states": 0, "inputs_embeds": 0})
 class LongcatMTPModel(nn.Module):
+    compiled: Any = None
+    """A device's own, once it has asked."""
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         self.config = config = spellings.read(vllm_config.model_config.hf_config)
@@ -92,6 +95,8 @@ class LongcatFlashMTP(LongcatCausalLM):
     """
 
     _audited = staticmethod(audit.audited_mtp)
+    drafted_from: Tensor | None = None
+    """[R, H], what the last drafts were chosen from: the `hidden_states` of the next step."""
     has_own_embed_tokens = True
     """With it vLLM shares the target's embedding only if it is equal; without it, always."""
 
@@ -138,6 +143,7 @@ class LongcatFlashMTP(LongcatCausalLM):
         return self.model(input_ids, positions, hidden_states, inputs_embeds)
 
     def compute_logits(self, hidden_states: Tensor, spec_step_idx: int = 0) -> Tensor | None:
+        self.drafted_from = hidden_states
         logits = super().compute_logits(hidden_states)
         if self.gated_drafts is not None and logits is not None:
             self.gated_drafts.observe(logits)

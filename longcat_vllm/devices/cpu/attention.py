@@ -71,7 +71,7 @@ class LatentAttentionImpl(MLAAttentionImpl[LatentAttentionMetadata]):
         self._nope, self._kv_b_proj = mla["qk_nope_head_dim"], mla["kv_b_proj"]
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        self._up = UpProjection.of(self._kv_b_proj.weight.to(act_dtype), self.num_heads, self._nope)
+        self.up = UpProjection.of(self._kv_b_proj.weight.to(act_dtype), self.num_heads, self._nope)
 
     def do_kv_cache_update(
         self,
@@ -99,7 +99,7 @@ class LatentAttentionImpl(MLAAttentionImpl[LatentAttentionMetadata]):
         output_scale: Tensor | None = None,
     ) -> None:
         cache = kv_c_and_k_pe_cache.view(-1, self.head_size)
-        attended = paged_attention(q, cache, attn_metadata.batch, self._up, self.scale)
+        attended = paged_attention(q, cache, attn_metadata.batch, self.up, self.scale)
         output.copy_(attended.flatten(1))
 
     def forward_mqa(

@@ -51,9 +51,10 @@ class Cpu(Device):
         from vllm.model_executor.layers.layernorm import RMSNorm
 
         from longcat_core.plugin.methods import compile_norms, replace_methods
-        from longcat_vllm.devices.cpu.linear import METHODS
+        from longcat_vllm.devices.cpu.linear import DRAFTER_METHODS, METHODS
+        from longcat_vllm.mtp import LongcatFlashMTP
 
-        replace_methods(model, METHODS)
+        replace_methods(model, DRAFTER_METHODS if isinstance(model, LongcatFlashMTP) else METHODS)
         compile_norms(model, RMSNorm)
 
     def router_functions(self) -> RouterFunctions:

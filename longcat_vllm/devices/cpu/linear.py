@@ -6,22 +6,26 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from longcat_core.kernels.cpu.product import is_quicker, product
+from longcat_core.kernels.cpu.product import Projection, is_quicker, is_quicker_than_torch, product
 
 
 class _Compiled:
     """Core's product in place of the one that vLLM chooses, but for `kv_b_proj`, which attention takes apart."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        if is_quicker(layer.weight.dtype) and not getattr(layer, "_cpu_skip_gemm_dispatch", False):
+        if self._is_ours(layer) and not getattr(layer, "_cpu_skip_gemm_dispatch", False):
             layer.cpu_linear = _linear
         else:
             super().process_weights_after_loading(layer)  # type: ignore[misc]  # vLLM's class comes next
+
+    def _is_ours(self, layer: Any) -> bool:
+        return is_quicker(layer.weight.dtype)
 
 
 class CompiledLinearMethod(_Compiled, UnquantizedLinearMethod):
@@ -32,10 +36,25 @@ class CompiledHeadMethod(_Compiled, UnquantizedEmbeddingMethod):
     pass
 
 
+class DrafterLinearMethod(CompiledLinearMethod):
+    """Core's product for few rows on every processor, which takes the weight as it is: a draft is of one row a request,
+    and what packing gains many rows does not pay for it."""
+
+    def _is_ours(self, layer: Any) -> bool:
+        return is_quicker_than_torch(layer.weight.dtype, rows=1)
+
+
 METHODS: dict[type, type] = {
     UnquantizedLinearMethod: CompiledLinearMethod,
     UnquantizedEmbeddingMethod: CompiledHeadMethod,
 }
+DRAFTER_METHODS = METHODS | {UnquantizedLinearMethod: DrafterLinearMethod}
+
+
+def projection(layer: Any) -> Projection | None:
+    """A linear layer's weight, if core's kernels take it as it is."""
+    is_ours = getattr(layer, "cpu_linear", None) is _linear
+    return Projection(layer.weight) if is_ours and layer.weight.dtype == torch.bfloat16 else None
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -44,9 +63,15 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return output
 
 
+def _product(x: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tensor:
+    if scales is None and not is_quicker_than_torch(weight.dtype, x.shape[:-1].numel()):
+        return F.linear(x, weight)
+    return product(x, weight, scales)
+
+
 def _product_fake(x: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 _LIBRARY = torch.library.Library("longcat", "FRAGMENT")
-direct_register_custom_op("cpu_product", product, fake_impl=_product_fake, target_lib=_LIBRARY)
+direct_register_custom_op("cpu_product", _product, fake_impl=_product_fake, target_lib=_LIBRARY)
