@@ -226,8 +226,8 @@ def row(
     bytes_per_second: float | None = None,
     threads: int | None = None,
 ) -> dict[str, Any]:
-    """routed: of a decode step; a pass without it is over a prompt. bytes_per_second: of memory, where it was measured right
-    after the steps."""
+    """routed: of a decode step; a pass without it is over a prompt. bytes_per_second: of memory, where it was measured
+    right after the steps."""
     tokens = cell.context if routed is None else cell.requests
     return {
         "model": name.value,

@@ -122,7 +122,6 @@ class LongcatAttention(DeepseekV2AttentionMLA):
         w_kc, w_vc = parts.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
         self.w_kc = bind_or_assign(self.w_kc, w_kc.transpose(1, 2).contiguous().transpose(1, 2))
         self.w_vc = bind_or_assign(self.w_vc, w_vc.contiguous().transpose(1, 2))
-        self.compiled = None
 
 
 class LongcatDecoderLayer(nn.Module):
@@ -301,6 +300,7 @@ class LongcatCausalLM(nn.Module):
 
     def post_load_weights(self) -> None:
         """Derive tensors from the weights; SGLang calls it where it fills the weights without `load_weights`."""
+        module: Any
         for module in self.modules():
             if isinstance(module, LongcatAttention):
                 module.process_weights_after_loading()

@@ -124,6 +124,7 @@ class LongcatFlashMTP(LongcatCausalLM):
         if self._directory is not None:
             weights = chain(weights, checkpoint.unnamed_tensors(self._directory))
             self._directory = None
+        self.model.compiled = None  # of weights that may lie elsewhere now
         return super().load_weights(weights)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:

@@ -40,9 +40,7 @@ class Case(NamedTuple):
     visible: Tensor | None
 
     @classmethod
-    def of(
-        cls, group: RequestGroup, some: slice, up: UpProjection, cache: Tensor, rope: int, scale: float
-    ) -> Case:
+    def of(cls, group: RequestGroup, some: slice, up: UpProjection, cache: Tensor, rope: int, scale: float) -> Case:
         rows, slots = group.queries[some], group.slots[some]
         heads, nope, latent = up.w_uk.shape
         sizes = Sizes(
@@ -61,9 +59,7 @@ class Case(NamedTuple):
         return cls(sizes, rows, slots, group.positions[some], visible)
 
 
-def decoding(
-    batch: PagedBatch, up: UpProjection, cache: Tensor, rope: int, scale: float
-) -> list[Case] | None:
+def decoding(batch: PagedBatch, up: UpProjection, cache: Tensor, rope: int, scale: float) -> list[Case] | None:
     """A batch that the kernel takes as a whole: None if a part of it is a prompt, which torch is for."""
     cases = []
     for group in batch.groups:

@@ -43,8 +43,8 @@ class CompiledFFN:
 
     def __init__(self, gate_up: Projection, down: Projection) -> None:
         """gate_up: [2 I, H], gate above up; down: [H, I]."""
-        scales = (None if each.scales is None else each.scales.unsqueeze(0) for each in (gate_up, down))
-        self._weights = gate_up.weight.unsqueeze(0), down.weight.unsqueeze(0), *scales
+        self._weights = gate_up.weight.unsqueeze(0), down.weight.unsqueeze(0)
+        self._scales = [None if each.scales is None else each.scales.unsqueeze(0) for each in (gate_up, down)]
         self._ids = torch.zeros(FEW_ROWS, 1, dtype=torch.int32)
         self._shares = torch.ones(FEW_ROWS, 1)
 
@@ -59,7 +59,7 @@ class CompiledFFN:
         tokens = len(x)
         if not 0 < tokens <= FEW_ROWS:
             return None
-        return routed_experts(x, self._ids[:tokens], self._shares[:tokens], *self._weights)
+        return routed_experts(x, self._ids[:tokens], self._shares[:tokens], *self._weights, *self._scales)
 
 
 def routed_experts(

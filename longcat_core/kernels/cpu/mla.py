@@ -9,11 +9,10 @@ from __future__ import annotations
 import ctypes
 from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 
 from longcat_core.kernels.cpu.attention import Case, Sizes, decoding
-from longcat_core.kernels.cpu.library import GROUP, address_of, is_available, library, require_bf16, require_weight
+from longcat_core.kernels.cpu.library import GROUP, address_of, library, require_bf16, require_weight
 from longcat_core.kernels.cpu.product import FEW_ROWS, Projection
 from longcat_core.layers.latent_attention import PagedBatch, UpProjection
 
@@ -147,4 +146,3 @@ def _groups(batch: PagedBatch, up: UpProjection, cache: Tensor, rope: int, scale
             groups = _Groups((_Group * len(cases))(*(_Group(*each) for each in pointers)), cases)
         _last = batch, key, groups
     return _last[2]
-

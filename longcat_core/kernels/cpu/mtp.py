@@ -1,4 +1,4 @@
-"""The MTP layer for few tokens, in this folder's kernels. Reference: `longcat_core.reference`, an engine's own modules."""
+"""The MTP layer for few tokens, in this folder's kernels. Reference: an engine's own modules."""
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class MtpLayer:
         slots: Tensor,
         batch: PagedBatch,
     ) -> Tensor | None:
-        """embedded and hidden_states: bf16 [T, H]; the rest as of `Mla`. Returns bf16 [T, H], which is `hidden_states` of
+        """embedded and hidden_states: bf16 [T, H]; the rest as of `Mla`. Returns bf16 [T, H], the `hidden_states` of
         the next step; None where `Mla` returns it."""
         if not 0 < len(embedded) <= FEW_ROWS:
             return None

@@ -175,4 +175,3 @@ def _compiled(attention: LongcatAttention) -> Mla | None:
         return None
     epsilon = attention.q_a_layernorm.variance_epsilon
     return Mla(qkv_a, *norms, q_b, up, o, epsilon, attention.scaling)
-

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from longcat_sglang.mtp import LongcatMTPModel
 
 
-def draft(model: LongcatMTPModel, embedded: Tensor, forward_batch: ForwardBatch, cos: Tensor, sin: Tensor) -> Tensor | None:
+def draft(
+    model: LongcatMTPModel, embedded: Tensor, forward_batch: ForwardBatch, cos: Tensor, sin: Tensor
+) -> Tensor | None:
     """As `devices.base.Device.draft`."""
     layer, backend = compiled_layer(model), get_attn_backend()
     if layer is None or not isinstance(backend, LatentAttentionBackend) or backend.forward_metadata is None:
@@ -70,8 +72,9 @@ def draft_chain(
     layer = _layer_of_chains(worker, forward_batch)
     if layer is None:
         return original(worker, forward_batch, *args, **kwargs)
-    causal: Any = worker.draft_runner.model
-    model, backends = causal.model, worker.draft_attn_backend.attn_backends
+    drafter: Any = worker
+    causal: Any = drafter.draft_runner.model
+    model, backends = causal.model, drafter.draft_attn_backend.attn_backends
     given: Any = forward_batch.spec_info
     tokens, hidden_states = [given.topk_index], given.hidden_states
     requests, steps = len(tokens[0]), len(backends)
@@ -87,7 +90,7 @@ def draft_chain(
         hidden_states = made
         tokens.append(product(made, head).argmax(dim=-1, keepdim=True))
     forward_batch.positions.add_(steps)
-    parents, scores = worker._topk1_parents_prealloc[:requests], worker._topk1_score_indices_prealloc[:requests]
+    parents, scores = drafter._topk1_parents_prealloc[:requests], drafter._topk1_score_indices_prealloc[:requests]
     return parents, scores, torch.cat(tokens, dim=1), None
 
 
@@ -99,7 +102,8 @@ def _layer_of_chains(worker: EagleDraftWorker, forward_batch: ForwardBatch) -> M
         return None
     causal: Any = runner.model
     head = getattr(causal.lm_head, "weight", None)
-    requests = forward_batch.batch_size
-    if head is None or head.dtype != torch.bfloat16 or requests > min(FEW_ROWS, len(worker._topk1_parents_prealloc)):
+    parents = worker._topk1_parents_prealloc
+    most = 0 if parents is None else min(FEW_ROWS, len(parents))
+    if head is None or head.dtype != torch.bfloat16 or forward_batch.batch_size > most:
         return None
     return compiled_layer(causal.model)
