@@ -161,6 +161,16 @@ HOOKS: tuple[Hook, ...] = (
         remove_when="`EagleDraftWorker` has a compiled chain of drafts on a CPU, as graphs are on CUDA.",
     ),
     Wrapper(
+        name="drafts after a verification",
+        target="sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker._draft_extend_for_decode",
+        around="longcat_sglang.devices.cpu.drafting:draft_after_verification",
+        concerns="longcat_sglang.engine:is_longcats_process",
+        stage=Stage.MODEL,
+        device="cpu",
+        why="As chains of drafts.",
+        remove_when="As chains of drafts.",
+    ),
+    Wrapper(
         name="selection of drafts",
         target="sglang.srt.speculative.spec_utils._select_top_k_tokens_later",
         around="longcat_sglang.devices.cpu.patches:select_drafts_without_a_compiler",

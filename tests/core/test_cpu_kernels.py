@@ -18,6 +18,7 @@ from longcat_core.kernels.cpu import attention, library, rotary, routing
 from longcat_core.kernels.cpu import experts as compiled
 from longcat_core.kernels.cpu.experts import CompiledFFN, routed_experts
 from longcat_core.kernels.cpu.mla import Mla
+from longcat_core.kernels.cpu.mtp import MtpLayer, Norms
 from longcat_core.kernels.cpu.norm import add_rms_norm, rms_norm, takes
 from longcat_core.kernels.cpu.product import FEW_ROWS, Projection, product
 from longcat_core.layers import experts as reference
@@ -346,11 +347,56 @@ def test_prompts_and_many_tokens_are_left_to_other_kernels() -> None:
 
 def test_an_mla_whose_sizes_do_not_fit_is_refused() -> None:
     weights = mla_weights(torch.Generator().manual_seed(0), is_fp8=False)
+    batch = PagedBatch.build([0, 1], [1], torch.zeros(1, 1, dtype=torch.int64), 1)
+    x, angles, slot = torch.zeros(1, HIDDEN).bfloat16(), torch.zeros(1, 1, ROPE // 2), torch.zeros(1)
+    cache = torch.zeros(1, LATENT + ROPE).bfloat16()
+    for wrong in (
+        (x[:, 1:], angles, angles, cache, slot, batch),
+        (x, angles[..., 1:], angles, cache, slot, batch),
+        (x, angles, angles, cache[:, 1:], slot, batch),
+        (x, angles, angles, cache, slot[1:], batch),
+    ):
+        with pytest.raises(ValueError, match=r"x \[.* slots, wanted \[T, 40\]"):
+            Mla(**weights)(*wrong)
+    with pytest.raises(ValueError, match=r"o: strides .* wanted contiguous"):
+        Mla(**weights | {"o": Projection(torch.zeros(HIDDEN, HEADS * VALUE + 1).bfloat16()[:, 1:])})
     for name in ("qkv_a", "q_b", "o"):
         with pytest.raises(ValueError, match=r"projections and the latents' norm .* wanted"):
             Mla(**weights | {name: Projection(weights[name].weight[:, 1:])})
     with pytest.raises(ValueError, match=r"q_b: torch\.float32 .* wanted torch\.bfloat16"):
         Mla(**weights | {"q_b": Projection(weights["q_b"].weight.float())})
+
+
+def test_an_mtp_layer_is_its_modules_one_after_the_other() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mla = Mla(**mla_weights(generator, is_fp8=False))
+    norms = Norms(*(torch.rand(HIDDEN, generator=generator).bfloat16() for _ in Norms._fields))
+
+    def projection(*shape: int) -> Projection:
+        return Projection((torch.randn(shape, generator=generator) * shape[-1] ** -0.5).bfloat16())
+
+    eh_proj, ffn = projection(HIDDEN, 2 * HIDDEN), CompiledFFN(projection(2 * 24, HIDDEN), projection(HIDDEN, 24))
+    embedded, hidden = (torch.randn(2, HIDDEN, generator=generator).bfloat16() for _ in range(2))
+    batch = PagedBatch.build([0, 1, 2], [5, 7], torch.arange(14).view(2, 7), 1)
+    angles, slots = torch.rand(2, 1, ROPE // 2, generator=generator), torch.tensor([4, 13])
+    cache = torch.randn(14, LATENT + ROPE, generator=generator).bfloat16()
+    where = angles.cos(), angles.sin(), cache, slots, batch
+    layer = MtpLayer(norms, 1e-5, eh_proj, mla, ffn)
+    ours = layer(embedded, hidden, *where)
+
+    parts = rms_norm(embedded, norms.embedded, 1e-5), rms_norm(hidden, norms.hidden, 1e-5)
+    residual = product(torch.cat(parts, dim=-1), *eh_proj)
+    attended = mla(rms_norm(residual, norms.attention, 1e-5), *where)
+    assert attended is not None
+    inputs, residual = add_rms_norm(attended, residual, norms.ffn, 1e-5)
+    outputs = ffn(inputs)
+    assert outputs is not None
+    assert ours is not None
+    assert torch.equal(ours, add_rms_norm(outputs, residual, norms.last, 1e-5)[0])
+    many = torch.zeros(FEW_ROWS + 1, HIDDEN).bfloat16()
+    assert layer(many, many, *where) is None
+    with pytest.raises(ValueError, match=r"last: torch\.float32 .* wanted torch\.bfloat16"):
+        MtpLayer(norms._replace(last=norms.last.float()), 1e-5, eh_proj, mla, ffn)
 
 
 @given(seed=seeds, tokens=st.integers(1, FEW_ROWS), hidden=st.integers(8, 200), is_fp8=st.booleans())

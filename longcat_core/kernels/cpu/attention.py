@@ -60,13 +60,13 @@ class Case(NamedTuple):
 
 
 def decoding(batch: PagedBatch, up: UpProjection, cache: Tensor, rope: int, scale: float) -> list[Case] | None:
-    """A batch that the kernel takes as a whole: None if a part of it is a prompt, which torch is for."""
+    """A batch that the kernel takes as a whole: None if there is nothing in it, or a prompt, which torch is for."""
     cases = []
     for group in batch.groups:
         if _is_for_torch(group, up):
             return None
         cases += [Case.of(group, some, up, cache, rope, scale) for some in _at_once(group)]
-    return cases
+    return cases or None
 
 
 def paged_attention(

@@ -80,6 +80,8 @@ class Mla:
             raise ValueError(f"projections and the latents' norm {found}, wanted {wanted}, and a multiple of {GROUP}")
         for name, projection in (("qkv_a", qkv_a), ("q_b", q_b), ("o", o)):
             require_weight(name, *projection)
+            if not projection.weight.is_contiguous():
+                raise ValueError(f"{name}: strides {projection.weight.stride()}, wanted contiguous rows")
         w_uk, w_uv = up.w_uk.transpose(1, 2), up.w_uv
         require_bf16(q_norm=q_norm, kv_norm=kv_norm, w_uk=w_uk, w_uv=w_uv)
         if not w_uk.is_contiguous() or not w_uv.is_contiguous():
@@ -99,15 +101,23 @@ class Mla:
         where the tokens go. Returns bf16 [T, H], or None where others are quicker: for prompts, and many tokens.
 
         Raises:
-            ValueError: for other dtypes, or rows that are not contiguous.
+            ValueError: for other dtypes or sizes, or rows that are not contiguous.
         """
-        if not 0 < len(x) <= FEW_ROWS:
+        tokens, width = len(x), self._up.w_uk.shape[2] + self._rope
+        if not 0 < tokens <= FEW_ROWS:
             return None
         require_bf16(x=x, cache=cache)
+        angles = tokens * self._rope // 2
+        if x.shape[1] != self._hidden or cache.shape[1] != width or len(new_slots) != tokens or cos.numel() != angles:
+            raise ValueError(
+                f"x {[*x.shape]}, cos {[*cos.shape]}, cache {[*cache.shape]} and {len(new_slots)} slots, wanted [T, "
+                f"{self._hidden}], [T, 1, {self._rope // 2}], [S, {width}] and T"
+            )
+        new_slots, cos, sin = new_slots.long().contiguous(), cos.contiguous(), sin.contiguous()
         groups = _groups(batch, self._up, cache, self._rope, self._scale)
         if groups is None:
             return None
-        output = x.new_empty(len(x), self._hidden)
+        output = x.new_empty(tokens, self._hidden)
         library().longcat_mla(
             ctypes.byref(self._mla),
             output.data_ptr(),
@@ -119,7 +129,7 @@ class Mla:
             new_slots.data_ptr(),
             groups.array,
             len(groups.cases),
-            len(x),
+            tokens,
         )
         return output
 

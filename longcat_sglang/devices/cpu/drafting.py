@@ -20,10 +20,13 @@ from torch import Tensor
 from longcat_core.kernels.cpu.mtp import MtpLayer, Norms
 from longcat_core.kernels.cpu.product import FEW_ROWS, product
 from longcat_core.layers import rotary
+from longcat_core.layers.latent_attention import PagedBatch
 from longcat_sglang.devices.cpu.attention import DraftingBackend, LatentAttentionBackend, compiled_mla
 from longcat_sglang.devices.cpu.linear import compiled_ffn, projection
 
 if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.managers.utils import GenerationBatchResult
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker
 
@@ -69,7 +72,8 @@ def draft_chain(
     original: Callable[..., Any], worker: EagleDraftWorker, forward_batch: ForwardBatch, *args: Any, **kwargs: Any
 ) -> Any:
     """The drafts of a chain after the first, one pass of `MtpLayer` after the other; what SGLang's own returns."""
-    layer = _layer_of_chains(worker, forward_batch)
+    is_ours = isinstance(worker.draft_attn_backend, DraftingBackend) and not forward_batch.forward_mode.is_idle()
+    layer = _layer_of_chains(worker, forward_batch.batch_size, 1) if is_ours else None
     if layer is None:
         return original(worker, forward_batch, *args, **kwargs)
     drafter: Any = worker
@@ -81,7 +85,7 @@ def draft_chain(
     slots = per_step_draft_out_cache_loc(forward_batch.out_cache_loc, requests, 1, steps + 1)
     positions = forward_batch.positions + torch.arange(steps).unsqueeze(1)
     cos, sin = rotary.cos_sin(positions.unsqueeze(-1), model.inverse_frequencies, model.attention_factor)
-    head = causal.lm_head.weight[: model.config.vocab_size]
+    head = _head(causal)
     for step, backend in enumerate(backends):
         embedded = F.embedding(tokens[-1].flatten(), model.embed_tokens.weight)
         cache, batch = backend.cache_of(_attention(model)), backend.forward_metadata
@@ -94,16 +98,56 @@ def draft_chain(
     return parents, scores, torch.cat(tokens, dim=1), None
 
 
-def _layer_of_chains(worker: EagleDraftWorker, forward_batch: ForwardBatch) -> MtpLayer | None:
-    runner, backends = worker.draft_runner, worker.draft_attn_backend
+def draft_after_verification(
+    original: Callable[..., Any], worker: EagleDraftWorker, batch: ScheduleBatch, result: GenerationBatchResult
+) -> None:
+    """The first drafts of the next chains, from the hidden states of a verification; as SGLang's own, which leaves its
+    changes of the batch to be undone by the scheduler."""
+    width = worker.speculative_num_draft_tokens
+    requests = len(batch.seq_lens)
+    layer = _layer_of_chains(worker, requests, width) if not batch.forward_mode.is_idle() else None
+    given, verified, accepted = result.next_draft_input, result.logits_output, result.accept_lens
+    if layer is None or given is None or verified is None or accepted is None:
+        original(worker, batch, result)
+        return
+    drafter: Any = worker
+    causal: Any = drafter.draft_runner.model
+    model, backend = causal.model, drafter.draft_runner.attn_backend
+    where = PagedBatch.build(
+        query_starts=range(0, requests * width + 1, width),
+        seq_lens=(batch.seq_lens + width).tolist(),
+        block_table=drafter.req_to_token_pool.req_to_token,
+        block_size=1,
+        table_rows=batch.req_pool_indices.tolist(),
+    )
+    positions = (batch.seq_lens.unsqueeze(1) + torch.arange(width)).flatten()
+    cos, sin = rotary.cos_sin(positions.unsqueeze(-1), model.inverse_frequencies, model.attention_factor)
+    embedded = F.embedding(result.next_token_ids, model.embed_tokens.weight)
+    cache, slots = backend.cache_of(_attention(model)), batch.out_cache_loc
+    made = layer(embedded, verified.hidden_states, cos, sin, cache, slots, where)
+    assert made is not None, "few tokens, none of a prompt"
+    chosen = made[torch.arange(0, requests * width, width) + accepted - 1]
+    given.topk_index = product(chosen, _head(causal)).argmax(dim=-1, keepdim=True)
+    given.topk_p = torch.ones_like(given.topk_index, dtype=torch.float32)
+    given.hidden_states, given.cuda_graph_compatible = chosen, True
+
+
+def _layer_of_chains(worker: EagleDraftWorker, requests: int, width: int) -> MtpLayer | None:
+    """width: tokens of a request in a pass."""
+    runner, parents = worker.draft_runner, worker._topk1_parents_prealloc
     is_plain = worker.topk == 1 and worker.hot_token_id is None and not get_spec().speculative_use_rejection_sampling
     is_watched = "forward" in vars(runner) or runner.canary_manager is not None  # by a gate, which judges its logits
-    if not is_plain or is_watched or forward_batch.forward_mode.is_idle() or not isinstance(backends, DraftingBackend):
+    if not is_plain or is_watched or not isinstance(runner.attn_backend, LatentAttentionBackend):
         return None
     causal: Any = runner.model
     head = getattr(causal.lm_head, "weight", None)
-    parents = worker._topk1_parents_prealloc
-    most = 0 if parents is None else min(FEW_ROWS, len(parents))
-    if head is None or head.dtype != torch.bfloat16 or forward_batch.batch_size > most:
+    if head is None or head.dtype != torch.bfloat16 or parents is None or requests > len(parents):
+        return None
+    if requests * width > FEW_ROWS:
         return None
     return compiled_layer(causal.model)
+
+
+def _head(causal: Any) -> Tensor:
+    weight: Tensor = causal.lm_head.weight[: causal.model.config.vocab_size]
+    return weight
