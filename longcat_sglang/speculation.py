@@ -39,6 +39,7 @@ class GatedWorker(EAGLEWorkerV2):
         super().__init__(server_args, *args, **kwargs)
         assert isinstance(self.draft_worker, EagleDraftWorker)
         self._drafter = self.draft_worker
+        vars(self._drafter)["is_gated"] = True  # the gate sees the logits of every draft, as the runner makes them
         runner = self._drafter.draft_runner
         directory = loading.local_directory(server_args)
         gate = None if directory is None else drafting.load(directory)

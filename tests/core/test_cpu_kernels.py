@@ -353,6 +353,7 @@ def test_an_mla_whose_sizes_do_not_fit_is_refused() -> None:
     for wrong in (
         (x[:, 1:], angles, angles, cache, slot, batch),
         (x, angles[..., 1:], angles, cache, slot, batch),
+        (x, angles, angles.double(), cache, slot, batch),
         (x, angles, angles, cache[:, 1:], slot, batch),
         (x, angles, angles, cache, slot[1:], batch),
     ):
@@ -425,6 +426,18 @@ def test_a_dense_ffn_of_many_tokens_or_of_blocks_that_are_cut_is_left_to_other_k
     assert ffn(torch.zeros(FEW_ROWS + 1, 64).bfloat16()) is None
     cut = [quantize_blocks(weight) for weight in (torch.zeros(192, 64), torch.zeros(64, 96))]
     assert CompiledFFN.of(*(Projection(*each) for each in cut)) is None
+
+
+def test_a_weight_in_fp8_beside_one_in_bf16_is_no_single_call() -> None:
+    gate_up, down = torch.zeros(256, 64), torch.zeros(64, 128)
+    in_bf16 = Projection(gate_up.bfloat16()), Projection(down.bfloat16())
+    in_fp8 = Projection(*quantize_blocks(gate_up)), Projection(*quantize_blocks(down))
+    assert CompiledFFN.of(in_bf16[0], in_fp8[1]) is CompiledFFN.of(in_fp8[0], in_bf16[1]) is None
+    x, ids, shares = torch.zeros(1, 64).bfloat16(), torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1)
+    for (w13, w13_scales), (w2, w2_scales) in ((in_bf16[0], in_fp8[1]), (in_fp8[0], in_bf16[1])):
+        scales = [None if each is None else each.unsqueeze(0) for each in (w13_scales, w2_scales)]
+        with pytest.raises(ValueError, match="alone, wanted those of both weights"):
+            routed_experts(x, ids, shares, w13.unsqueeze(0), w2.unsqueeze(0), *scales)
 
 
 @given(seed=seeds, rows=st.integers(0, 40), columns=st.integers(1, 1100), scale=st.sampled_from([1e-3, 1.0, 100.0]))

@@ -38,7 +38,6 @@ long longcat_attention_scratch(const Attention* a) {
            (padded(a->latent + a->rope) + parts_of(*a) * (a->latent + 2) + padded(a->nope));
 }
 
-
 // output: bf16 [T, heads, value], of which rows `rows` are written; query: bf16 [T, heads, nope + rope]; rows: int64
 // [requests, queries]; cache: bf16 [slots of the cache, latent + rope]; slots: int64 [requests, slots]; positions: int64
 // [requests, queries], a query sees the slots up to its own; or `visible`, bool [requests, queries, slots], says which;

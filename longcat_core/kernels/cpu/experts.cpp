@@ -102,7 +102,7 @@ extern "C" {
 // expert of these; weights: fp32 [tokens, top_k]; w13: [experts, 2 inner, hidden], gate above up; w2: [experts, hidden,
 // inner]; both in bf16, or in FP8 if there are scales: fp32 [experts, 2 ceil(inner / SCALED), ceil(hidden / SCALED)] and
 // [experts, ceil(hidden / SCALED), ceil(inner / SCALED)]; scratch: fp32 [tokens, padded(hidden)] and then
-// [tokens top_k, padded(inner)].
+// [tokens top_k, padded(inner)]; on a processor with products in bf16 only the latter, in bf16.
 void longcat_experts(bf16* output, const bf16* x, long x_stride, const int32_t* ids, const float* weights,
                      const void* w13, const void* w2, const float* w13_scales, const float* w2_scales, float* scratch,
                      long tokens, long top_k, long experts, long hidden, long inner) {

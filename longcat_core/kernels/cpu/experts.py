@@ -50,9 +50,11 @@ class CompiledFFN:
 
     @classmethod
     def of(cls, gate_up: Projection, down: Projection) -> CompiledFFN | None:
-        """None where blocks of FP8 have both gate and up."""
+        """None where one weight is in FP8 and the other is not, or where a block of scales would have rows of both gate
+        and up."""
+        is_mixed = (gate_up.scales is None) != (down.scales is None)
         is_cut = gate_up.scales is not None and down.weight.shape[1] % PUBLISHED_BLOCK[0] != 0
-        return None if is_cut else cls(gate_up, down)
+        return None if is_mixed or is_cut else cls(gate_up, down)
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """bf16 [T, H] -> [T, H], or None where two products are quicker, with many tokens."""
@@ -90,6 +92,10 @@ def routed_experts(
         raise ValueError(
             f"hidden_states {[*hidden_states.shape]}, ids {[*ids.shape]}, weights {[*weights.shape]}, w13 "
             f"{[*w13.shape]}, w2 {[*w2.shape]}: wanted [T, H], [T, K], [T, K], [E, 2 I, H] and [E, H, I]"
+        )
+    if (w13_scales is None) != (w2_scales is None):
+        raise ValueError(
+            f"scales of {'w2' if w13_scales is None else 'w13'} alone, wanted those of both weights, or none"
         )
     scales = None if w13_scales is None else w13_scales.unflatten(1, (2, -1))
     require_weight("w13", w13.unflatten(1, (2, inner)), scales)  # gate and up have blocks of their own

@@ -37,7 +37,7 @@ def description() -> str:
 
 
 def use(instruction_set: str) -> None:
-    """Choose among `avx512`, `avx2` and `generic`, for tests and comparisons; at first it is the quickest.
+    """Choose among `avx512_bf16`, `avx512`, `avx2`, `generic`, for tests and comparisons; at first it is the quickest.
 
     Raises:
         ValueError: if this processor does not have it.

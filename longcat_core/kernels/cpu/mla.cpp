@@ -7,7 +7,7 @@
 
 using namespace longcat;
 
-extern "C" {
+namespace {
 
 struct Projection {  // [rows, columns], contiguous, in bf16, or in FP8 if there are scales
     const void* weight;
@@ -26,6 +26,10 @@ struct Group {  // requests that are attended to at once
     const int64_t *rows, *slots, *positions;
     const bool* visible;
 };
+
+}  // namespace
+
+extern "C" {
 
 // output: bf16 [tokens, o.rows]; x: bf16 [tokens, qkv_a.columns], rows x_stride apart; cos and sin: fp32 [tokens, rope / 2];
 // new_slots: int64 [tokens], where in the cache the tokens go; groups: of one model and cache, in which each token is once.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from longcat_core.kernels.cpu.attention import Case, Sizes, decoding
@@ -48,7 +49,7 @@ class _Group(ctypes.Structure):
 
 
 class Mla:
-    """One attention's weights, which stay where they are, whatever is loaded into them.
+    """One attention's weights. They are read where they are, so that what is loaded into them in place is seen.
 
     Raises:
         ValueError: for dtypes or strides that the kernels do not take, or sizes that do not fit.
@@ -76,7 +77,7 @@ class Mla:
             [[len(q_norm) + latent + rope, hidden], [heads * (nope + rope), len(q_norm)], [hidden, values]],
             latent,
         )
-        if found != wanted or rope < 0 or latent % GROUP:
+        if found != wanted or rope < 2 or rope % 2 or latent % GROUP:
             raise ValueError(f"projections and the latents' norm {found}, wanted {wanted}, and a multiple of {GROUP}")
         for name, projection in (("qkv_a", qkv_a), ("q_b", q_b), ("o", o)):
             require_weight(name, *projection)
@@ -87,12 +88,17 @@ class Mla:
         if not w_uk.is_contiguous() or not w_uv.is_contiguous():
             raise ValueError("w_uk, w_uv: not contiguous, wanted as `UpProjection.of` lays them out")
         self._up, self._rope, self._scale, self._hidden = up, rope, softmax_scale, hidden
-        self._tensors = qkv_a, q_norm, kv_norm, q_b, o  # which it keeps alive
+        weights = (*qkv_a, *q_b, *o, q_norm, kv_norm)
+        self._storages = [None if each is None else each.detach() for each in weights]  # which it keeps alive
         self._mla = _Mla(
             *(_Projection(p.weight.data_ptr(), address_of(p.scales), *p.weight.shape) for p in (qkv_a, q_b, o)),
             *(tensor.data_ptr() for tensor in (q_norm, kv_norm, w_uk, w_uv)),
             epsilon,
         )
+
+    def takes(self, tokens: int, cache: Tensor, batch: PagedBatch) -> bool:
+        """Whether a call on so many tokens returns something."""
+        return 0 < tokens <= FEW_ROWS and self._groups(cache, batch) is not None
 
     def __call__(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, new_slots: Tensor, batch: PagedBatch
@@ -103,20 +109,21 @@ class Mla:
         Raises:
             ValueError: for other dtypes or sizes, or rows that are not contiguous.
         """
-        tokens, width = len(x), self._up.w_uk.shape[2] + self._rope
-        if not 0 < tokens <= FEW_ROWS:
+        if not self.takes(len(x), cache, batch):
             return None
+        tokens, width = len(x), self._up.w_uk.shape[2] + self._rope
         require_bf16(x=x, cache=cache)
         angles = tokens * self._rope // 2
-        if x.shape[1] != self._hidden or cache.shape[1] != width or len(new_slots) != tokens or cos.numel() != angles:
+        are_angles = all(each.dtype == torch.float32 and each.numel() == angles for each in (cos, sin))
+        if x.shape[1] != self._hidden or cache.shape[1] != width or len(new_slots) != tokens or not are_angles:
             raise ValueError(
-                f"x {[*x.shape]}, cos {[*cos.shape]}, cache {[*cache.shape]} and {len(new_slots)} slots, wanted [T, "
-                f"{self._hidden}], [T, 1, {self._rope // 2}], [S, {width}] and T"
+                f"x {[*x.shape]}, cos {cos.dtype} {[*cos.shape]}, sin {sin.dtype} {[*sin.shape]}, cache "
+                f"{[*cache.shape]} and {len(new_slots)} slots, wanted [T, {self._hidden}], torch.float32 [T, 1, "
+                f"{self._rope // 2}] twice, [S, {width}] and T"
             )
         new_slots, cos, sin = new_slots.long().contiguous(), cos.contiguous(), sin.contiguous()
-        groups = _groups(batch, self._up, cache, self._rope, self._scale)
-        if groups is None:
-            return None
+        groups = self._groups(cache, batch)
+        assert groups is not None, "as it takes them"
         output = x.new_empty(tokens, self._hidden)
         library().longcat_mla(
             ctypes.byref(self._mla),
@@ -133,6 +140,9 @@ class Mla:
         )
         return output
 
+    def _groups(self, cache: Tensor, batch: PagedBatch) -> _Groups | None:
+        return _groups(batch, self._up, cache, self._rope, self._scale)
+
 
 class _Groups(NamedTuple):
     array: ctypes.Array[_Group]
@@ -147,12 +157,13 @@ _last: tuple[PagedBatch, tuple[Any, ...], _Groups | None] | None = None
 def _groups(batch: PagedBatch, up: UpProjection, cache: Tensor, rope: int, scale: float) -> _Groups | None:
     global _last
     key = (up.w_uk.shape, up.w_uv.shape, cache.stride(0), rope, scale)
-    if _last is None or _last[0] is not batch or _last[1] != key:
+    last = _last
+    if last is None or last[0] is not batch or last[1] != key:
         cases, groups = decoding(batch, up, cache, rope, scale), None
         if cases is not None:
             pointers = (
                 (case.sizes, *map(address_of, (case.rows, case.slots, case.positions, case.visible))) for case in cases
             )
             groups = _Groups((_Group * len(cases))(*(_Group(*each) for each in pointers)), cases)
-        _last = batch, key, groups
-    return _last[2]
+        _last = last = batch, key, groups
+    return last[2]

@@ -12,7 +12,7 @@ from longcat_core.kernels.cpu.experts import CompiledFFN
 from longcat_core.kernels.cpu.library import require_bf16
 from longcat_core.kernels.cpu.mla import Mla
 from longcat_core.kernels.cpu.norm import add_rms_norm, rms_norm
-from longcat_core.kernels.cpu.product import FEW_ROWS, Projection, product
+from longcat_core.kernels.cpu.product import Projection, product
 from longcat_core.layers.latent_attention import PagedBatch
 
 
@@ -50,14 +50,13 @@ class MtpLayer:
     ) -> Tensor | None:
         """embedded and hidden_states: bf16 [T, H]; the rest as of `Mla`. Returns bf16 [T, H], the `hidden_states` of
         the next step; None where `Mla` returns it."""
-        if not 0 < len(embedded) <= FEW_ROWS:
+        if not self._mla.takes(len(embedded), cache, batch):
             return None
         norms, epsilon = self._norms, self._epsilon
         parts = rms_norm(embedded, norms.embedded, epsilon), rms_norm(hidden_states, norms.hidden, epsilon)
         residual = product(torch.cat(parts, dim=-1), *self._eh_proj)
         attended = self._mla(rms_norm(residual, norms.attention, epsilon), cos, sin, cache, slots, batch)
-        if attended is None:
-            return None
+        assert attended is not None, "as it takes them"
         inputs, residual = add_rms_norm(attended, residual, norms.ffn, epsilon)
         outputs = self._ffn(inputs)
         assert outputs is not None, "as few rows as attention took"

@@ -9,14 +9,19 @@
 namespace longcat {
 
 static const Tiles* const ALL_TILES[] = {  // the quickest first
+#ifdef HAS_AVX512_BF16
+    &AVX512_BF16_TILES,
+#endif
 #ifdef __x86_64__
-    &AVX512_BF16_TILES, &AVX512_TILES, &AVX2_TILES,
+    &AVX512_TILES, &AVX2_TILES,
 #endif
     &GENERIC_TILES};
 
 static bool is_supported(const Tiles& some) {
 #ifdef __x86_64__
+#ifdef HAS_AVX512_BF16
     if (&some == &AVX512_BF16_TILES) return is_supported(AVX512_TILES) && __builtin_cpu_supports("avx512bf16");
+#endif
     if (&some == &AVX512_TILES)
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
@@ -82,7 +87,8 @@ int longcat_use(const char* name) {
 }
 
 // output: bf16 [tokens, rows]; x: bf16 [tokens, k], rows x_stride apart; weight: [rows, k], rows weight_stride apart, in
-// bf16, or in FP8 if there are scales: fp32 [ceil(rows / SCALED), ceil(k / SCALED)]; scratch: fp32 [tokens, padded(k)].
+// bf16, or in FP8 if there are scales: fp32 [ceil(rows / SCALED), ceil(k / SCALED)]; scratch: fp32 [tokens, padded(k)], of which a processor with products
+// in bf16 needs none.
 void longcat_product(bf16* output, const bf16* x, long x_stride, const void* weight, long weight_stride,
                      const float* scales, float* scratch, long tokens, long rows, long k) {
     if (scales)

@@ -1,7 +1,11 @@
-// Products of a few rows in fp32 with many rows in bf16 or FP8: the inner loops of all kernels, once for each instruction set.
+// Products of a few rows with many rows in bf16 or FP8: the inner loops of all kernels, once for each instruction set.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include <cstdint>
+
+#if defined(__x86_64__) && __GNUC__ >= 11  // an older one may not know the instructions, or how to ask for them
+#define HAS_AVX512_BF16
+#endif
 
 namespace longcat {
 

@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "tiles.h"
 
-#ifdef __x86_64__
+#ifdef HAS_AVX512_BF16
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")
 #include <immintrin.h>
 

@@ -125,7 +125,9 @@ def draft_after_verification(
     embedded = F.embedding(result.next_token_ids, model.embed_tokens.weight)
     cache, slots = backend.cache_of(_attention(model)), batch.out_cache_loc
     made = layer(embedded, verified.hidden_states, cos, sin, cache, slots, where)
-    assert made is not None, "few tokens, none of a prompt"
+    if made is None:  # so many drafts that torch attends to them as to a prompt
+        original(worker, batch, result)
+        return
     chosen = made[torch.arange(0, requests * width, width) + accepted - 1]
     given.topk_index = product(chosen, _head(causal)).argmax(dim=-1, keepdim=True)
     given.topk_p = torch.ones_like(given.topk_index, dtype=torch.float32)
@@ -136,12 +138,14 @@ def _layer_of_chains(worker: EagleDraftWorker, requests: int, width: int) -> Mtp
     """width: tokens of a request in a pass."""
     runner, parents = worker.draft_runner, worker._topk1_parents_prealloc
     is_plain = worker.topk == 1 and worker.hot_token_id is None and not get_spec().speculative_use_rejection_sampling
-    is_watched = "forward" in vars(runner) or runner.canary_manager is not None  # by a gate, which judges its logits
+    is_watched = getattr(worker, "is_gated", False) or runner.canary_manager is not None
     if not is_plain or is_watched or not isinstance(runner.attn_backend, LatentAttentionBackend):
         return None
     causal: Any = runner.model
     head = getattr(causal.lm_head, "weight", None)
-    if head is None or head.dtype != torch.bfloat16 or parents is None or requests > len(parents):
+    if head is None or head.dtype != torch.bfloat16 or causal.logits_processor.use_fp32_lm_head:
+        return None
+    if parents is None or requests > len(parents):
         return None
     if requests * width > FEW_ROWS:
         return None

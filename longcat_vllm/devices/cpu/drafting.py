@@ -23,11 +23,10 @@ from longcat_core.layers import rotary
 from longcat_core.layers.latent_attention import PagedBatch
 from longcat_vllm.devices.cpu.attention import LatentAttentionImpl
 from longcat_vllm.devices.cpu.linear import projection
+from longcat_vllm.mtp import LongcatFlashMTP, LongcatMTPModel
 
 if TYPE_CHECKING:
     from vllm.v1.spec_decode.eagle import EagleProposer
-
-    from longcat_vllm.mtp import LongcatMTPModel
 
 PADDING_SLOT = -1
 
@@ -55,6 +54,7 @@ def draft_chain(original: Callable[..., Any], proposer: EagleProposer, *args: An
         embedded = F.embedding(tokens[-1].flatten(), model.embed_tokens.weight)
         where = PagedBatch.build(starts, lengths, batch.block_table_tensor, proposer.block_size)
         hidden_states = layer(embedded, hidden_states, cos[step], sin[step], cache, slots[step], where)
+        assert hidden_states is not None, "one token of few requests"
         tokens.append(causal.compute_logits(hidden_states).argmax(dim=-1, keepdim=True))
     return torch.cat(tokens, dim=1)
 
@@ -64,7 +64,7 @@ def _places(positions: Tensor, block_table: Tensor, proposer: EagleProposer) -> 
     first position and has no slot, as vLLM has it; it is never verified."""
     is_beyond = positions >= proposer.max_model_len
     positions = torch.where(is_beyond, 0, positions)
-    blocks = block_table.long().gather(1, (positions // proposer.block_size).T).T
+    blocks = block_table.gather(1, (positions // proposer.block_size).T.long()).T.long()
     slots = blocks * proposer.block_size + positions % proposer.block_size
     return positions, torch.where(is_beyond, PADDING_SLOT, slots)
 
@@ -76,8 +76,9 @@ def _layer_of_chains(proposer: EagleProposer, arguments: dict[str, Any]) -> MtpL
     is_greedy = not proposer._enable_probabilistic_draft_probs or sampling.all_greedy
     if not is_greedy or proposer.use_local_argmax_reduction or batch.batch_size() > FEW_ROWS:
         return None
-    causal: Any = proposer.model
-    model = causal.model
+    if not isinstance(proposer.model, LongcatFlashMTP) or proposer.parallel_drafting:
+        return None
+    model = proposer.model.model
     if model.compiled is None:
         model.compiled = _compiled(model) or False
     return model.compiled or None
@@ -100,4 +101,5 @@ def _compiled(model: LongcatMTPModel) -> MtpLayer | None:
     mla = Mla(qkv_a, *latent_norms, q_b, implementation.up, o, config.mla_norm_eps, implementation.scale)
     modules = layer.enorm["m"], layer.hnorm["m"], layer.input_layernorm, layer.post_attention_layernorm, model.norm
     norms = Norms(*(module.weight for module in modules))
-    return MtpLayer(norms, config.rms_norm_eps, eh_proj, mla, CompiledFFN(gate_up, down))
+    compiled = CompiledFFN.of(gate_up, down)
+    return None if compiled is None else MtpLayer(norms, config.rms_norm_eps, eh_proj, mla, compiled)

@@ -1,4 +1,5 @@
-"""Linear layers and the head on a CPU without products in bf16, where oneDNN and torch multiply row by row."""
+"""Linear layers and the head on a CPU without products in bf16, where oneDNN and torch multiply row by row, and a
+drafter's on any."""
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
