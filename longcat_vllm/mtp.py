@@ -111,7 +111,7 @@ class LongcatFlashMTP(LongcatCausalLM):
         config = spellings.read(vllm_config.model_config.hf_config)
         super().__init__(vllm_config, config, mtp_load_plan(config, LAYOUT))
         self.model = LongcatMTPModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
-        devices.current().choose_kernels(self)
+        devices.current().choose_kernels(self, is_drafter=True)
         self._directory = loading.directory(vllm_config)
         self.gated_drafts: GatedDrafts | None = None
         if vllm_config.scheduler_config.scheduler_cls == GATE_SCHEDULER:

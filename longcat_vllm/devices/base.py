@@ -49,7 +49,7 @@ class Device(ABC):
         """The kernel of a linear layer that is in FP8. `choose` makes vLLM's own choice."""
 
     @abstractmethod
-    def choose_kernels(self, model: nn.Module) -> None:
+    def choose_kernels(self, model: nn.Module, is_drafter: bool = False) -> None:
         """Give the linear layers, the head and the norms of a model their kernels, where the engine's own are slow."""
 
     @abstractmethod

@@ -118,9 +118,9 @@ def _note_kernels(noted: Path, patch: pytest.MonkeyPatch) -> None:
         with noted.open("a") as names:
             names.write(f"{name}\n")
 
-    def noting_model(this: Any, model: Any) -> None:
+    def noting_model(this: Any, model: Any, **kwargs: Any) -> None:
         note(type(model).__name__)
-        choose(this, model)
+        choose(this, model, **kwargs)
 
     def noting(name: str, kernel: Any) -> Any:
         def call(*args: Any) -> Any:

@@ -47,14 +47,13 @@ class Cpu(Device):
 
         return CpuFp8LinearMethod()
 
-    def choose_kernels(self, model: nn.Module) -> None:
+    def choose_kernels(self, model: nn.Module, is_drafter: bool = False) -> None:
         from vllm.model_executor.layers.layernorm import RMSNorm
 
         from longcat_core.plugin.methods import compile_norms, replace_methods
         from longcat_vllm.devices.cpu.linear import DRAFTER_METHODS, METHODS
-        from longcat_vllm.mtp import LongcatFlashMTP
 
-        replace_methods(model, DRAFTER_METHODS if isinstance(model, LongcatFlashMTP) else METHODS)
+        replace_methods(model, DRAFTER_METHODS if is_drafter else METHODS)
         compile_norms(model, RMSNorm)
 
     def router_functions(self) -> RouterFunctions:

@@ -23,10 +23,11 @@ from longcat_core.layers import rotary
 from longcat_core.layers.latent_attention import PagedBatch
 from longcat_vllm.devices.cpu.attention import LatentAttentionImpl
 from longcat_vllm.devices.cpu.linear import projection
-from longcat_vllm.mtp import LongcatFlashMTP, LongcatMTPModel
 
 if TYPE_CHECKING:
     from vllm.v1.spec_decode.eagle import EagleProposer
+
+    from longcat_vllm.mtp import LongcatMTPModel
 
 PADDING_SLOT = -1
 
@@ -76,9 +77,10 @@ def _layer_of_chains(proposer: EagleProposer, arguments: dict[str, Any]) -> MtpL
     is_greedy = not proposer._enable_probabilistic_draft_probs or sampling.all_greedy
     if not is_greedy or proposer.use_local_argmax_reduction or batch.batch_size() > FEW_ROWS:
         return None
-    if not isinstance(proposer.model, LongcatFlashMTP) or proposer.parallel_drafting:
+    causal: Any = proposer.model
+    if not hasattr(causal, "drafted_from") or proposer.parallel_drafting:  # the first is of our MTP layer alone
         return None
-    model = proposer.model.model
+    model = causal.model
     if model.compiled is None:
         model.compiled = _compiled(model) or False
     return model.compiled or None

@@ -58,7 +58,7 @@ class Cuda(Device):
     def fp8_linear_method(self, choose: Callable[[], QuantizeMethodBase | None]) -> QuantizeMethodBase | None:
         return choose()
 
-    def choose_kernels(self, model: nn.Module) -> None:
+    def choose_kernels(self, model: nn.Module, is_drafter: bool = False) -> None:
         """They are the engine's."""
 
     def router_functions(self) -> RouterFunctions:
