@@ -81,9 +81,9 @@ def _layer_of_chains(proposer: EagleProposer, arguments: dict[str, Any]) -> MtpL
     if not hasattr(causal, "drafted_from") or proposer.parallel_drafting:  # the first is of our MTP layer alone
         return None
     model = causal.model
-    if model.compiled is None:
-        model.compiled = _compiled(model) or False
-    return model.compiled or None
+    if model.mtp_layer is None:
+        model.mtp_layer = _compiled(model) or False
+    return model.mtp_layer or None
 
 
 def _compiled(model: LongcatMTPModel) -> MtpLayer | None:
