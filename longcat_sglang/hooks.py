@@ -156,8 +156,8 @@ HOOKS: tuple[Hook, ...] = (
         concerns="longcat_sglang.engine:is_longcats_process",
         stage=Stage.MODEL,
         device="cpu",
-        why="On a CPU the way of one more draft through SGLang's model runner, layer boundaries and logits takes ten "
-        "times as long as the MTP layer's few small products.",
+        why="On a CPU the way of one more draft through SGLang's model runner, layer boundaries and logits takes "
+        "longer than the MTP layer's few small products.",
         remove_when="`EagleDraftWorker` has a compiled chain of drafts on a CPU, as graphs are on CUDA.",
     ),
     Wrapper(

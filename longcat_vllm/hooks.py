@@ -197,7 +197,7 @@ HOOKS: tuple[Hook, ...] = (
         stage=Stage.MODEL,
         device="cpu",
         why="On a CPU the way of one more draft through vLLM's proposer, which builds metadata anew for it, and "
-        "through the model takes several times as long as the MTP layer's few small products.",
+        "through the model takes longer than the MTP layer's few small products.",
         remove_when="vLLM's proposer has a compiled chain of drafts on a CPU, as graphs are on CUDA.",
     ),
     Wrapper(

@@ -1,7 +1,7 @@
 """The MTP layer's decode steps on a CPU, called without SGLang's layers in between, and chains of drafts made of them.
 
 One more draft is one pass through one small layer. SGLang's way through its model runner, its layers and its logits
-takes ten times as long as what these compute.
+takes longer than what these compute.
 """
 # SPDX-License-Identifier: Apache-2.0
 

@@ -1,6 +1,6 @@
 """Chains of drafts on a CPU, without vLLM's proposer, its metadata and its model runner in between.
 
-One more draft is one pass through one small layer, which computes for a fraction of the time that calling it takes.
+One more draft is one pass through one small layer, which takes less time than calling it through these.
 """
 # SPDX-License-Identifier: Apache-2.0
 
