@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,12 @@ class Norms(NamedTuple):
     attention: Tensor
     ffn: Tensor
     last: Tensor
+
+    @classmethod
+    def of(cls, layer: Any, last: Any) -> Norms:
+        """layer: an engine's MTP layer, with modules named as published; last: the norm after it."""
+        norms = layer.enorm["m"], layer.hnorm["m"], layer.input_layernorm, layer.post_attention_layernorm, last
+        return cls(*(norm.weight for norm in norms))
 
 
 class MtpLayer:

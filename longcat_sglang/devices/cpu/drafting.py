@@ -58,9 +58,7 @@ def _compiled(model: LongcatMTPModel) -> MtpLayer | None:
     eh_proj = projection(layer.eh_proj)
     if mla is None or ffn is None or eh_proj is None or get_parallel().tp_size > 1:
         return None
-    modules = layer.enorm["m"], layer.hnorm["m"], layer.input_layernorm, layer.post_attention_layernorm, model.norm
-    norms = Norms(*(module.weight for module in modules))
-    return MtpLayer(norms, model.config.rms_norm_eps, eh_proj, mla, ffn)
+    return MtpLayer(Norms.of(layer, model.norm), model.config.rms_norm_eps, eh_proj, mla, ffn)
 
 
 def _attention(model: LongcatMTPModel) -> Any:

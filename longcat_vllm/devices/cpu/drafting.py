@@ -101,7 +101,6 @@ def _compiled(model: LongcatMTPModel) -> MtpLayer | None:
     config = model.config
     latent_norms = attention.q_a_layernorm.weight, attention.kv_a_layernorm.weight
     mla = Mla(qkv_a, *latent_norms, q_b, implementation.up, o, config.mla_norm_eps, implementation.scale)
-    modules = layer.enorm["m"], layer.hnorm["m"], layer.input_layernorm, layer.post_attention_layernorm, model.norm
-    norms = Norms(*(module.weight for module in modules))
+    norms = Norms.of(layer, model.norm)
     compiled = CompiledFFN.of(gate_up, down)
     return None if compiled is None else MtpLayer(norms, config.rms_norm_eps, eh_proj, mla, compiled)
