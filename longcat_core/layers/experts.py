@@ -150,6 +150,7 @@ def ffn_by_expert(
 
         gate, up = by_expert(gate_up, rows[order // experts.shape[1]]).chunk(2, dim=-1)
         outputs = by_expert(down, F.silu(gate) * up)[order.argsort()].unflatten(0, experts.shape)
-        return (outputs.float() * weights.unsqueeze(-1)).sum(dim=1).to(rows.dtype)
+        weighted = outputs.float() * weights.unsqueeze(-1)
+        return (weighted.squeeze(1) if experts.shape[1] == 1 else weighted.sum(dim=1)).to(rows.dtype)
 
     return ffn

@@ -160,11 +160,13 @@ def attend(
     up: UpProjection,
     scale: float,
     linear: Callable[[Tensor, Tensor], Tensor] = F.linear,
+    attend_to: Callable[[Tensor, Tensor, Tensor, RequestGroup, float], Tensor] | None = None,
 ) -> None:
-    """`paged_attention` of one group: writes its rows of output [T, heads, v]. linear: expands latents of a prompt."""
+    """`paged_attention` of one group: writes its rows of output [T, heads, v]. linear: expands latents of a prompt;
+    attend_to: attends to what they become, in place of `attend_to_expanded`."""
     new = queries[group.queries]  # [G, Q, heads, nope + rope]
     if is_prefill(group, up):
-        attended = _attend_expanded(new, cache, group, up, scale, linear)
+        attended = _attend_expanded(new, cache, group, up, scale, linear, attend_to or attend_to_expanded)
     else:
         attended = _attend_absorbed(new, cache, group, up, scale)
     output[group.queries] = attended.to(output.dtype)
@@ -249,9 +251,10 @@ def _attend_expanded(
     up: UpProjection,
     scale: float,
     linear: Callable[[Tensor, Tensor], Tensor],
+    attend_to: Callable[[Tensor, Tensor, Tensor, RequestGroup, float], Tensor],
 ) -> Tensor:
     """Attention over keys and values expanded from the latents, some heads at a time. Returns [G, Q, heads, v]."""
-    heads, nope, latent = up.w_uk.shape
+    heads, _, latent = up.w_uk.shape
     rows = cache[group.slots]
     latents, rope_keys = rows.split([latent, rows.shape[-1] - latent], dim=-1)
     whole = up.whole.to(rows.dtype).unflatten(0, (heads, -1))
@@ -259,24 +262,27 @@ def _attend_expanded(
     step = max(1, _EXPANDED_AT_ONCE // group.slots.numel())
     for some in (slice(first, first + step) for first in range(0, heads, step)):
         weight = whole[some]
-        expanded = linear(latents, weight.flatten(0, 1)).unflatten(-1, weight.shape[:2]).transpose(1, 2)
-        k_nope, values = expanded.split([nope, expanded.shape[-1] - nope], dim=-1)
-        k = torch.cat((k_nope, rope_keys.unsqueeze(1).expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
-        attended[:, :, some] = _attend_to(queries[:, :, some].to(k.dtype), k, values, group, scale).to(attended.dtype)
+        expanded = linear(latents, weight.flatten(0, 1)).unflatten(-1, weight.shape[:2])
+        attended[:, :, some] = attend_to(queries[:, :, some].to(rows.dtype), expanded, rope_keys, group, scale)
     return attended
 
 
-def _attend_to(queries: Tensor, keys: Tensor, values: Tensor, group: RequestGroup, scale: float) -> Tensor:
-    """queries: [G, Q, heads, nope + rope]; keys: [G, heads, N, nope + rope]; values: [G, heads, N, v]. Returns
-    [G, Q, heads, v]."""
+def attend_to_expanded(
+    queries: Tensor, expanded: Tensor, rope_keys: Tensor, group: RequestGroup, scale: float
+) -> Tensor:
+    """queries: [G, Q, heads, nope + rope]; expanded: [G, N, heads, nope + v]; rope_keys: [G, N, rope], of all heads.
+    Returns [G, Q, heads, v]."""
+    nope = queries.shape[-1] - rope_keys.shape[-1]
+    k_nope, values = expanded.transpose(1, 2).split([nope, expanded.shape[-1] - nope], dim=-1)
+    keys = torch.cat((k_nope, rope_keys.unsqueeze(1).expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
     # torch's fused CPU kernel wants values as wide as keys; zero columns are dropped again below.
     width = max(keys.shape[-1], values.shape[-1])
     q, k, v = (F.pad(t, (0, width - t.shape[-1])) for t in (queries.transpose(1, 2), keys, values))
-    step = max(1, _PAIRS_AT_ONCE // k.shape[2])
-    if group.is_whole_prompt and q.shape[2] <= step:
+    if group.is_whole_prompt:
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     else:
         attended = torch.empty_like(q)
+        step = max(1, _PAIRS_AT_ONCE // k.shape[2])
         for first in range(0, q.shape[2], step):
             mask = group.visible(first, first + step).unsqueeze(1)
             part = q[:, :, first : first + step]

@@ -21,6 +21,7 @@ from longcat_core.kernels.cpu.mla import Mla
 from longcat_core.kernels.cpu.mtp import MtpLayer, Norms
 from longcat_core.kernels.cpu.norm import add_rms_norm, rms_norm, takes
 from longcat_core.kernels.cpu.product import FEW_ROWS, Projection, product
+from longcat_core.kernels.cpu.prompt import attend_to_expanded
 from longcat_core.layers import experts as reference
 from longcat_core.layers import latent_attention
 from longcat_core.layers import rotary as rotary_reference
@@ -228,6 +229,61 @@ def test_prompts_and_what_the_kernel_does_not_take_are_left_to_the_reference(mon
     for sizes, requests in (((2, 6, 4, 8, 5), [(20, 1)]), ((2, 6, 4, 32, 5), [(0, 40), (9, 20)])):
         case = step(requests, sizes=sizes).to(torch.bfloat16)
         monkeypatch.setattr(attention, "_attend", None)
+        assert relative_error(case.run(attention.paged_attention), case.truth()) < 2**-5
+
+
+def a_prompt(length: int, new: int, sizes: tuple[int, int, int, int], seed: int = 0) -> tuple[Tensor, ...]:
+    """sizes: heads, nope, rope and value. Returns queries, expanded latents and keys of the rotary embedding."""
+    (heads, nope, rope, value), generator = sizes, torch.Generator().manual_seed(seed)
+    shapes = (1, new, heads, nope + rope), (1, length, heads, nope + value), (1, length, 3 + rope)
+    queries, expanded, rows = (torch.randn(shape, generator=generator).bfloat16() for shape in shapes)
+    return queries, expanded, rows[..., 3:]
+
+
+def attended_in_fp64(queries: Tensor, expanded: Tensor, rope_keys: Tensor) -> Tensor:
+    queries, expanded, rope_keys = queries[0].double(), expanded[0].double(), rope_keys[0].double()
+    (new, heads, width), (length, rope) = queries.shape, rope_keys.shape
+    k_nope, values = expanded.split([width - rope, expanded.shape[-1] - width + rope], dim=-1)
+    keys = torch.cat((k_nope, rope_keys.unsqueeze(1).expand(-1, heads, -1)), dim=-1)
+    scores = torch.einsum("qhd,nhd->hqn", queries, keys) * SCALE
+    scores += torch.full((new, length), -torch.inf).triu(length - new + 1)
+    return torch.einsum("hqn,nhv->qhv", scores.softmax(dim=-1), values).unsqueeze(0)
+
+
+def only_group(length: int, new: int) -> latent_attention.RequestGroup:
+    (group,) = PagedBatch.build([0, new], [length], torch.arange(length).view(1, -1), 1).groups
+    return group
+
+
+@given(
+    lengths=st.integers(1, 300).flatmap(lambda length: st.tuples(st.just(length), st.integers(1, length))),
+    sizes=st.sampled_from(
+        [(1, 2, 2, 1), (3, 6, 4, 5), (2, 16, 8, 65), (1, 128, 64, 128), (2, 5, 3, 8), (2, 6, 1, 130)]
+    ),
+    seed=seeds,
+)
+def test_a_prompt_is_dense_attention(lengths: tuple[int, int], sizes: tuple[int, int, int, int], seed: int) -> None:
+    """Whole or a part of one, of blocks that are full or not, and of widths that are no pairs, which torch takes."""
+    prompt = a_prompt(*lengths, sizes, seed)
+    attended = attend_to_expanded(*prompt, only_group(*lengths), SCALE)
+    error = (attended - attended_in_fp64(*prompt)).abs().max()
+    values = prompt[1][..., sizes[1] :]
+    assert error < ROUNDING * values.abs().max()  # half of it of the weights, whose sum is 1, and half of the result
+
+
+def test_scores_that_only_fp32_holds_are_weighed() -> None:
+    """The last key's score is 10,000 above the others', so that nothing is left of what was summed before it."""
+    queries, expanded, rope_keys = a_prompt(200, 200, (1, 4, 2, 3))
+    queries, expanded[:, 150, :, :4], expanded[:, 150, :, 4:] = torch.ones_like(queries), 10_000.0, 7.0
+    attended = attend_to_expanded(queries, expanded, rope_keys, only_group(200, 200), SCALE)
+    assert attended.isfinite().all()
+    assert attended[0, 150:].tolist() == [[[7.0] * 3]] * 50
+
+
+def test_prompts_of_several_requests_and_trees_are_left_to_torch() -> None:
+    case = step([(0, 5), (0, 5)], sizes=(2, 6, 4, 32, 5)).to(torch.bfloat16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latent_attention, "is_prefill", lambda *_: True)
         assert relative_error(case.run(attention.paged_attention), case.truth()) < 2**-5
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longcat_core.kernels.cpu.library import GROUP, address_of, is_available, library, multiplies_bf16
 from longcat_core.kernels.cpu.product import product
+from longcat_core.kernels.cpu.prompt import attend_to_expanded
 from longcat_core.layers import latent_attention
 from longcat_core.layers.latent_attention import FEW_TOKENS, PagedBatch, RequestGroup, UpProjection
 
@@ -80,7 +81,7 @@ def paged_attention(
     output = queries.new_empty(queries.shape[0], queries.shape[1], up.w_uv.shape[1])
     for group in batch.groups:
         if _is_for_torch(group, up):
-            latent_attention.attend(output, queries, cache, group, up, softmax_scale, linear)
+            latent_attention.attend(output, queries, cache, group, up, softmax_scale, linear, attend_to_expanded)
         else:
             for some in _at_once(group):
                 _attend(output, queries, cache, group, some, up, softmax_scale)

@@ -11,6 +11,15 @@ struct Attention {
     float scale;
 };
 
+struct Prompt {
+    long queries, slots, heads, nope, rope, value;  // slots: those of the queries are the last ones
+    long query_stride, rope_stride, output_stride;
+    float scale;
+};
+
+long longcat_prompt_scratch(const Prompt* prompt);
+void longcat_prompt(const Prompt* prompt, longcat::bf16* output, const longcat::bf16* query, const longcat::bf16* expanded,
+                    const longcat::bf16* rope_keys, uint32_t* scratch);
 long longcat_attention_scratch(const Attention* attention);
 void longcat_attention(const Attention* attention, longcat::bf16* output, const longcat::bf16* query, const int64_t* rows,
                        const longcat::bf16* cache, const int64_t* slots, const int64_t* positions, const bool* visible,

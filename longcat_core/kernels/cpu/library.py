@@ -133,6 +133,8 @@ def _found() -> tuple[ctypes.CDLL | None, str]:
         ("longcat_experts", (pointer, pointer, number, *[pointer] * 7, *[number] * 5), None),
         ("longcat_attention_scratch", (pointer,), number),
         ("longcat_attention", [pointer] * 11, None),
+        ("longcat_prompt_scratch", (pointer,), number),
+        ("longcat_prompt", [pointer] * 6, None),
         ("longcat_write_latents", (*[pointer, number] * 3, pointer, *[number] * 3), None),
         ("longcat_rms_norm", (pointer, pointer, *[pointer, number] * 2, pointer, real, number, number), None),
         ("longcat_rotate", (pointer, number, number, pointer, number, pointer, pointer, *[number] * 3), None),

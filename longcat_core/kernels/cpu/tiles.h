@@ -57,6 +57,10 @@ struct Rows {
     const T* operator()(long i) const { return data + (index ? index[i] : i) * stride; }
 };
 
+// Blocks of the attention of a prompt: how many queries there are of a head at once, and how many slots, or numbers of a
+// value. Pairs of numbers in bf16 are one word, so that a product takes two columns of a query, or two slots, at once.
+constexpr long QUERIES = 48, SLOTS = 64;
+
 struct Tiles {
     // out[t * out_stride + n] = sum over k of x(t)[k] w(n)[k]; x is split.
     void (*dot)(Rows<float> x, long tokens, Rows<bf16> w, long rows, long k, float* out, long out_stride);
@@ -75,6 +79,11 @@ struct Tiles {
     void (*silu_and_multiply)(float* gate, const float* up, long count);
     // out, split and with zeros up to a whole group, of count numbers in bf16.
     void (*split)(const bf16* x, long count, float* out);
+    // out [QUERIES, blocks SLOTS] = softmax(scale q keys) values, of queries whose positions follow each other from `first`
+    // on and which see the slots up to their own position; null where the processor has no products in bf16.
+    // q: [QUERIES, pairs]; keys: [slots / SLOTS, pairs, SLOTS]; values: [slots / SLOTS, blocks, SLOTS / 2, SLOTS].
+    void (*attend)(const uint32_t* q, long pairs, const uint32_t* keys, const uint32_t* values, long blocks, long slots,
+                   long first, float scale, float* out);
     const char* name;
 };
 

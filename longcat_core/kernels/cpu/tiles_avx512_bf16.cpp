@@ -46,5 +46,6 @@ static inline __attribute__((always_inline)) __m512i pairs_of_codes(const uint8_
 #define TILES_NAME "avx512_bf16"
 #define floats_of_halves(halves) ((Floats)_mm512_maskz_cvtph_ps(0xffff, (__m256i)(halves)))
 #define add_products(total, x, w) ((Floats)_mm512_dpbf16_ps((__m512)(total), (__m512bh)(x), (__m512bh)(w)))
+#define pairs_of_floats(low, high) ((Words)_mm512_cvtne2ps_pbh((__m512)(high), (__m512)(low)))
 #include "tiles.inc"
 #endif
