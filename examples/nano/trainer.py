@@ -151,8 +151,10 @@ class Trainer:
         balance_loss = torch.stack(balance_losses).sum() if balance_losses else None
         if balance_loss is not None:
             loss = loss + settings.device_balance.coefficient * balance_loss
+        # Where all tokens of a layer went to zero experts, there is no path to its FFN experts: their gradients are 0.
+        parameters = list(self.model.parameters())
         return Part(
-            gradients=torch.autograd.grad(loss / settings.parts, list(self.model.parameters())),
+            gradients=torch.autograd.grad(loss / settings.parts, parameters, materialize_grads=True),
             loss=main_loss.detach(),
             draft_loss=draft_losses[0].detach() if draft_losses else None,
             balance_loss=None if balance_loss is None else balance_loss.detach(),

@@ -144,6 +144,14 @@ def test_drafts_after_the_first_are_learned_from_as_an_engine_makes_them(monkeyp
     assert float(second) == pytest.approx(float(torch.stack(wanted[2]).mean()), rel=1e-5)
 
 
+def test_a_layer_whose_tokens_all_go_to_zero_experts_learns_on() -> None:
+    settings = TINY.changed({"model.moe_topk": 4, "zero_experts.target": 2.0})  # as many choices as zero experts
+    trainer = trained(settings, 1)
+    trainer.model.model.layers[0].mlp.router.e_score_correction_bias[:8] = -2.0
+    assert trainer.train_step().ffn_experts[0] == 0.0
+    assert trainer.train_step().ffn_experts[0] > 0.0
+
+
 def test_a_run_that_diverges_is_ended() -> None:
     trainer = trained(TINY, 1)
     trainer.model.lm_head.weight.data[8] = torch.nan
