@@ -18,6 +18,17 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 
 
+_WIDTHS = (
+    "hidden_size",
+    "num_attention_heads",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "ffn_hidden_size",
+    "expert_ffn_hidden_size",
+)
+"""What of a model's sizes grows with its width."""
+
+
 class SettingsError(ValueError):
     """Settings that cannot be trained with; the message says which, and what is wanted."""
 
@@ -61,6 +72,21 @@ class Model(Group):
             ConfigError: if it is none.
         """
         return spellings.read(self.model_dump() | ({} if num_layers is None else {"num_layers": num_layers}))
+
+    def at_width(self, hidden_size: int) -> Model:
+        """One in the same proportions: more heads or fewer, of the same size; the same layers, experts and choices.
+
+        Raises:
+            SettingsError: if a size would not be a whole number.
+        """
+        widths = {name: getattr(self, name) * hidden_size for name in _WIDTHS}
+        for name, width in widths.items():
+            if width % self.hidden_size:
+                raise SettingsError(
+                    f"hidden_size: {hidden_size}, by which model.{name} would be {width / self.hidden_size:g}, "
+                    "wanted a whole number"
+                )
+        return self.model_copy(update={name: width // self.hidden_size for name, width in widths.items()})
 
 
 class ZeroExperts(Group):
@@ -121,6 +147,9 @@ class Settings(Group):
     balance loss is taken over each part; how many threads there are does not."""
     sequence_length: int = Field(default=256, ge=8)
     learning_rate: float = Field(default=2e-3, gt=0)
+    proxy_hidden_size: Count | None = None
+    """The hidden size of the narrower model that the learning rate was found for, by whose rules (`transfer`) this one
+    begins and learns; None where it was found for this one."""
     warmup_steps: int = Field(default=50, ge=0)
     decay: Share = 0.5
     """The share of the steps, at the end, over which the rate falls to nothing; it is constant before (WSD)."""
@@ -163,12 +192,22 @@ class Settings(Group):
             raise ValueError(f"growth.at: {self.growth.at:g} of {self.steps} steps, wanted some after it")
         if self.batch_size % self.parts:
             raise ValueError(f"parts: {self.parts}, wanted a divisor of the batch of {self.batch_size}")
+        if self.proxy_hidden_size is not None and model.tie_word_embeddings:
+            raise ValueError(
+                f"proxy_hidden_size: {self.proxy_hidden_size} with model.tie_word_embeddings, wanted it false, for "
+                "embedding and head have different rules"
+            )
         if self.sequence_length > model.max_position_embeddings:
             raise ValueError(
                 f"sequence_length: {self.sequence_length}, wanted at most model.max_position_embeddings, "
                 f"{model.max_position_embeddings}"
             )
         return self
+
+    @property
+    def width_ratio(self) -> float:
+        """The hidden size over the proxy's; 1 without one."""
+        return self.model.hidden_size / (self.proxy_hidden_size or self.model.hidden_size)
 
     # -- the schedule ------------------------------------------------------------------------------------
 

@@ -56,6 +56,10 @@ def command(
         int | None, typer.Option(min=1, help="Threads on a CPU, one a part of a batch; as many as cores, if not given.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one, if not given.")] = None,
+    proxy_hidden_size: Annotated[
+        int | None,
+        typer.Option(help="Hidden size that the learning rate was found at; this model's, if not given."),
+    ] = None,
     pid: Annotated[bool | None, typer.Option(help="Hold the mean of FFN experts a token at its target.")] = None,
     bias_balance: Annotated[bool | None, typer.Option(help="Balance FFN experts by their bias.")] = None,
     device_balance: Annotated[bool | None, typer.Option(help="The balance loss over devices.")] = None,
@@ -73,7 +77,7 @@ def command(
         "draft_layer.enabled": mtp,
         "growth.enabled": growth,
     }
-    overrides = {"steps": steps, "seed": seed} | switches
+    overrides = {"steps": steps, "seed": seed, "proxy_hidden_size": proxy_hidden_size} | switches
     threads = threads or os.cpu_count() or 1
     try:
         chosen = chosen_device(device)
@@ -81,7 +85,7 @@ def command(
         if resume:
             options = {"preset": preset, "settings": settings, "minutes": minutes, "steps": steps, "seed": seed}
             options |= {"pid": pid, "bias-balance": bias_balance, "device-balance": device_balance}
-            options |= {"mtp": mtp, "growth": growth}
+            options |= {"mtp": mtp, "growth": growth, "proxy-hidden-size": proxy_hidden_size}
             if given := [f"--{name}" for name, value in options.items() if value is not None]:
                 raise SettingsError(f"--resume goes on with the run's own settings; leave out {', '.join(given)}")
             run(out.absolute(), work, None, None, chosen, threads, library)

@@ -25,6 +25,7 @@ from examples.nano.corpus import Batches
 from examples.nano.curves import Curves, Measured
 from examples.nano.growth import grown, stacked
 from examples.nano.settings import Settings
+from examples.nano.transfer import Kind, kind, learning_rate_share, std_share
 from longcat_core.layers.routing import relative_load
 from longcat_core.reference import MTP, LongcatForCausalLM
 
@@ -75,7 +76,7 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.model = LongcatForCausalLM(settings.model.config(layers), with_mtp=False)
-            initialize(self.model)
+            initialize(self.model, settings.width_ratio)
         self.model.to(device)
         self.controller = BiasController(settings, layers)
         self.optimizer = self._new_optimizer()
@@ -95,7 +96,7 @@ class Trainer:
             self._add_draft_layer()
         rate = settings.rate(self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = settings.learning_rate * rate
+            group["lr"] = settings.learning_rate * rate * group["share"]
 
         with Watch(self.model, settings) as watch:
             parts = self._parts(watch)
@@ -212,16 +213,21 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.settings.seed + 1)
             mtp = MTP(self.model.config)
-            initialize(mtp)
+            initialize(mtp, self.settings.width_ratio)
         mtp.embed_tokens.weight.data.copy_(self.model.model.embed_tokens.weight.data)
         return mtp
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
-        """AdamW; norms do not decay. Moments are made at a parameter's first gradient."""
-        parameters = [p for _, p in self.model.named_parameters()]
+        """AdamW; norms do not decay. A kind's share of the learning rate is one of its decay, too, for AdamW multiplies
+        them. Moments are made at a parameter's first gradient."""
+        settings = self.settings
         groups = [
-            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": self.settings.weight_decay},
-            {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+            {
+                "params": [p for name, p in self.model.named_parameters() if kind(name, p) is each],
+                "weight_decay": 0.0 if each is Kind.norm else settings.weight_decay,
+                "share": learning_rate_share(each, settings.width_ratio),
+            }
+            for each in Kind
         ]
         return torch.optim.AdamW(groups, lr=self.settings.learning_rate, betas=_BETAS, eps=_EPS, fused=True)
 
@@ -314,19 +320,25 @@ class Trainer:
         return trainer
 
 
-def initialize(module: nn.Module) -> None:
-    """Normal weights: 0.02 for embeddings and the head, 0.5 over the root of its inputs for any other matrix, and half
-    of that for what is added to the residual stream; norms are 1, biases of routers 0.
-
-    At these sizes 0.02 for every matrix makes the first steps slow.
-    """
+def initialize(module: nn.Module, width_ratio: float = 1.0) -> None:
+    """Normal weights, as widely spread as `initial_std` has it; norms are 1, biases of routers 0."""
     for name, parameter in module.named_parameters():
-        if parameter.dim() == 1:
-            continue
-        std = _INIT_STD if "embed_tokens" in name or "lm_head" in name else 0.5 / math.sqrt(parameter.shape[-1])
-        if name.endswith(("o_proj.weight", "down_proj.weight", ".w2")):
-            std /= 2.0
-        nn.init.normal_(parameter, std=std)
+        if kind(name, parameter) is not Kind.norm:
+            nn.init.normal_(parameter, std=initial_std(name, parameter, width_ratio))
+
+
+def initial_std(name: str, matrix: Tensor, width_ratio: float) -> float:
+    """0.02 for embeddings and, at the proxy's width, the head; for other matrices 0.5 over the root of their inputs,
+    and half of that for what is added to the residual stream.
+
+    At these sizes 0.02 for every matrix makes the first steps slow. The root of the inputs is the rule of `transfer` by
+    itself, where all widths grow alike.
+    """
+    of = kind(name, matrix)
+    if of is not Kind.hidden:
+        return _INIT_STD * std_share(of, width_ratio)
+    std = 0.5 / math.sqrt(matrix.shape[-1])
+    return std / 2.0 if name.endswith(("o_proj.weight", "down_proj.weight", ".w2")) else std
 
 
 def _mean(losses: Sequence[Tensor | None]) -> float | None:
