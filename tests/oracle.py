@@ -108,12 +108,13 @@ def _transformers_state(config: LongcatConfig, published: Mapping[str, Tensor]) 
             state[name] = tensor
             continue
         experts, index, part = match.groups()
+        if f"{experts}.down_proj" not in state:
+            state[f"{experts}.down_proj"] = torch.empty(config.n_routed_experts, hidden, inner)
+            garbage = torch.randn(config.num_experts, 2 * inner, hidden, generator=torch.Generator().manual_seed(0)) * 1e3
+            state[f"{experts}.gate_up_proj"] = garbage
         if part == "down":
-            shape: tuple[int, ...] = (config.n_routed_experts, hidden, inner)
-            state.setdefault(f"{experts}.down_proj", torch.empty(shape))[int(index)] = tensor
+            state[f"{experts}.down_proj"][int(index)] = tensor
         else:
-            shape = (config.num_experts, 2 * inner, hidden)
-            garbage = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e3
-            stacked = state.setdefault(f"{experts}.gate_up_proj", garbage)
-            stacked[int(index), slice(0, inner) if part == "gate" else slice(inner, None)] = tensor
+            rows = slice(0, inner) if part == "gate" else slice(inner, None)
+            state[f"{experts}.gate_up_proj"][int(index), rows] = tensor
     return state
