@@ -198,9 +198,10 @@ def obstacles_to_gate(settings: Any) -> list[str]:
     obstacles = devices.of(settings.device).obstacles_to_gate()
     if (settings.speculative_eagle_topk or 1) > 1:
         obstacles.append(f"speculative_eagle_topk is {settings.speculative_eagle_topk}, wanted 1, as it judges chains")
+    # Ranks with other requests would verify another number of drafts than the one that SGLang makes room for on all.
     obstacles += [
         f"{option} is set; leave --{option.replace('_', '-')} out"
-        for option in ("speculative_adaptive", "speculative_use_rejection_sampling")
+        for option in ("speculative_adaptive", "speculative_use_rejection_sampling", "enable_dp_attention")
         if getattr(settings, option)
     ]
     return obstacles

@@ -171,6 +171,18 @@ HOOKS: tuple[Hook, ...] = (
         remove_when="As chains of drafts.",
     ),
     Wrapper(
+        name="sum and division by ranks",
+        target="sglang.srt.distributed.parallel_state.GroupCoordinator.reduce_scatterv",
+        around="longcat_sglang.devices.cpu.patches:sum_and_take_own_rows",
+        concerns="longcat_sglang.engine:is_longcats_process",
+        stage=Stage.MODEL,
+        device="cpu",
+        why="On a CPU data-parallel attention with as many expert-parallel ranks ends the server at the first request: "
+        "the sum of which each rank takes its tokens is asked of NCCL.",
+        remove_when="`reduce_scatterv` knows groups of CPUs.",
+        upstream="sgl-project/sglang#31290 (open, for XPU)",
+    ),
+    Wrapper(
         name="selection of drafts",
         target="sglang.srt.speculative.spec_utils._select_top_k_tokens_later",
         around="longcat_sglang.devices.cpu.patches:select_drafts_without_a_compiler",

@@ -102,9 +102,9 @@ class AcceptedDrafts:
 
 @cache
 def _accepted_drafts() -> AcceptedDrafts | None:
-    """Counted once by a process that shows metrics; the ranks of a tensor-parallel group verify the same."""
+    """Counted once by a process that shows metrics, of those that verify the same."""
     server_args: Any = get_server_args()
-    return AcceptedDrafts() if server_args.enable_metrics and get_parallel().tp_rank == 0 else None
+    return AcceptedDrafts() if server_args.enable_metrics and get_parallel().attn_tp_rank == 0 else None
 
 
 def note_accepted_drafts(

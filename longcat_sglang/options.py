@@ -137,8 +137,7 @@ WRONG: tuple[Rule, ...] = (
     ),
     Rule(
         _refused(
-            "--moe-dense-tp-size",
-            "the dense FFNs are divided among all ranks, and would sum rows of different tokens",
+            "--moe-dense-tp-size", "the dense FFNs are divided among all ranks, and would sum rows of different tokens"
         ),
         lambda settings, _: settings.moe_dense_tp_size is not None,
     ),
@@ -165,9 +164,7 @@ WRONG: tuple[Rule, ...] = (
     ),
     Rule(
         _refused(
-            "--enable-return-routed-experts",
-            "on a CPU SGLang's buffer for them, of pinned memory, needs CUDA",
-            RUN,
+            "--enable-return-routed-experts", "on a CPU SGLang's buffer for them, of pinned memory, needs CUDA", RUN
         ),
         _is_set("enable_return_routed_experts"),
         device="cpu",
@@ -194,15 +191,13 @@ WRONG: tuple[Rule, ...] = (
     Rule(_refused("--is-embedding", "LongCat has no pooling head"), _is_set("is_embedding")),
     Rule(
         _refused(
-            "--load-format layered",
-            "it loads module by module, for which SGLang's own class has no method either",
+            "--load-format layered", "it loads module by module, for which SGLang's own class has no method either"
         ),
         _is("load_format", "layered"),
     ),
     Rule(
         _refused(
-            "--load-format sharded_state",
-            "SGLang saves the target alone, so there is no MTP layer to draft with",
+            "--load-format sharded_state", "SGLang saves the target alone, so there is no MTP layer to draft with"
         ),
         lambda settings, _: (
             settings.load_format == "sharded_state"
@@ -275,7 +270,6 @@ CHECKED_BY_VALUE: tuple[Option, ...] = (
     _refused("--decode-attention-backend", "a CPU has one backend, longcat-serving's", RUN),
     _refused("--kv-cache-dtype", "on a CPU the cache cannot be in FP8", RUN),
     _refused("--page-size", "on a CPU pages have one token", RUN),
-    _refused("--enable-dp-attention", "not supported on a CPU yet", RUN),
     _refused(
         "--enable-torch-compile",
         "not supported on a CPU yet. Not tried on a GPU, where a step of one token keeps the kernels of any other: "
@@ -349,6 +343,12 @@ SERVED: tuple[Option, ...] = (
     ),
     Option("--load-format sharded_state", Outcome.SERVED, "What `save_sharded_model` wrote; not checked before.", RUN),
     Option("--enable-single-batch-overlap", Outcome.SERVED, "No layer of LongCat asks for it: it does nothing.", READ),
+    Option(
+        "--enable-dp-attention",
+        Outcome.SERVED,
+        "With drafts too. A draft gate is refused with it, and expert choices are not counted in `/metrics`.",
+        f"a CPU: {RUN}; a GPU: built and stepped in a dry run",
+    ),
     Option("--enable-return-routed-experts", Outcome.SERVED, "-1 stands for a zero expert.", READ),
     Option("--expert-distribution-recorder-mode stat", Outcome.SERVED, "Only FFN experts are counted.", READ),
 )
@@ -363,10 +363,7 @@ UNTRIED: tuple[Option, ...] = (
     *(
         Option(flag, Outcome.UNTRIED, "", "not tried")
         for flag in (
-            "--load-format runai_streamer",
-            "--load-format fastsafetensors",
-            "--load-format presharded",
-            "--load-format remote_instance",
+            *(f"--load-format {way}" for way in ("runai_streamer", "fastsafetensors", "presharded", "remote_instance")),
             "--disaggregation-mode",
             "--enable-hierarchical-cache",
             "--enable-deterministic-inference",

@@ -58,7 +58,6 @@ ASKED: dict[str, dict[str, Any]] = {
     "--decode-attention-backend": {"decode_attention_backend": "triton"},
     "--kv-cache-dtype": {"kv_cache_dtype": "fp8_e4m3"},
     "--page-size": {"page_size": 8},
-    "--enable-dp-attention": {"enable_dp_attention": True},
     "--enable-torch-compile": {"enable_torch_compile": True},
     "--pp-size": {"pp_size": 2},
     "--tp-size": {"tp_size": 3},

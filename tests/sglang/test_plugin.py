@@ -118,10 +118,6 @@ TREE = {"speculative_algorithm": "NEXTN", "speculative_num_steps": 3, "speculati
         ({"tp_size": 3}, "tp_size: 3, wanted a divisor of the 4 heads"),
         ({"attention_backend": "triton"}, "attention_backend: 'triton', wanted none on a CPU"),
         ({"kv_cache_dtype": "fp8_e4m3"}, "kv_cache_dtype: 'fp8_e4m3', wanted 'auto' on a CPU"),
-        (
-            {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True},
-            "data-parallel attention on a CPU is not supported yet",
-        ),
         ({"enable_torch_compile": True}, "torch.compile on a CPU is not supported yet"),
         ({"speculative_algorithm": "EAGLE3"}, "'EAGLE3', wanted NEXTN, which drafts with LongCat's own MTP layer"),
         ({"speculative_algorithm": "NGRAM"}, "NGRAM on a CPU needs sgl_kernel"),

@@ -337,9 +337,11 @@ def test_what_is_in_the_way_of_a_gate_is_named() -> None:
         "speculative_adaptive": False,
         "speculative_use_rejection_sampling": True,
         "speculative_eagle_topk": 2,
+        "enable_dp_attention": True,
     }
     assert deployment.obstacles_to_gate(SimpleNamespace(device="cuda", **options)) == [
         "CUDA graphs verify a fixed number of drafts",
         "speculative_eagle_topk is 2, wanted 1, as it judges chains",
         "speculative_use_rejection_sampling is set; leave --speculative-use-rejection-sampling out",
+        "enable_dp_attention is set; leave --enable-dp-attention out",
     ]

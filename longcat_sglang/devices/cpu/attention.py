@@ -32,6 +32,8 @@ class LatentAttentionBackend(AttentionBackend):
     """Any latent size and head count. SGLang's table names slots, so a block is one slot."""
 
     forward_metadata: PagedBatch | None
+    tokens: int
+    """Of this step's requests. With data-parallel attention rows may follow that pad this rank's to others'."""
 
     def __init__(self, runner: ModelRunner) -> None:
         super().__init__()
@@ -56,6 +58,7 @@ class LatentAttentionBackend(AttentionBackend):
         else:
             assert forward_batch.extend_seq_lens is not None
             new = forward_batch.extend_seq_lens.tolist()
+        self.tokens = sum(new)
         self.forward_metadata = PagedBatch.build(
             query_starts=[0, *accumulate(new)],
             seq_lens=seq_lens,
@@ -67,6 +70,10 @@ class LatentAttentionBackend(AttentionBackend):
 
     def support_triton(self) -> bool:
         return False
+
+    def get_cpu_graph_seq_len_fill_value(self) -> int:
+        """The length of a request that pads a decode step: its token alone, which goes into SGLang's unused slot 0."""
+        return 1
 
     def forward_extend(  # type: ignore[override]  # called by `attend` alone, with the weight
         self,
@@ -85,7 +92,7 @@ class LatentAttentionBackend(AttentionBackend):
         assert self.forward_metadata is not None
         cache = self.cache_of(layer)
         if save_kv_cache:
-            write_latents(cache, k.squeeze(1), k_rope.squeeze(1), forward_batch.out_cache_loc)
+            write_latents(cache, k.squeeze(1), k_rope.squeeze(1), forward_batch.out_cache_loc[: self.tokens])
         attended = paged_attention(q, cache, self.forward_metadata, up, layer.scaling)
         return attended.flatten(1)
 
@@ -123,6 +130,7 @@ class DraftingBackend:
         own = seq_lens.unsqueeze(1) + torch.arange(self._steps - 1)
         table.scatter_(1, own, table.gather(1, own + first.unsqueeze(1)))
         for step, backend in enumerate(self.attn_backends):
+            backend.tokens = len(seq_lens)
             backend.forward_metadata = PagedBatch.build(
                 query_starts=range(len(seq_lens) + 1),
                 seq_lens=(seq_lens + step + 1).tolist(),
@@ -135,9 +143,29 @@ def attend(
     attention: LongcatAttention, hidden_states: Tensor, forward_batch: ForwardBatch, cos: Tensor, sin: Tensor
 ) -> Tensor:
     """The forward pass of MLA around `LatentAttentionBackend`, as `devices.base.Device.attend`."""
-    mla, backend = compiled_mla(attention), get_attn_backend()
-    if mla is not None and isinstance(backend, LatentAttentionBackend) and backend.forward_metadata is not None:
-        cache, slots = backend.cache_of(attention.attn_mqa), forward_batch.out_cache_loc
+    backend = get_attn_backend()
+    assert isinstance(backend, LatentAttentionBackend), "a CPU has no other"
+    # SGLang plans no attention for a rank without requests, which may be given rows as the others are.
+    tokens = 0 if forward_batch.forward_mode.is_idle() else backend.tokens
+    if tokens == len(hidden_states):
+        return _attend(attention, backend, hidden_states, forward_batch, cos, sin)
+    output = hidden_states.new_zeros(hidden_states.shape)
+    if tokens:
+        output[:tokens] = _attend(attention, backend, hidden_states[:tokens], forward_batch, cos[:tokens], sin[:tokens])
+    return output
+
+
+def _attend(
+    attention: LongcatAttention,
+    backend: LatentAttentionBackend,
+    hidden_states: Tensor,
+    forward_batch: ForwardBatch,
+    cos: Tensor,
+    sin: Tensor,
+) -> Tensor:
+    mla = compiled_mla(attention)
+    if mla is not None and backend.forward_metadata is not None:
+        cache, slots = backend.cache_of(attention.attn_mqa), forward_batch.out_cache_loc[: backend.tokens]
         attended = mla(hidden_states, cos, sin, cache, slots, backend.forward_metadata)
         if attended is not None:
             return attended

@@ -121,8 +121,6 @@ class Cpu(Device):
                 f"moe_a2a_backend: {settings.moe_a2a_backend!r}, wanted none on a CPU, as others move tokens between "
                 "GPUs; leave --moe-a2a-backend out"
             )
-        if settings.enable_dp_attention:
-            problems.append("data-parallel attention on a CPU is not supported yet; leave --enable-dp-attention out")
         if settings.enable_torch_compile:
             problems.append("torch.compile on a CPU is not supported yet; leave --enable-torch-compile out")
         backend = settings.speculative_draft_attention_backend

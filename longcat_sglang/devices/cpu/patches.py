@@ -7,11 +7,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sglang.srt.distributed.parallel_state import GroupCoordinator
     from sglang.srt.layers.logits_processor import LogitsProcessorOutput
     from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
     from sglang.srt.speculative.draft_utils import DraftBackendFactory
     from sglang.srt.speculative.eagle_info import EagleVerifyInput
+    from torch import Tensor
 
 
 def our_drafting_backend(original: Callable[..., Any], factory: DraftBackendFactory, *args: Any, **kwargs: Any) -> Any:
@@ -33,6 +35,18 @@ def _attends_with_ours(runner: ModelRunner) -> bool:
     from longcat_sglang.devices.cpu.attention import LatentAttentionBackend
 
     return isinstance(runner.attn_backend, LatentAttentionBackend)
+
+
+def sum_and_take_own_rows(
+    original: Callable[..., Any],
+    group: GroupCoordinator,
+    input_: Tensor,
+    output: Tensor | None = None,
+    sizes: list[int] | None = None,
+) -> Tensor:
+    """SGLang's own way where the order of a sum must not depend on the rank: a sum over all ranks, of which each takes
+    its rows."""
+    return group._deterministic_reduce_scatterv(input_, output, sizes)
 
 
 def select_drafts_without_a_compiler(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -128,7 +128,7 @@ def bind_rank_to_its_cores() -> None:
     from sglang.srt.utils.numa_utils import init_threads_binding
 
     parallel = get_parallel()
-    ranks = parallel.tp_size * parallel.dp_size
+    ranks = parallel.tp_size * (1 if parallel.enable_dp_attention else parallel.dp_size)
     if ranks == 1:
         return
     cores = read_cores(init_threads_binding(numa_index=get_device().gpu_id, world_size=ranks))

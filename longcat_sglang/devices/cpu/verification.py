@@ -42,8 +42,8 @@ def verify_sampled(
         draft.positions,
     ).long()
     parallel = get_parallel()
-    if parallel.tp_size > 1:  # every rank draws, and one decides
-        parallel.tp_group.broadcast(drawn, src=0)
+    if parallel.attn_tp_size > 1:  # every rank with these requests draws, and one decides
+        parallel.attn_tp_group.broadcast(drawn, src=0)
     requests = len(batch.seq_lens)
     predicted, path, accepted = verify_tree_greedy_func(
         predicts=torch.zeros(requests * width, dtype=torch.int32),
