@@ -39,20 +39,27 @@ class LongcatFFN(nn.Module):
             bias=False,
             quant_config=quant_config,
             prefix=add_prefix("down_proj", prefix),
-            reduce_results=False,  # `forward` does
+            reduce_results=False,  # `summed` does
         )
 
-    def forward(self, hidden_states: Tensor, partial: Tensor | None = None) -> Tensor:
-        """[T, H] -> [T, H]. partial: this rank's part of a sum over ranks, which is then made of both at once.
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[T, H] -> [T, H]."""
+        return self.summed(self.partial(hidden_states))
 
-        The layer boundary may have announced that it makes the sum itself, with what comes next.
-        """
+    def partial(self, hidden_states: Tensor) -> Tensor:
+        """This rank's part of the output, [T, H]."""
         output = devices.current().dense_ffn(self, hidden_states)
         if output is None:
             gate_up, _ = self.gate_up_proj(hidden_states)
             output, _ = self.down_proj(self.act_fn(gate_up))
-        if partial is not None:
-            output = output + partial
+        return output
+
+    def summed(self, partial: Tensor, others: Tensor | None = None) -> Tensor:
+        """The sum over ranks, of both parts at once if there are `others`.
+
+        The layer boundary may have announced that it makes the sum itself, with what comes next.
+        """
+        output = partial if others is None else partial + others
         if get_parallel().tp_size > 1 and not should_skip_mlp_all_reduce():
             output = tensor_model_parallel_all_reduce(output)
         return output

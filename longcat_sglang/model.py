@@ -185,8 +185,7 @@ class LongcatDecoderLayer(nn.Module):
             hidden_states = self.self_attn[0](hidden_states=hidden_states, **attention_inputs)
         hidden_states = self._attention.finish(hidden_states, forward_batch)
         hidden_states = self._moe.prepare(hidden_states, forward_batch)
-        shortcut = self.mlp(hidden_states, choices)
-        whole = self._moe.branch_output(shortcut.whole, forward_batch)
+        begun = self.mlp.begin(hidden_states, choices)
 
         hidden_states = self._first_ffn.branch_input(self._moe, hidden_states, forward_batch)
         with self._first_ffn.exit(forward_batch) as ffn:
@@ -198,9 +197,13 @@ class LongcatDecoderLayer(nn.Module):
             hidden_states = self.self_attn[1](hidden_states=hidden_states, **attention_inputs)
         hidden_states = self._second_attention.finish(hidden_states, forward_batch)
         hidden_states = self._second_ffn.prepare(hidden_states, forward_batch)
+        second_ffn: Any = self.mlps[1]
         with self._second_ffn.exit(forward_batch) as ffn:
-            hidden_states = self.mlps[1](hidden_states, shortcut.partial)
+            dense = second_ffn.partial(hidden_states)
+            shortcut = self.mlp.end(begun)
+            hidden_states = second_ffn.summed(dense, shortcut.partial)
         hidden_states = ffn.finish(hidden_states)
+        whole = self._moe.branch_output(shortcut.whole, forward_batch)
         if shortcut.partial is None:  # its rows may be others than the dense FFN's
             return self._moe.merge_branch(whole, hidden_states, self._second_ffn, forward_batch)
         stream = residual_batch.current(forward_batch)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from longcat_core.config import LongcatConfig
 from longcat_core.layers.experts import Shortcut, add_identity, identity_share
 from longcat_sglang import devices
+from longcat_sglang.devices.branch import Begun
 from longcat_sglang.quantization import LongcatFp8Config
 
 
@@ -46,6 +48,14 @@ class LongcatMoE(nn.Module):
             **devices.current().expert_arguments(quant_config),
         )
         _skip_zero_experts(self.experts, config)
+        self.branch = devices.current().branch()
+
+    def begin(self, hidden_states: Tensor, choices: list[Tensor] | None = None) -> Begun:
+        """As `forward`, whose result `end` returns. The device decides what runs between the two."""
+        return self.branch.begin(partial(self, choices=choices), hidden_states)
+
+    def end(self, begun: Begun) -> Shortcut:
+        return self.branch.end(begun)
 
     def forward(self, hidden_states: Tensor, choices: list[Tensor] | None = None) -> Shortcut:
         """hidden_states: [T, H]; choices: where the ids of the routing are to be noted."""

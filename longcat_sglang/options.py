@@ -342,7 +342,13 @@ SERVED: tuple[Option, ...] = (
         f"{READ}; both ways in a dry run, without a GPU",
     ),
     Option("--load-format sharded_state", Outcome.SERVED, "What `save_sharded_model` wrote; not checked before.", RUN),
-    Option("--enable-single-batch-overlap", Outcome.SERVED, "No layer of LongCat asks for it: it does nothing.", READ),
+    Option(
+        "--enable-single-batch-overlap",
+        Outcome.SERVED,
+        "The MoE beside the dense path, on a second stream in decoding's graphs. Without effect, which is logged, on a "
+        "CPU and with --moe-a2a-backend. Off by default, as no GPU has run it.",
+        f"{READ}; the order of a layer's operations in the tests, with a stand-in for streams",
+    ),
     Option(
         "--enable-dp-attention",
         Outcome.SERVED,
@@ -364,10 +370,8 @@ UNTRIED: tuple[Option, ...] = (
         Option(flag, Outcome.UNTRIED, "", "not tried")
         for flag in (
             *(f"--load-format {way}" for way in ("runai_streamer", "fastsafetensors", "presharded", "remote_instance")),
-            "--disaggregation-mode",
-            "--enable-hierarchical-cache",
-            "--enable-deterministic-inference",
-            "--enable-memory-saver",
+            *("--disaggregation-mode", "--enable-hierarchical-cache"),
+            *("--enable-deterministic-inference", "--enable-memory-saver"),
         )
     ),
 )

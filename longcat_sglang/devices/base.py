@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sglang.srt.utils import BumpAllocator
     from torch import Tensor, dtype, nn
 
+    from longcat_sglang.devices.branch import Branch
     from longcat_sglang.devices.cuda.rotary import LongcatRotaryEmbedding
     from longcat_sglang.ffn import LongcatFFN
     from longcat_sglang.model import LongcatAttention
@@ -81,6 +82,10 @@ class Device(ABC):
         """Arguments of SGLang's FusedMoE besides the model's sizes. quant_config: of experts in FP8."""
 
     @abstractmethod
+    def branch(self) -> Branch:
+        """When the MoE of a layer that is built now runs."""
+
+    @abstractmethod
     def restore_experts(self, experts: Any) -> None:
         """Bring a layer's expert weights back into the layout in which tensors are loaded."""
 
@@ -105,6 +110,10 @@ class Device(ABC):
     @abstractmethod
     def obstacles_to_kernels(self, settings: Any, config: LongcatConfig, activations: dtype) -> list[str]:
         """Why core's kernels cannot be used here, with these options."""
+
+    @abstractmethod
+    def obstacles_to_overlap(self, settings: Any) -> list[str]:
+        """Why a layer's MoE cannot run beside its dense path here, with these options."""
 
     @abstractmethod
     def implementations(self) -> list[Finding]:

@@ -23,12 +23,12 @@ def shortcut_added_early(monkeypatch: pytest.MonkeyPatch) -> None:
         early.append(shortcut.partial + shortcut.whole)  # on one rank
         return Shortcut(torch.zeros_like(hidden), torch.zeros_like(hidden))
 
-    def ffn(self: LongcatFFN, hidden: Tensor, partial: Tensor | None = None) -> Tensor:
-        return dense(self, hidden, early.pop() if early else partial)
+    def summed(self: LongcatFFN, partial: Tensor, others: Tensor | None = None) -> Tensor:
+        return of_both(self, partial, early.pop() if early else others)
 
-    route_and_compute, dense = LongcatMoE.forward, LongcatFFN.forward
+    route_and_compute, of_both = LongcatMoE.forward, LongcatFFN.summed
     monkeypatch.setattr(LongcatMoE, "forward", moe)
-    monkeypatch.setattr(LongcatFFN, "forward", ffn)
+    monkeypatch.setattr(LongcatFFN, "summed", summed)
 
 
 def _expert_map_reversed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from longcat_core.plugin.diagnosis import Finding
 from longcat_core.plugin.engine import unsupported_cpu_cache
 from longcat_core.weights.precision import Fp8Kernels
 from longcat_sglang.devices.base import Device
+from longcat_sglang.devices.branch import InARow
 from longcat_sglang.engine import CPU_ATTENTION, MTP_ALGORITHMS, algorithm_of, drafts_with_mtp
 
 if TYPE_CHECKING:
@@ -89,6 +90,9 @@ class Cpu(Device):
 
         return {"quant_method": CompactedRowsMethod() if quant_config is None else CompactedFp8RowsMethod(quant_config)}
 
+    def branch(self) -> InARow:
+        return InARow()
+
     def restore_experts(self, experts: Any) -> None:
         """SGLang does so itself before some updates, and not before one from a disk."""
         experts.quant_method.restore_weights_before_loading(experts)
@@ -139,6 +143,9 @@ class Cpu(Device):
 
     def obstacles_to_kernels(self, settings: Any, config: LongcatConfig, activations: dtype) -> list[str]:
         return ["they are for NVIDIA GPUs, and this is a CPU"]
+
+    def obstacles_to_overlap(self, settings: Any) -> list[str]:
+        return ["a CPU has no streams"]
 
     def implementations(self) -> list[Finding]:
         import torch

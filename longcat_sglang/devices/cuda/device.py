@@ -14,6 +14,7 @@ from longcat_core.quantization import PUBLISHED_BLOCK
 from longcat_core.weights.precision import Fp8Kernels
 from longcat_sglang import requested
 from longcat_sglang.devices.base import Device
+from longcat_sglang.devices.branch import Branch, InARow
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -89,6 +90,17 @@ class Cuda(Device):
 
         return {"quant_method": experts_method(quant_config)}
 
+    def branch(self) -> Branch:
+        from sglang.srt.arg_groups.overrides import resolved_view
+        from sglang.srt.runtime_context import get_server_args, get_stream
+
+        settings = resolved_view(get_server_args())
+        if not settings.enable_single_batch_overlap or self.obstacles_to_overlap(settings):
+            return InARow()
+        from longcat_sglang.devices.cuda.overlap import SecondStream
+
+        return SecondStream(get_stream("longcat_moe"))
+
     def restore_experts(self, experts: Any) -> None:
         """SGLang does so itself."""
 
@@ -127,6 +139,11 @@ class Cuda(Device):
         if settings.enable_deterministic_inference:
             obstacles.append("tiles depend on the batch; leave --enable-deterministic-inference out")
         return obstacles
+
+    def obstacles_to_overlap(self, settings: Any) -> list[str]:
+        if settings.moe_a2a_backend == "none":
+            return []
+        return [f"--moe-a2a-backend {settings.moe_a2a_backend} has streams and waits of its own, which were not tried"]
 
     def implementations(self) -> list[Finding]:
         from longcat_sglang.options import SKIP_ZERO_EXPERTS
