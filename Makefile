@@ -1,6 +1,6 @@
 # Builds an environment for each engine, .venv-vllm and .venv-sglang, and runs demo, tests and benchmarks in them;
-# .venv-cuda and .venv-cuda-sglang, in which their CUDA builds run without a GPU (docs/dry-run.md); and .venv-agents, for
-# the example agents. Needs Python 3.11 with pip.
+# .venv-cuda and .venv-cuda-sglang, in which their CUDA builds run without a GPU (docs/dry-run.md); .venv-agents, for
+# the example agents; and .venv-mlx, for a comparison. Needs Python 3.11 with pip.
 PYTHON ?= python3.11
 # The engine of `make demo` and `make demo-agent`: vllm or sglang.
 ENGINE ?= vllm
@@ -10,11 +10,12 @@ PIP = $(@D)/bin/python -m pip --disable-pip-version-check install
 KERNELS_CPU = $(wildcard longcat_core/kernels/cpu/*.cpp longcat_core/kernels/cpu/*.h longcat_core/kernels/cpu/*.inc)
 SITE = $$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 
-.PHONY: vllm sglang agents demo demo-agent test test-vllm test-sglang cuda-check cuda-check-vllm cuda-check-sglang lint bench
+.PHONY: vllm sglang agents mlx demo demo-agent test test-vllm test-sglang cuda-check cuda-check-vllm cuda-check-sglang lint bench
 
 vllm: .venv-vllm/.installed
 sglang: .venv-sglang/.installed
 agents: .venv-agents/.installed
+mlx: .venv-mlx/.installed
 
 demo: $(ENGINE)
 	.venv-$(ENGINE)/bin/python examples/demo.py
@@ -105,6 +106,11 @@ endef
 .venv-agents/.installed: requirements/agents.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(PIP) -r requirements/agents.txt
+	touch $@
+
+.venv-mlx/.installed: requirements/mlx.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(PIP) -r requirements/mlx.txt
 	touch $@
 
 # What .venv-vllm has comes after what is installed here, so that only CUDA builds are installed a second time.

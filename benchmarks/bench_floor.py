@@ -3,9 +3,9 @@
 Three models in bf16: random ones of 123 M and of 622 M parameters, and the shipped LongCat-Nano, whose weights fit in
 a processor's cache, so that it can be below its floor. In-process, the engine eager and, where it does that, compiled:
 milliseconds between forward passes by requests and context, and from a prompt to its first token; transformers' decode
-steps; and output tokens a second of the stock server over HTTP, prompts included. Floors are those of
-`benchmarks/floors.py`, with the experts that the eager engine's routers chose; those of an engine's steps with the
-bandwidth that memory had right after them, the others with that before the run.
+steps, and mlx-lm's where it is given; and output tokens a second of the stock server over HTTP, prompts included. Floors
+are those of `benchmarks/floors.py`, with the experts that the eager engine's routers chose; those of an engine's steps
+with the bandwidth that memory had right after them, the others with that before the run.
 """
 # SPDX-License-Identifier: Apache-2.0
 
@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import shutil
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -95,6 +96,9 @@ class Cell(NamedTuple):
     """Cached tokens of a request, on average over the steps that are timed."""
 
 
+ALONE = Cell(1, CONTEXTS[0])
+
+
 @dataclass(frozen=True)
 class Plan:
     cells: tuple[Cell, ...]
@@ -143,6 +147,10 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Decode steps that are timed, of which the median is taken.")] = 32,
     cached_tokens: Annotated[int, typer.Option(help="Leave out what has more tokens in the cache at once.")] = 1 << 16,
     rounds: Annotated[int, typer.Option(help="Of requests over HTTP.")] = 3,
+    mlx_lm: Annotated[
+        Path | None,
+        typer.Option("--mlx-lm", help="A Python with mlx-lm (`make mlx`), which 622M is then served by too."),
+    ] = None,
 ) -> None:
     """A run of all models is recorded, and a quick one by itself; one of some models is only shown."""
     console, plan = Console(stderr=True), plan_of(quick, steps, cached_tokens)
@@ -158,6 +166,9 @@ def main(
             console.log(f"{name}: a checkpoint")
             apart(write_checkpoint, name, directory)
             rows += measured(name, directory, plan, machine, rounds, console)
+            if mlx_lm is not None and name == Name.large and ALONE in plan.beside:
+                console.log(f"{name}: mlx-lm")
+                rows.append(mlx_lm_row(name, directory, plan, rows, mlx_lm))
     show(rows, machine)
     if models and not quick:
         return
@@ -314,6 +325,21 @@ def transformers_times(directory: Path, config: LongcatConfig, plan: Plan) -> di
             model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False)
             found[cell] = decode_steps(passes, cell.requests, plan.steps).seconds
     return found
+
+
+def mlx_lm_row(name: Name, directory: Path, plan: Plan, rows: list[dict[str, Any]], python: Path) -> dict[str, Any]:
+    """Beside the floor of transformers' row. In fp32, in which mlx-lm computes on a CPU; the floor is in bf16."""
+    sizes = plan.prompt_tokens(ALONE), WARM_UP, plan.steps
+    script = Path(__file__).with_name("mlx_lm_steps.py")
+    done = subprocess.run([python, script, directory, *map(str, sizes)], stdout=subprocess.PIPE, text=True, check=True)
+    seconds = float(done.stdout)
+    (beside,) = (each for each in rows if (each["run"], each["requests"]) == ("transformers", 1))
+    return beside | {
+        "run": "mlx-lm, fp32",
+        "ms": round(seconds * 1e3, 2),
+        "tokens/s": round(1 / seconds, 1),
+        "fraction": round(beside["floor, ms"] / seconds / 1e3, 3),
+    }
 
 
 def served_rates(directory: Path, cells: Iterable[Cell], rounds: int) -> dict[Cell, float]:
