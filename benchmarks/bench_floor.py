@@ -3,7 +3,7 @@
 Three models in bf16: random ones of 123 M and of 622 M parameters, and the shipped LongCat-Nano, whose weights fit in
 a processor's cache, so that it can be below its floor. In-process, the engine eager and, where it does that, compiled:
 milliseconds between forward passes by requests and context, and from a prompt to its first token; transformers' decode
-steps, and those of mlx-lm where it is given; and output tokens a second of the stock server over HTTP, prompts included.
+steps, and mlx-lm's where it is given; and output tokens a second of the stock server over HTTP, prompts included.
 Floors are those of `benchmarks/floors.py`, with the experts that the eager engine's routers chose; those of an engine's
 steps with the bandwidth that memory had right after them, the others with that before the run.
 """
