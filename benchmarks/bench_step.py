@@ -25,6 +25,8 @@ from longcat_cli.make_checkpoint import make_checkpoint
 from longcat_core import spellings
 from tests.harness import engine
 
+METHODS = ("project", "attend", "begin", "compute", "end", "partial")
+"""Of modules that a layer calls in steps; of the others `forward` is timed."""
 PARTS = {"LongcatAttention": "attention", "LongcatMoE": "MoE", "LongcatFFN": "dense FFNs", "LongcatModel": "model"}
 WARM_UP, STEPS = 30, 100
 
@@ -47,14 +49,15 @@ def main() -> None:
 
 
 def time_modules(times: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have each module of `PARTS` append its name, its start and its seconds to a file, a line a call."""
+    """Have each module of `PARTS` append its name, its start and its seconds to a file, a line a step or call."""
     lines = times.open("a", buffering=1)
     for file in ("model", "ffn", "moe"):
         module = import_module(f"{engine.PACKAGE}.{file}")
         for name in PARTS.keys() & vars(module).keys():
             cls = getattr(module, name)
             if cls.__module__ == module.__name__:
-                monkeypatch.setattr(cls, "forward", _timed(cls.forward, name, lines))
+                for method in [step for step in METHODS if step in vars(cls)] or ["forward"]:
+                    monkeypatch.setattr(cls, method, _timed(getattr(cls, method), name, lines))
 
 
 def _timed(forward: Any, name: str, lines: Any) -> Any:

@@ -44,6 +44,7 @@ def check(vllm_config: VllmConfig) -> None:
     adapters.restrict(vllm_config.lora_config)
     loading.check(vllm_config, config)
     _tell_of_overrides_that_nothing_reads(model)
+    _tell_of_overlap(vllm_config)
     if (speculation := mtp_speculation(vllm_config)) is not None:
         _give_drafts_the_targets_context(speculation, model)
     obstacles, directory = obstacles_to_gate(vllm_config), Path(model.model) if speculation is not None else None
@@ -58,6 +59,16 @@ def _tell_of_overrides_that_nothing_reads(model: ModelConfig) -> None:
     unread = sorted(name for name in given if not spellings.is_read(name) and name not in known)
     if unread:
         logger.warning("hf_overrides: LongCat-Flash reads no field %s; check the spelling", " or ".join(unread))
+
+
+def _tell_of_overlap(vllm_config: VllmConfig) -> None:
+    obstacles = devices.current().obstacles_to_overlap(vllm_config)
+    if requested.of(vllm_config).overlap is False:
+        obstacles = ["it is turned off"]
+    if obstacles:
+        logger.info("LongCat: the experts of a layer do not run beside its dense path: %s", "; ".join(obstacles))
+    else:
+        logger.info("LongCat: tokens are sent to experts and back while the dense path of their layer runs")
 
 
 def _give_drafts_the_targets_context(speculation: SpeculativeConfig, target: ModelConfig) -> None:
@@ -134,6 +145,9 @@ def _unsupported(vllm_config: VllmConfig) -> list[str]:
     if asked.flashinfer_mla:
         obstacles = device.obstacles_to_flashinfer_mla(vllm_config)
         problems += [f"{requested.OPTIONS['flashinfer_mla']}: {obstacle}; or leave it out" for obstacle in obstacles]
+    if asked.overlap:
+        obstacles = device.obstacles_to_overlap(vllm_config)
+        problems += [f"{requested.OPTIONS['overlap']}: {obstacle}; or leave it out" for obstacle in obstacles]
     problems += _unsupported_parallelism(parallel)
     problems += _unsupported_experts(vllm_config)
     return problems

@@ -25,13 +25,19 @@ class LongcatFFN(nn.Module):
             bias=False,
             quant_config=quant_config,
             prefix=f"{prefix}.down_proj",
-            reduce_results=False,  # `forward` does
+            reduce_results=False,  # `summed` does
         )
 
-    def forward(self, hidden_states: Tensor, partial: Tensor | None = None) -> Tensor:
-        """[T, H] -> [T, H]. partial: this rank's part of a sum over ranks, which is then made of both at once."""
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[T, H] -> [T, H]."""
+        return self.summed(self.partial(hidden_states))
+
+    def partial(self, hidden_states: Tensor) -> Tensor:
+        """This rank's part of the output, [T, H]."""
         gate_up, _ = self.gate_up_proj(hidden_states)
         output, _ = self.down_proj(self.act_fn(gate_up))
-        if partial is not None:
-            output = output + partial
-        return tensor_model_parallel_all_reduce(output)
+        return output
+
+    def summed(self, partial: Tensor, others: Tensor | None = None) -> Tensor:
+        """The sum over ranks, of both parts at once if there are `others`."""
+        return tensor_model_parallel_all_reduce(partial if others is None else partial + others)

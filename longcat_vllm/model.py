@@ -114,14 +114,21 @@ class LongcatAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """hidden_states: [T, H]; cos and sin: fp32 [T, 1, rope / 2]."""
+        return self.attend(*self.project(hidden_states, cos, sin))
+
+    def project(self, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [T, heads, nope + rope], latents [T, kv_lora_rank], rotated keys [T, 1, rope]."""
         config = self.config
         qkv_a, _ = self.fused_qkv_a_proj(hidden_states)
         q_a, latent, k_rope = qkv_a.split([config.q_lora_rank, config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
         query, _ = self.q_b_proj(self.q_a_layernorm(q_a))
         query, k_rope = self.rotate(query.unflatten(-1, (self.num_heads, -1)), k_rope.unsqueeze(-2), cos, sin)
-        output_shape = (hidden_states.shape[0], self.num_heads * config.v_head_dim)
-        attended = self.attn(query, self.kv_a_layernorm(latent), k_rope, output_shape=output_shape)
-        output, _ = self.o_proj(attended)
+        return query, self.kv_a_layernorm(latent), k_rope
+
+    def attend(self, query: Tensor, latent: Tensor, k_rope: Tensor) -> Tensor:
+        """[T, H]."""
+        output_shape = (query.shape[0], self.num_heads * self.config.v_head_dim)
+        output, _ = self.o_proj(self.attn(query, latent, k_rope, output_shape=output_shape))
         return output
 
 
@@ -164,11 +171,16 @@ class LongcatDecoderLayer(nn.Module):
             hidden_states, residual = self.input_layernorm[0](hidden_states, residual)
         attended = self.self_attn[0](hidden_states, cos, sin)
         hidden_states, residual = self.post_attention_layernorm[0](attended, residual)
-        shortcut = self.mlp(hidden_states, choices)
+        attention: Any = self.self_attn[1]
+        ffn: Any = self.mlps[1]
+        experts = self.mlp.begin(hidden_states, choices)
         hidden_states, residual = self.input_layernorm[1](self.mlps[0](hidden_states), residual)
-        attended = self.self_attn[1](hidden_states, cos, sin)
-        hidden_states, residual = self.post_attention_layernorm[1](attended, residual)
-        return self.mlps[1](hidden_states, shortcut.partial), residual + shortcut.whole
+        query, latent, k_rope = attention.project(hidden_states, cos, sin)
+        experts = self.mlp.compute(experts, between=query)
+        hidden_states, residual = self.post_attention_layernorm[1](attention.attend(query, latent, k_rope), residual)
+        dense = ffn.partial(hidden_states)
+        shortcut = self.mlp.end(experts, between=dense)
+        return ffn.summed(dense, shortcut.partial), residual + shortcut.whole
 
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "intermediate_tensors": 0, "inputs_embeds": 0})

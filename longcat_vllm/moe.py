@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +15,32 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, RoutingM
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.models.utils import sequence_parallel_chunk
 
 from longcat_core.config import LongcatConfig
 from longcat_core.layers.experts import Shortcut, add_identity, identity_share
+from longcat_core.layers.routing import Routing
 from longcat_vllm import devices
+from longcat_vllm.devices.branch import Branch
 from longcat_vllm.quantization import LongcatFp8Config
 
 
+class Begun(NamedTuple):
+    """A layer's experts between two of their steps."""
+
+    hidden_states: Tensor
+    """[T, H]: what the experts read."""
+    routing: Routing
+    num_tokens: int
+    """Of the layer, of which a rank of a tensor-parallel group may have a share."""
+    step: Tensor
+    """What the device's branch hands from a step to the next."""
+
+
 class LongcatMoE(nn.Module):
-    """Router, FFN experts and zero experts of one layer."""
+    """Router, FFN experts and zero experts of one layer, in the three steps of `devices.branch.Branch`."""
 
     def __init__(
         self,
@@ -52,8 +67,9 @@ class LongcatMoE(nn.Module):
             is_sequence_parallel=self.is_sequence_parallel,
             reduce_results=False,
         )
+        self.branch = devices.current().branch(self.experts, parallel_config) or Whole(self.experts)
 
-    def forward(self, hidden_states: Tensor, choices: list[Tensor] | None = None) -> Shortcut:
+    def begin(self, hidden_states: Tensor, choices: list[Tensor] | None = None) -> Begun:
         """hidden_states: [T, H]; choices: where the ids of the routing are to be noted. Where tokens of data-parallel
         ranks go to experts of others, the ranks of a tensor-parallel group, which all have the same tokens, send a
         share of them each, as in vLLM's own models."""
@@ -69,13 +85,36 @@ class LongcatMoE(nn.Module):
         )
         if choices is not None:
             choices.append(routing.ids)
-        routed = self.experts(hidden_states, PrecomputedRouting.pack(routing.weights, routing.ids))
+        return Begun(hidden_states, routing, num_tokens, self.branch.begin(hidden_states, routing))
+
+    def compute(self, begun: Begun, between: Tensor) -> Begun:
+        return begun._replace(step=self.branch.compute(begun.step, between))
+
+    def end(self, computed: Begun, between: Tensor) -> Shortcut:
+        hidden_states, routing, num_tokens, step = computed
+        routed = self.branch.end(step, hidden_states, routing, between)
         if self.experts.moe_config.skip_final_all_reduce:
             return Shortcut(routed, identity_share(hidden_states, routing.identity))
         whole = add_identity(routed, hidden_states, routing.identity)
         if self.is_sequence_parallel:
             whole = tensor_model_parallel_all_gather(whole, 0)[:num_tokens]
         return Shortcut(None, whole)
+
+
+class Whole(Branch):
+    """vLLM's runner, which dispatches, computes and combines in one operator."""
+
+    def __init__(self, experts: MoERunner) -> None:
+        self._experts = experts
+
+    def begin(self, hidden_states: Tensor, routing: Routing) -> Tensor:
+        return self._experts(hidden_states, PrecomputedRouting.pack(routing.weights, routing.ids))
+
+    def compute(self, begun: Tensor, between: Tensor) -> Tensor:
+        return begun
+
+    def end(self, computed: Tensor, hidden_states: Tensor, routing: Routing, between: Tensor) -> Tensor:
+        return computed
 
 
 class LongcatRouter(nn.Module):

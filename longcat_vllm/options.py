@@ -184,10 +184,18 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "--data-parallel-size",
         Outcome.REFUSED,
-        "On a CPU, where vLLM's ranks cannot exchange tokens; on a GPU it is vLLM's own, and not tried. With "
-        "--tensor-parallel-size and --enable-expert-parallel each rank sends a share of the tokens that it has in "
-        "common with others, as in vLLM's models.",
-        "the refusal, and the shares of two ranks, in the tests",
+        "On a CPU without --enable-expert-parallel. With it ranks send tokens to each other's experts while the dense "
+        "path of the layer runs ([more](overlap.md)); on a GPU it is vLLM's own, and not tried. With "
+        "--tensor-parallel-size each rank sends a share of the tokens that it has in common with others, as in vLLM's "
+        "models.",
+        "two ranks on a CPU, the refusal, and the shares of two ranks, in the tests",
+    ),
+    Option(
+        """--additional-config '{"longcat": {"overlap": false}}'""",
+        Outcome.SERVED,
+        "Where data-parallel ranks on a CPU share experts, a layer's dense path waits for them; without the option it "
+        "runs meanwhile ([more](overlap.md)). `true` is refused where nothing can.",
+        TESTED,
     ),
     # -- how steps are run
     Option("--async-scheduling", Outcome.SERVED, "With drafts too.", RUN),

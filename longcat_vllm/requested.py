@@ -14,6 +14,7 @@ OPTIONS = {
     "draft_gate": """--additional-config '{"longcat": {"draft_gate": true}}'""",
     "kernels": """--additional-config '{"longcat": {"kernels": true}}'""",
     "flashinfer_mla": """--additional-config '{"longcat": {"flashinfer_mla": true}}'""",
+    "overlap": """--additional-config '{"longcat": {"overlap": true}}'""",
 }
 """As typed, by field of `Requested`."""
 

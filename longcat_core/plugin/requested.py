@@ -1,4 +1,4 @@
-"""What a user requests of longcat-serving itself, among the options of an engine: nothing of it is on by default."""
+"""What a user requests of longcat-serving itself, among the options of an engine."""
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ class Requested:
     """On a GPU, router and experts are computed by `longcat_core.kernels`."""
     flashinfer_mla: bool = False
     """On Hopper, decode steps attend by FlashInfer's MLA. SGLang has an option of its own for that."""
+    overlap: bool | None = None
+    """The experts of a layer run beside its dense path. If nothing is said, they do where they can."""
 
     @classmethod
     def read(cls, given: Any, names: Collection[str], prefix: str, option: str) -> Requested:

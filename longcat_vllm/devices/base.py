@@ -15,12 +15,15 @@ from longcat_core.weights.precision import Fp8Kernels
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-    from vllm.config import VllmConfig
+    from vllm.config import ParallelConfig, VllmConfig
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
     from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
     from vllm.v1.attention.backend import AttentionBackend
+
+    from longcat_vllm.devices.branch import Branch
 
 MOE_BACKENDS = ("auto", "triton", "flashinfer_cutlass", "humming")
 """Values of --moe-backend with which unquantised experts get a kernel of `cuda.experts.SKIP_ZERO_EXPERTS`."""
@@ -67,6 +70,11 @@ class Device(ABC):
         """
 
     @abstractmethod
+    def branch(self, experts: MoERunner, parallel_config: ParallelConfig) -> Branch | None:
+        """What dispatches, computes and combines the experts of a layer that is built now, or None where vLLM's runner
+        does."""
+
+    @abstractmethod
     def expert_map(self, num_experts: int, device: torch.device | str) -> Tensor | None:
         """For a rank that has all FFN experts: the expert map that the kernel needs, int32 [num_experts], or None if
         it needs none."""
@@ -90,6 +98,10 @@ class Device(ABC):
     @abstractmethod
     def obstacles_to_flashinfer_mla(self, vllm_config: VllmConfig) -> list[str]:
         """Why FlashInfer's MLA cannot be used here, with these options."""
+
+    @abstractmethod
+    def obstacles_to_overlap(self, vllm_config: VllmConfig) -> list[str]:
+        """Why the experts cannot run beside the dense path here, with these options."""
 
     @abstractmethod
     def implementations(self, config: LongcatConfig | None) -> list[Finding]:

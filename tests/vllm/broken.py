@@ -20,8 +20,9 @@ def shortcut_added_early(monkeypatch: pytest.MonkeyPatch) -> None:
         else:
             hidden, residual = self.input_layernorm[0](hidden, residual)
         hidden, residual = self.post_attention_layernorm[0](self.self_attn[0](hidden, cos, sin), residual)
-        shortcut = self.mlp(hidden)
-        hidden, residual = self.input_layernorm[1](self.mlps[0](hidden, shortcut.partial), residual + shortcut.whole)
+        shortcut = self.mlp.end(self.mlp.compute(self.mlp.begin(hidden), between=hidden), between=hidden)
+        dense = self.mlps[0].summed(self.mlps[0].partial(hidden), shortcut.partial)
+        hidden, residual = self.input_layernorm[1](dense, residual + shortcut.whole)
         hidden, residual = self.post_attention_layernorm[1](self.self_attn[1](hidden, cos, sin), residual)
         return self.mlps[1](hidden), residual
 

@@ -1,6 +1,7 @@
 """A worker extension for test_sequence_parallel.py, imported in each rank: the MoE as beside data-parallel ranks.
 
-A CPU refuses those, as vLLM has no gathering of unequal shares there; here torch's does it.
+On a CPU those exchange tokens in a way of our own, as vLLM has no gathering of unequal shares there; here torch's does
+it.
 """
 # SPDX-License-Identifier: Apache-2.0
 

@@ -75,13 +75,12 @@ def test_routed_experts_that_cannot_be_told_from_zero_experts_are_not_returned()
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
-        ({"data_parallel_size": 2}, "data_parallel_size: 2, wanted 1 on a CPU"),
-        ({"data_parallel_size": 2, "enable_expert_parallel": True}, "data_parallel_size: 2, wanted 1 on a CPU"),
-        ({"data_parallel_size": 2, "data_parallel_rank": 1}, "data_parallel_size: 2, wanted 1 on a CPU"),
+        ({"data_parallel_size": 2}, "data_parallel_size: 2 without expert parallelism, on a CPU"),
+        ({"data_parallel_size": 2, "data_parallel_rank": 1}, "data_parallel_size: 2 without expert parallelism"),
         (
             {"data_parallel_size": 2, "data_parallel_size_local": 1, "data_parallel_hybrid_lb": True}
             | {"data_parallel_start_rank": 0, "data_parallel_address": "127.0.0.1"},
-            "data_parallel_size: 2, wanted 1 on a CPU",
+            "data_parallel_size: 2 without expert parallelism, on a CPU",
         ),
         (
             {"decode_context_parallel_size": 2, "tensor_parallel_size": 2},
@@ -89,6 +88,10 @@ def test_routed_experts_that_cannot_be_told_from_zero_experts_are_not_returned()
         ),
         ({"prefill_context_parallel_size": 2}, "prefill context parallel"),
         ({"ubatch_size": 2}, "Microbatching"),
+        (
+            {"tensor_parallel_size": 2, "additional_config": {"longcat": {"overlap": True}}},
+            """--additional-config '{"longcat": {"overlap": true}}': no tokens are sent to experts""",
+        ),
     ],
 )
 def test_ranks_that_a_cpu_cannot_have_are_refused(options: dict[str, Any], wanted: str, good: Path) -> None:

@@ -13,15 +13,19 @@ from longcat_core.layers.routing import RouterFunctions
 from longcat_core.plugin.diagnosis import Finding
 from longcat_core.plugin.engine import unsupported_cpu_cache
 from longcat_core.weights.precision import Fp8Kernels
+from longcat_vllm import requested
 from longcat_vllm.devices.base import MOE_BACKENDS, Device
+from longcat_vllm.devices.branch import Branch, InARow
+from longcat_vllm.engine import shares_experts_over_a_transport
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-    from vllm.config import VllmConfig
+    from vllm.config import ParallelConfig, VllmConfig
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
     from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
     from vllm.v1.attention.backend import AttentionBackend
 
@@ -67,6 +71,14 @@ class Cpu(Device):
 
         return CompactedFp8RowsMethod(moe_config) if is_fp8 else CompactedRowsMethod(moe_config)
 
+    def branch(self, experts: MoERunner, parallel_config: ParallelConfig) -> Branch | None:
+        if not shares_experts_over_a_transport(parallel_config):
+            return None
+        from longcat_vllm.devices.cpu.exchange import Exchanged
+
+        exchanged = Exchanged(experts)
+        return InARow(exchanged) if requested.current().overlap is False else exchanged
+
     def expert_map(self, num_experts: int, device: torch.device | str) -> None:
         return None
 
@@ -90,10 +102,10 @@ class Cpu(Device):
         cache_dtype = vllm_config.cache_config.cache_dtype
         if is_quantized_kv_cache(cache_dtype):
             problems.append(unsupported_cpu_cache(cache_dtype))
-        if parallel.data_parallel_size > 1:
+        if parallel.data_parallel_size > 1 and not parallel.enable_expert_parallel:
             problems.append(
-                f"data_parallel_size: {parallel.data_parallel_size}, wanted 1 on a CPU, on which ranks of vLLM's "
-                "experts cannot exchange tokens; leave --data-parallel-size out, and start a server for each"
+                f"data_parallel_size: {parallel.data_parallel_size} without expert parallelism, on a CPU, where ranks "
+                "cannot gather each other's tokens; spread the experts too, or leave --data-parallel-size out"
             )
         if parallel.decode_context_parallel_size > 1:
             problems.append(
@@ -107,6 +119,11 @@ class Cpu(Device):
 
     def obstacles_to_flashinfer_mla(self, vllm_config: VllmConfig) -> list[str]:
         return ["it is for NVIDIA GPUs, and this is a CPU"]
+
+    def obstacles_to_overlap(self, vllm_config: VllmConfig) -> list[str]:
+        if shares_experts_over_a_transport(vllm_config.parallel_config):
+            return []
+        return ["no tokens are sent to experts, as they are where data-parallel ranks share them"]
 
     def implementations(self, config: LongcatConfig | None) -> list[Finding]:
         import torch

@@ -22,10 +22,11 @@ from longcat_vllm.engine import TRANSPORT_WITH_TOO_FEW_COLUMNS, shares_experts_o
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-    from vllm.config import VllmConfig
+    from vllm.config import ParallelConfig, VllmConfig
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
     from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
     from vllm.v1.attention.backend import AttentionBackend
 
@@ -79,6 +80,9 @@ class Cuda(Device):
         from longcat_vllm.devices.cuda.experts import skipping_zero_experts
 
         return skipping_zero_experts(choose, moe_config)
+
+    def branch(self, experts: MoERunner, parallel_config: ParallelConfig) -> None:
+        return None
 
     def expert_map(self, num_experts: int, device: torch.device | str) -> Tensor | None:
         """The identity. With a map, vLLM's Triton experts drop an id of -1 (`moe_align_block_size`, `moe_sum`);
@@ -159,6 +163,9 @@ class Cuda(Device):
         if envs.VLLM_BATCH_INVARIANT:
             obstacles.append("VLLM_BATCH_INVARIANT is set, and the work is split by the batch; unset it")
         return obstacles
+
+    def obstacles_to_overlap(self, vllm_config: VllmConfig) -> list[str]:
+        return ["on a GPU vLLM's operator does all of a layer's experts at once"]
 
     def implementations(self, config: LongcatConfig | None) -> list[Finding]:
         import torch

@@ -1,0 +1,100 @@
+"""Data-parallel ranks that share experts on a CPU: one rank's tokens, and the dense path in the exchange's time."""
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from longcat_core.parallel.schedule import SERIAL, SHORTCUT_LAYER, SINGLE_BATCH, Schedule, Stage, faults
+from tests.cases import CASES, Case
+from tests.oracle import assert_greedy_equal, greedy, oracle
+from tests.vllm.data_parallel import Answer, Product, answers
+
+CASE = CASES["odd_counts"]  # 7 experts, of which one rank has 4
+NEW_TOKENS = 8
+OFF = {"additional_config": {"longcat": {"overlap": False}}}
+
+CONFIG = CASE.config
+QUERIES: Product = (CONFIG.q_lora_rank, CONFIG.num_attention_heads * CONFIG.qk_head_dim)
+OUTPUT: Product = (CONFIG.num_attention_heads * CONFIG.v_head_dim, CONFIG.hidden_size)
+ROUTER: Product = (CONFIG.hidden_size, CONFIG.num_experts)
+DOWN: Product = (CONFIG.ffn_hidden_size, CONFIG.hidden_size)
+NAMES: dict[str | Product, tuple[str, ...]] = {
+    QUERIES: ("attention_{}_qkv",),
+    "vllm::unified_mla_attention_with_output": ("attention_{}_core",),
+    OUTPUT: ("attention_{}_output", "attention_{}_sum"),
+    ROUTER: ("router",),
+    DOWN: ("dense_ffn_{}", "dense_ffn_{}_sum"),
+    "longcat::exchange_begin": ("dispatch",),
+    "longcat::exchange_compute": ("experts", "identity"),
+    "longcat::exchange_end": ("combine",),
+}
+"""Operations of `SHORTCUT_LAYER`. A sum over one rank is nothing, and takes the place where it would be; so does the
+identity, which inductor fuses into others."""
+
+
+def layers_of(operations: Sequence[str | Product]) -> list[list[str]]:
+    """The operations of each layer in the order in which they ran, those of which it has two numbered."""
+    layers: list[list[str]] = []
+    for operation in operations:
+        key = operation if isinstance(operation, str) else (operation[0], operation[1])
+        for name in NAMES.get(key, ()):
+            if name == "attention_{}_qkv" and (not layers or "attention_1_qkv" in layers[-1]):
+                layers.append([])
+            numbered = name.format(int(name.format(0) in layers[-1]))
+            if numbered != "dense_ffn_1_sum":  # which is the layer's
+                layers[-1].append(numbered)
+    return [[*layer, "final_sum"] for layer in layers]
+
+
+def faults_of(layer: Sequence[str]) -> list[str]:
+    return list(faults(Schedule("seen", (Stage("layer", (tuple(layer),)),)), SHORTCUT_LAYER))
+
+
+def stages(layer: Sequence[str], schedule: Schedule) -> list[int]:
+    """The number of the stage that each operation belongs to. Of a transfer it is seen when its stage begins, or when
+    that ends."""
+    numbers = {name: number for number, stage in enumerate(schedule.stages) for name in stage.operations}
+    return [numbers[name] for name in layer]
+
+
+def assert_true(each: Sequence[Answer], prompts: Sequence[list[list[int]]]) -> None:
+    truth = oracle(CONFIG, CASE.published())
+    for answer, asked in zip(each, prompts, strict=True):
+        for prompt, tokens in zip(asked, answer.tokens, strict=True):
+            assert_greedy_equal(tokens, greedy(truth, prompt, NEW_TOKENS))
+
+
+@pytest.mark.parametrize("enforce_eager", [True, False])
+def test_ranks_have_the_tokens_of_one_and_run_the_schedule_of_the_report(
+    enforce_eager: bool, checkpoint_of: Callable[[Case], Path], tmp_path: Path
+) -> None:
+    """Tokens are on their way while the dense path runs, in what torch.compile makes of the layer as well."""
+    prompts = [CASE.prompts(3, 9), [*CASE.prompts(1, 2), *CASE.prompts(1, 30, seed=1)]]
+    each = answers(checkpoint_of(CASE), tmp_path / "ranks", prompts, NEW_TOKENS, enforce_eager=enforce_eager)
+    assert_true(each, prompts)
+    for answer in each:
+        assert answer.sent_bytes > 0
+        layers = layers_of(answer.operations)
+        assert len(layers) == CONFIG.num_layers
+        for layer in layers:
+            assert faults_of(layer) == []
+            assert stages(layer, SINGLE_BATCH) == sorted(stages(layer, SINGLE_BATCH))
+            assert layer.index("dispatch") < layer.index("dense_ffn_0")
+            assert layer.index("combine") > layer.index("dense_ffn_1")
+
+
+@pytest.mark.parametrize("enforce_eager", [True, False])
+def test_without_overlap_they_have_them_too_and_a_rank_may_have_no_request(
+    enforce_eager: bool, checkpoint_of: Callable[[Case], Path], tmp_path: Path
+) -> None:
+    prompts: list[list[list[int]]] = [CASE.prompts(2, 12), []]
+    each = answers(checkpoint_of(CASE), tmp_path / "ranks", prompts, NEW_TOKENS, enforce_eager=enforce_eager, **OFF)
+    assert_true(each, prompts)
+    for layer in layers_of(each[0].operations):
+        assert faults_of(layer) == []
+        assert layer.index("combine") < layer.index("dense_ffn_0")
+        assert stages(layer, SERIAL) == sorted(stages(layer, SERIAL))
