@@ -19,7 +19,7 @@ from benchmarks.record import RESULTS
 ENGINES = {"vllm": "vLLM", "sglang": "SGLang"}
 CONTEXTS = {128: "#1f6f8b", 2048: "#c8553d", 8192: "#6a994e", 32768: "#8d6cab"}
 RUNS = {"compiled": "-", "eager": "--"}
-BESIDE = {"HTTP": "*", "transformers": "x"}
+BESIDE = {"HTTP": "*", "transformers": "x", "mlx-lm, fp32": "+"}
 PROMPTS = {512: "#d9b382", 4096: "#8c6d3f"}
 Row = dict[str, Any]
 

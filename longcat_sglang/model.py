@@ -213,6 +213,8 @@ class LongcatDecoderLayer(nn.Module):
 
 class LongcatModel(nn.Module):
     counted: metrics.CountedChoices | None = None
+    compiled: Any = None
+    """A device's own layers, once it has asked."""
 
     def __init__(self, hf_config: LongcatFlashConfig, quant_config: QuantizationConfig | None, prefix: str) -> None:
         super().__init__()
@@ -240,22 +242,25 @@ class LongcatModel(nn.Module):
     ) -> Tensor:
         hidden_states = self.embed_tokens(input_ids) if input_embeds is None else input_embeds
         cos, sin = rotary.cos_sin(positions.unsqueeze(-1), self.inverse_frequencies, self.attention_factor)
+        inputs = {"positions": positions, "forward_batch": forward_batch, "cos": cos, "sin": sin}
+        choices: list[Tensor] | None = None if self.counted is None else []
+        decoded = devices.current().decode(self, hidden_states, forward_batch, cos, sin, choices)
+        if decoded is None:
+            decoded = self._by_layers(hidden_states, forward_batch, inputs, choices)
+        if self.counted is not None and choices is not None:
+            self.counted.add(choices, forward_batch)
+        return decoded
+
+    def _by_layers(
+        self, hidden_states: Tensor, forward_batch: ForwardBatch, inputs: dict[str, Any], choices: list[Tensor] | None
+    ) -> Tensor:
         attentions = 2 * len(self.layers)
         zeros = BumpAllocator(ZEROS_OF_AN_ATTENTION * attentions, dtype=torch.float32, device=hidden_states.device)
-        attention_inputs = {
-            "positions": positions,
-            "forward_batch": forward_batch,
-            "cos": cos,
-            "sin": sin,
-            "zero_allocator": zeros,
-        }
-        choices: list[Tensor] | None = None if self.counted is None else []
+        inputs = inputs | {"zero_allocator": zeros}
         residual_batch.start(forward_batch)
         for n, layer in enumerate(self.layers):
             with get_global_expert_distribution_recorder().with_current_layer(n):
-                hidden_states = layer(hidden_states, forward_batch, attention_inputs, choices)
-        if self.counted is not None and choices is not None:
-            self.counted.add(choices, forward_batch)
+                hidden_states = layer(hidden_states, forward_batch, inputs, choices)
         return residual_batch.norm(hidden_states, forward_batch, self.norm, skip_empty=True)
 
 

@@ -67,16 +67,17 @@ class LongcatMoE(nn.Module):
             top_k=self.config.moe_topk,
             routed_scaling_factor=self.config.routed_scaling_factor,
         )
-        self._report(routing.ids)
-        if choices is not None:
-            choices.append(routing.ids)
+        self.note(routing.ids, choices)
         routed = self.experts(hidden_states, StandardTopKOutput(routing.weights, routing.ids, logits))
         if get_moe_a2a_backend().is_none():
             return Shortcut(routed, identity_share(hidden_states, routing.identity))
         return Shortcut(None, add_identity(routed, hidden_states, routing.identity))
 
-    def _report(self, ids: Tensor) -> None:
-        """Tell SGLang which experts were chosen, as its own `select_experts` does; to it too -1 is no expert."""
+    def note(self, ids: Tensor, choices: list[Tensor] | None) -> None:
+        """Tell SGLang which experts were chosen, as its own `select_experts` does; to it too -1 is no expert. choices:
+        where else they are to be noted."""
+        if choices is not None:
+            choices.append(ids)
         get_global_expert_distribution_recorder().on_select_experts(topk_ids=ids)
         capturer = get_global_experts_capturer()
         if capturer is not None:

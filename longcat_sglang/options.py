@@ -353,7 +353,7 @@ SERVED: tuple[Option, ...] = (
         "--enable-dp-attention",
         Outcome.SERVED,
         "With drafts too. A draft gate is refused with it, and expert choices are not counted in `/metrics`.",
-        f"a CPU: {RUN}; a GPU: built and stepped in a dry run",
+        f"a CPU: {RUN}, in fp32 and with drafts in chains; a GPU: built and stepped in a dry run, without drafts",
     ),
     Option("--enable-return-routed-experts", Outcome.SERVED, "-1 stands for a zero expert.", READ),
     Option("--expert-distribution-recorder-mode stat", Outcome.SERVED, "Only FFN experts are counted.", READ),

@@ -110,7 +110,9 @@ def _transformers_state(config: LongcatConfig, published: Mapping[str, Tensor]) 
         experts, index, part = match.groups()
         if f"{experts}.down_proj" not in state:
             state[f"{experts}.down_proj"] = torch.empty(config.n_routed_experts, hidden, inner)
-            garbage = torch.randn(config.num_experts, 2 * inner, hidden, generator=torch.Generator().manual_seed(0)) * 1e3
+            garbage = (
+                torch.randn(config.num_experts, 2 * inner, hidden, generator=torch.Generator().manual_seed(0)) * 1e3
+            )
             state[f"{experts}.gate_up_proj"] = garbage
         if part == "down":
             state[f"{experts}.down_proj"][int(index)] = tensor

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from longcat_sglang.devices.branch import Branch
     from longcat_sglang.devices.cuda.rotary import LongcatRotaryEmbedding
     from longcat_sglang.ffn import LongcatFFN
-    from longcat_sglang.model import LongcatAttention
+    from longcat_sglang.model import LongcatAttention, LongcatModel
     from longcat_sglang.mtp import LongcatMTPModel
     from longcat_sglang.quantization import LongcatFp8Config
 
@@ -56,6 +56,19 @@ class Device(ABC):
     @abstractmethod
     def dense_ffn(self, ffn: LongcatFFN, hidden_states: Tensor) -> Tensor | None:
         """[T, H] -> [T, H], a part of the sum over ranks; None where its two linear layers are to be asked."""
+
+    @abstractmethod
+    def decode(
+        self,
+        model: LongcatModel,
+        embedded: Tensor,
+        forward_batch: ForwardBatch,
+        cos: Tensor,
+        sin: Tensor,
+        choices: list[Tensor] | None,
+    ) -> Tensor | None:
+        """embedded: [T, H]; cos and sin: fp32 [T, 1, rope / 2]; choices: where the ids of each layer's routing are to
+        be noted. Returns the model's output with the last norm, [T, H]; None where its layers are to be asked."""
 
     @abstractmethod
     def draft(

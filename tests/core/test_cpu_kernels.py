@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -285,6 +286,23 @@ def test_prompts_of_several_requests_and_trees_are_left_to_torch() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latent_attention, "is_prefill", lambda *_: True)
         assert relative_error(case.run(attention.paged_attention), case.truth()) < 2**-5
+    prompt, paths = a_prompt(9, 4, (2, 6, 4, 5)), torch.eye(4, dtype=torch.bool)
+    paths[:, 0] = True  # three leaves of one root
+    tree = replace(only_group(9, 4), trees=paths.unsqueeze(0))
+    ours = attend_to_expanded(*prompt, tree, SCALE)
+    assert torch.equal(ours, latent_attention.attend_to_expanded(*prompt, tree, SCALE))
+    assert not torch.equal(ours, attend_to_expanded(*prompt, only_group(9, 4), SCALE))
+
+
+def test_where_the_processor_multiplies_in_bf16_no_prompt_of_even_sizes_is_left_to_torch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[int, ...]] = []
+    monkeypatch.setattr(latent_attention, "attend_to_expanded", lambda queries, *_: asked.append(queries.shape))
+    for sizes in ((2, 6, 4, 5), (2, 5, 3, 5)):
+        attend_to_expanded(*a_prompt(9, 9, sizes), only_group(9, 9), SCALE)
+    is_ours = library.library().longcat_instruction_set() == b"avx512_bf16"
+    assert asked == [(1, 9, 2, 8)] if is_ours else [(1, 9, 2, 10), (1, 9, 2, 8)]
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(1, 8), seeds)

@@ -103,6 +103,14 @@ def test_a_rank_without_requests_attends_to_nothing_whatever_it_did_before(monke
     assert torch.equal(output, torch.zeros(2, 4))
 
 
+def test_requests_that_pad_a_rank_have_chains_for_trees() -> None:
+    leaves = torch.tensor([[[1, 0, 0], [1, 1, 0], [1, 0, 1]]]).bool()
+    padded = attention._one_for_each(leaves, 3)
+    assert torch.equal(padded[:1], leaves)
+    assert padded[1:].int().tolist() == [[[1, 0, 0], [1, 1, 0], [1, 1, 1]]] * 2
+    assert torch.equal(attention._one_for_each(leaves, 1), leaves)
+
+
 def test_a_rank_takes_its_rows_of_a_sum() -> None:
     group = object.__new__(GroupCoordinator)
     group.world_size, group.rank_in_group = 2, 1

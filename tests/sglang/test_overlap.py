@@ -102,7 +102,7 @@ def a_layer(recorder: Recorder, branch: Branch, patch: pytest.MonkeyPatch) -> An
     patch.setattr(ffn.LongcatFFN, "partial", lambda self, rows: recorder.note(self.name, rows))
     patch.setattr(moe, "identity_share", lambda rows, _: recorder.note("identity", rows))
     patch.setattr(moe, "get_moe_a2a_backend", lambda: SimpleNamespace(is_none=lambda: True))
-    patch.setattr(moe.LongcatMoE, "_report", lambda *_: None)
+    patch.setattr(moe.LongcatMoE, "note", lambda *_: None)
     patch.setattr(model.residual_batch, "current", lambda _: SimpleNamespace(residual=X))
     patch.setattr(torch.cuda, "current_stream", lambda: recorder.stream(MAIN))
     patch.setattr(torch.cuda, "stream", recorder.in_stream)

@@ -22,6 +22,7 @@ from longcat_core.kernels.cpu.attention import paged_attention, takes, write_lat
 from longcat_core.kernels.cpu.mla import Mla
 from longcat_core.kernels.cpu.rotary import rotate
 from longcat_core.layers.latent_attention import PagedBatch, UpProjection
+from longcat_core.plugin.kept import kept
 from longcat_sglang.devices.cpu.linear import projection
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class LatentAttentionBackend(AttentionBackend):
             new = [draft.draft_token_num] * len(seq_lens)
             seq_lens = [length + draft.draft_token_num for length in seq_lens]
             if draft.tree_topk > 1:
-                trees = draft.custom_mask.view(-1, draft.draft_token_num, draft.draft_token_num)
+                trees = _one_for_each(draft.custom_mask.view(-1, *[draft.draft_token_num] * 2), len(seq_lens))
         elif mode.is_decode():
             new = [1] * len(seq_lens)
         else:
@@ -72,7 +73,8 @@ class LatentAttentionBackend(AttentionBackend):
         return False
 
     def get_cpu_graph_seq_len_fill_value(self) -> int:
-        """The length of a request that pads a decode step: its token alone, which goes into SGLang's unused slot 0."""
+        """The length of a request that pads a step: of a decode step its token alone. It goes into slot 0, which SGLang
+        has no other use for, and nobody reads what it attends to."""
         return 1
 
     def forward_extend(  # type: ignore[override]  # called by `attend` alone, with the weight
@@ -104,6 +106,12 @@ class LatentAttentionBackend(AttentionBackend):
     forward_decode = forward_extend  # type: ignore[assignment]
 
 
+def _one_for_each(trees: Tensor, requests: int) -> Tensor:
+    """SGLang pads a rank's requests to the number of other ranks', and not their trees: theirs are chains."""
+    chain = torch.ones(trees.shape[1:], dtype=torch.bool).tril()
+    return torch.cat((trees, chain.expand(requests - len(trees), *chain.shape)))
+
+
 class DraftingBackend:
     """Attention of the drafter's steps after the first: `attn_backends[i]` is for step i.
 
@@ -117,18 +125,13 @@ class DraftingBackend:
         self.attn_backends = [LatentAttentionBackend(runner) for _ in range(steps - 1)]
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        """Each branch has its own tokens after its request's, one more in each step.
-
-        Branch b of a request of n tokens has the slots from n + b steps on (kernels/ops/speculative/cache_locs.py,
-        `generate_draft_decode_kv_indices`).
-        """
+        """Each branch has its own tokens after its request's, one more in each step."""
+        table, rows = self._slots_of.req_to_token, None
+        if self._branches == 1:
+            rows = forward_batch.req_pool_indices.tolist()
+        else:
+            table = self._slots_of_branches(forward_batch)
         seq_lens = forward_batch.seq_lens.repeat_interleave(self._branches)
-        written = int(seq_lens.max()) + self._branches * self._steps
-        table = self._slots_of.req_to_token[:, :written][forward_batch.req_pool_indices]
-        table = table.repeat_interleave(self._branches, dim=0)
-        first = torch.arange(self._branches).repeat(len(forward_batch.seq_lens)) * self._steps
-        own = seq_lens.unsqueeze(1) + torch.arange(self._steps - 1)
-        table.scatter_(1, own, table.gather(1, own + first.unsqueeze(1)))
         for step, backend in enumerate(self.attn_backends):
             backend.tokens = len(seq_lens)
             backend.forward_metadata = PagedBatch.build(
@@ -136,7 +139,19 @@ class DraftingBackend:
                 seq_lens=(seq_lens + step + 1).tolist(),
                 block_table=table,
                 block_size=1,
+                table_rows=rows,
             )
+
+    def _slots_of_branches(self, forward_batch: ForwardBatch) -> Tensor:
+        """Branch b of a request of n tokens has the slots from n + b steps on (kernels/ops/speculative/cache_locs.py,
+        `generate_draft_decode_kv_indices`)."""
+        seq_lens = forward_batch.seq_lens.repeat_interleave(self._branches)
+        written = int(seq_lens.max()) + self._branches * self._steps
+        table = self._slots_of.req_to_token[:, :written][forward_batch.req_pool_indices]
+        table = table.repeat_interleave(self._branches, dim=0)
+        first = torch.arange(self._branches).repeat(len(forward_batch.seq_lens)) * self._steps
+        own = seq_lens.unsqueeze(1) + torch.arange(self._steps - 1)
+        return table.scatter_(1, own, table.gather(1, own + first.unsqueeze(1)))
 
 
 def attend(
@@ -188,9 +203,7 @@ def _up(attention: LongcatAttention) -> UpProjection:
 
 def compiled_mla(attention: LongcatAttention) -> Mla | None:
     """Its decode steps in one call, if core's kernels multiply in all of its layers."""
-    if attention.compiled is None:
-        attention.compiled = _compiled(attention) or False
-    return attention.compiled or None
+    return kept(attention, _compiled)
 
 
 def _compiled(attention: LongcatAttention) -> Mla | None:

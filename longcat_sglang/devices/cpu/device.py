@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, dtype, nn
 
     from longcat_sglang.ffn import LongcatFFN
-    from longcat_sglang.model import LongcatAttention
+    from longcat_sglang.model import LongcatAttention, LongcatModel
     from longcat_sglang.mtp import LongcatMTPModel
     from longcat_sglang.quantization import LongcatFp8Config
 
@@ -58,6 +58,19 @@ class Cpu(Device):
 
         compiled = compiled_ffn(ffn)
         return None if compiled is None else compiled(hidden_states)
+
+    def decode(
+        self,
+        model: LongcatModel,
+        embedded: Tensor,
+        forward_batch: ForwardBatch,
+        cos: Tensor,
+        sin: Tensor,
+        choices: list[Tensor] | None,
+    ) -> Tensor | None:
+        from longcat_sglang.devices.cpu.decoding import decode
+
+        return decode(model, embedded, forward_batch, cos, sin, choices)
 
     def draft(
         self, model: LongcatMTPModel, embedded: Tensor, forward_batch: ForwardBatch, cos: Tensor, sin: Tensor

@@ -20,7 +20,7 @@ from torch import Tensor
 from longcat_core.kernels.cpu.mtp import MtpLayer, Norms
 from longcat_core.kernels.cpu.product import FEW_ROWS, product
 from longcat_core.layers import rotary
-from longcat_core.layers.latent_attention import PagedBatch
+from longcat_core.plugin.kept import kept
 from longcat_sglang.devices.cpu.attention import DraftingBackend, LatentAttentionBackend, compiled_mla
 from longcat_sglang.devices.cpu.linear import compiled_ffn, projection
 
@@ -47,9 +47,7 @@ def draft(
 
 def compiled_layer(model: LongcatMTPModel) -> MtpLayer | None:
     """None where core's kernels do not multiply in all of its layers, or it is on several ranks."""
-    if model.compiled is None:
-        model.compiled = _compiled(model) or False
-    return model.compiled or None
+    return kept(model, _compiled)
 
 
 def _compiled(model: LongcatMTPModel) -> MtpLayer | None:
@@ -111,13 +109,7 @@ def draft_after_verification(
     drafter: Any = worker
     causal: Any = drafter.draft_runner.model
     model, backend = causal.model, drafter.draft_runner.attn_backend
-    where = PagedBatch.build(
-        query_starts=range(0, requests * width + 1, width),
-        seq_lens=(batch.seq_lens + width).tolist(),
-        block_table=drafter.req_to_token_pool.req_to_token,
-        block_size=1,
-        table_rows=batch.req_pool_indices.tolist(),
-    )
+    where = drafter.target_worker.model_runner.attn_backend.forward_metadata  # the verification's, as are the tokens
     positions = (batch.seq_lens.unsqueeze(1) + torch.arange(width)).flatten()
     cos, sin = rotary.cos_sin(positions.unsqueeze(-1), model.inverse_frequencies, model.attention_factor)
     embedded = F.embedding(result.next_token_ids, model.embed_tokens.weight)

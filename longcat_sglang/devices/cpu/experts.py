@@ -49,6 +49,12 @@ class CompactedRowsMethod(UnquantizedFusedMoEMethod):
             layer.w13_weight.data, layer.w2_weight.data = self.ffn.unpack()
         self.ffn = None
 
+    def experts_of(self, layer: Any) -> CompiledExperts | None:
+        """The experts of a layer, if the compiled kernel is chosen."""
+        if self.ffn is None:
+            self.process_weights_after_loading(layer)
+        return self.ffn if isinstance(self.ffn, CompiledExperts) else None
+
     def apply(  # type: ignore[override]  # narrower than linear layers', as UnquantizedFusedMoEMethod's
         self, layer: Any, dispatch_output: StandardDispatchOutput
     ) -> StandardCombineInput:

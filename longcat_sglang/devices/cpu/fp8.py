@@ -38,10 +38,14 @@ class CompactedFp8RowsMethod(Fp8MoEMethod):
     def process_weights_after_loading(self, layer: Any) -> None:
         """There is nothing to do, nor to undo before other weights are loaded."""
 
+    def experts_of(self, layer: Any) -> CompiledExperts:
+        """The experts of a layer."""
+        scales = layer.w13_weight_scale_inv, layer.w2_weight_scale_inv
+        return CompiledExperts(layer.w13_weight, layer.w2_weight, *scales)
+
     def apply(  # type: ignore[override]  # narrower than linear layers', as Fp8MoEMethod's
         self, layer: Any, dispatch_output: StandardDispatchOutput
     ) -> StandardCombineInput:
         assert isinstance(dispatch_output.topk_output, StandardTopKOutput)
         weights, ids, _ = dispatch_output.topk_output
-        ffn = CompiledExperts(layer.w13_weight, layer.w2_weight, layer.w13_weight_scale_inv, layer.w2_weight_scale_inv)
-        return StandardCombineInput(routed_experts(dispatch_output.hidden_states, ids, weights, ffn))
+        return StandardCombineInput(routed_experts(dispatch_output.hidden_states, ids, weights, self.experts_of(layer)))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from longcat_core.kernels.cpu.experts import CompiledFFN
 from longcat_core.kernels.cpu.product import Projection, is_quicker_than_torch, product
+from longcat_core.plugin.kept import kept
 from longcat_sglang.devices.cpu.fp8 import CpuFp8LinearMethod
 
 if TYPE_CHECKING:
@@ -48,10 +49,12 @@ def projection(layer: Any) -> Projection | None:
 
 def compiled_ffn(ffn: LongcatFFN) -> CompiledFFN | None:
     """A dense FFN of few tokens in one call, if core's kernels take both weights."""
-    if ffn.compiled is None:
-        gate_up, down = projection(ffn.gate_up_proj), projection(ffn.down_proj)
-        ffn.compiled = (gate_up is not None and down is not None and CompiledFFN.of(gate_up, down)) or False
-    return ffn.compiled or None
+    return kept(ffn, _compiled)
+
+
+def _compiled(ffn: LongcatFFN) -> CompiledFFN | None:
+    gate_up, down = projection(ffn.gate_up_proj), projection(ffn.down_proj)
+    return None if gate_up is None or down is None else CompiledFFN.of(gate_up, down)
 
 
 METHODS: dict[type, type] = {

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from longcat_sglang.devices.cuda.rotary import LongcatRotaryEmbedding
     from longcat_sglang.ffn import LongcatFFN
-    from longcat_sglang.model import LongcatAttention
+    from longcat_sglang.model import LongcatAttention, LongcatModel
     from longcat_sglang.mtp import LongcatMTPModel
     from longcat_sglang.quantization import LongcatFp8Config
 
@@ -63,6 +63,17 @@ class Cuda(Device):
         return DeepseekV2AttentionMLA.forward(attention, positions, hidden_states, forward_batch, zero_allocator)
 
     def dense_ffn(self, ffn: LongcatFFN, hidden_states: Tensor) -> None:
+        return None
+
+    def decode(
+        self,
+        model: LongcatModel,
+        embedded: Tensor,
+        forward_batch: ForwardBatch,
+        cos: Tensor,
+        sin: Tensor,
+        choices: list[Tensor] | None,
+    ) -> None:
         return None
 
     def draft(

@@ -21,6 +21,7 @@ from longcat_core.kernels.cpu.mtp import MtpLayer, Norms
 from longcat_core.kernels.cpu.product import FEW_ROWS
 from longcat_core.layers import rotary
 from longcat_core.layers.latent_attention import PagedBatch
+from longcat_core.plugin.kept import kept
 from longcat_vllm.devices.cpu.attention import LatentAttentionImpl
 from longcat_vllm.devices.cpu.linear import projection
 
@@ -81,9 +82,7 @@ def _layer_of_chains(proposer: EagleProposer, arguments: dict[str, Any]) -> MtpL
     if not hasattr(causal, "drafted_from") or proposer.parallel_drafting:  # the first is of our MTP layer alone
         return None
     model = causal.model
-    if model.mtp_layer is None:
-        model.mtp_layer = _compiled(model) or False
-    return model.mtp_layer or None
+    return kept(model, _compiled, "mtp_layer")
 
 
 def _compiled(model: LongcatMTPModel) -> MtpLayer | None:
