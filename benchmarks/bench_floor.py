@@ -152,38 +152,44 @@ def main(
         typer.Option("--mlx-lm", help="A Python with mlx-lm (`make mlx`), which 622M is then served by too."),
     ] = None,
 ) -> None:
-    """A run of all models is recorded, and a quick one by itself; one of some models is only shown."""
+    """Each model is recorded when it is measured, in place of what was known of it; a quick run by itself."""
     console, plan = Console(stderr=True), plan_of(quick, steps, cached_tokens)
-    chosen = [Name.large] if quick else models or list(Name)
     sizes = replace(SIZES, seconds=1.0) if quick else SIZES
-    load = os.getloadavg()[0]
-    console.log(f"the machine, whose load average is {load:.2f}")
-    machine = measured_machine(sizes)
-    rows: list[dict[str, Any]] = []
-    for name in chosen:
+    for name in [Name.large] if quick else models or list(Name):
+        load = os.getloadavg()[0]
+        console.log(f"the machine, whose load average is {load:.2f}")
+        machine = measured_machine(sizes)
         with tempfile.TemporaryDirectory() as temporary:
             directory = Path(temporary) / "checkpoint"
             console.log(f"{name}: a checkpoint")
             apart(write_checkpoint, name, directory)
-            rows += measured(name, directory, plan, machine, rounds, console)
+            rows = measured(name, directory, plan, machine, rounds, console)
             if mlx_lm is not None and name == Name.large and ALONE in plan.beside:
                 console.log(f"{name}: mlx-lm")
                 rows.append(mlx_lm_row(name, directory, plan, rows, mlx_lm))
-    show(rows, machine)
-    if models and not quick:
-        return
-    again = measured_machine(sizes)
-    drift = {figure: round(again.figures[figure] / value, 2) for figure, value in machine.figures.items()}
-    settings = {
-        "machine": {figure: round(value, 2) for figure, value in machine.figures.items()},
-        "machine_after_over_before": drift,
-        "load_average_before": round(load, 2),
-        "steps": steps,
-        "cached_tokens": cached_tokens,
-        "chunk": plan.chunk,
-        "models": {name: spellings.published(CONFIGS[name]) for name in chosen},
-    }
-    print(record.write("floor_quick" if quick else "floor", rows, **settings))
+        show(rows, machine)
+        again = measured_machine(sizes)
+        drift = {figure: round(again.figures[figure] / value, 2) for figure, value in machine.figures.items()}
+        settings = {
+            "date": record.environment()["date"],
+            "machine": {figure: round(value, 2) for figure, value in machine.figures.items()},
+            "machine_after_over_before": drift,
+            "load_average_before": round(load, 2),
+            "steps": steps,
+            "cached_tokens": cached_tokens,
+            "chunk": plan.chunk,
+            "config": spellings.published(CONFIGS[name]),
+        }
+        print(write("floor_quick" if quick else "floor", name, rows, settings))
+
+
+def write(file: str, name: Name, rows: list[dict[str, Any]], settings: dict[str, Any]) -> Path:
+    """Beside the rows of other models that are there."""
+    path = record.path_of(file)
+    before = json.loads(path.read_text()) if path.exists() else {"rows": [], "settings": {}}
+    runs = {other: each for other, each in before["settings"].items() if other in list(Name)} | {name.value: settings}
+    others = [row for row in before["rows"] if row["model"] in runs and row["model"] != name.value]
+    return record.write(file, sorted([*others, *rows], key=lambda row: list(Name).index(row["model"])), **runs)
 
 
 def write_checkpoint(name: Name, directory: Path) -> None:

@@ -25,7 +25,8 @@ Row = dict[str, Any]
 
 
 def main() -> None:
-    records = {engine: json.loads((RESULTS / engine / "floor.json").read_text()) for engine in ENGINES}
+    files = {engine: RESULTS / engine / "floor.json" for engine in ENGINES}
+    records = {engine: json.loads(file.read_text()) for engine, file in files.items() if file.exists()}
     models = list(dict.fromkeys(row["model"] for record in records.values() for row in record["rows"]))
     figure, panels = plt.subplots(
         len(records), len(models) + 1, figsize=(13, 3.4 * len(records)), squeeze=False, layout="constrained"

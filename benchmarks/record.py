@@ -21,11 +21,15 @@ ENGINE = "vllm" if find_spec("vllm") else "sglang"
 
 def write(name: str, rows: list[dict[str, Any]], **settings: Any) -> Path:
     """Write `results/ENGINE/NAME.json` and return its path."""
-    path = RESULTS / ENGINE / f"{name}.json"
+    path = path_of(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {"benchmark": name, **environment(), "settings": settings, "rows": rows}
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
+
+
+def path_of(name: str) -> Path:
+    return RESULTS / ENGINE / f"{name}.json"
 
 
 def environment() -> dict[str, Any]:
