@@ -188,7 +188,7 @@ OPTIONS: tuple[Option, ...] = (
         "path of the layer runs ([more](overlap.md)); on a GPU it is vLLM's own, and not tried. With "
         "--tensor-parallel-size each rank sends a share of the tokens that it has in common with others, as in vLLM's "
         "models.",
-        "two ranks on a CPU, the refusal, and the shares of two ranks, in the tests",
+        "two ranks on a CPU, with drafts too, the refusal, and the shares of two ranks, in the tests; a server by hand",
     ),
     Option(
         """--additional-config '{"longcat": {"overlap": false}}'""",

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from longcat_core.kernels.cpu import library
 from longcat_core.parallel.schedule import SERIAL, SHORTCUT_LAYER, SINGLE_BATCH, Schedule, Stage, faults
+from longcat_nano import CHECKPOINT
 from tests.cases import CASES, Case
 from tests.oracle import assert_greedy_equal, greedy, oracle
 from tests.vllm.data_parallel import Answer, Product, answers
@@ -94,7 +96,19 @@ def test_without_overlap_they_have_them_too_and_a_rank_may_have_no_request(
     prompts: list[list[list[int]]] = [CASE.prompts(2, 12), []]
     each = answers(checkpoint_of(CASE), tmp_path / "ranks", prompts, NEW_TOKENS, enforce_eager=enforce_eager, **OFF)
     assert_true(each, prompts)
-    for layer in layers_of(each[0].operations):
+    layers = layers_of(each[0].operations)
+    assert len(layers) == CONFIG.num_layers
+    for layer in layers:
         assert faults_of(layer) == []
         assert layer.index("combine") < layer.index("dense_ffn_0")
         assert stages(layer, SERIAL) == sorted(stages(layer, SERIAL))
+
+
+@pytest.mark.skipif(not library.is_available(), reason=library.description())
+def test_drafts_beside_a_rank_without_requests_come_to_an_end(tmp_path: Path) -> None:
+    """vLLM's ranks wait for each other in every pass of the drafter, so none may make fewer than another."""
+    prompts: list[list[list[int]]] = [[list(range(5, 45)), list(range(60, 90))], []]
+    options = {"dtype": "bfloat16", "draft_tokens": 3, "enforce_eager": True}
+    busy, idle = answers(CHECKPOINT, tmp_path / "ranks", prompts, 12, **options)
+    assert [len(tokens) for tokens in busy.tokens] == [12, 12]
+    assert idle.tokens == []

@@ -17,6 +17,7 @@ from torch import Tensor
 from longcat_core.kernels.cpu.decoder import DecoderLayer, Half, Router
 from longcat_core.kernels.cpu.norm import add_rms_norm
 from longcat_core.plugin.kept import kept
+from longcat_core.plugin.methods import has_hooks
 from longcat_sglang.devices.cpu.attention import LatentAttentionBackend, compiled_mla
 from longcat_sglang.devices.cpu.linear import compiled_ffn
 
@@ -59,7 +60,7 @@ def compiled_layers(model: LongcatModel) -> list[DecoderLayer] | None:
 
 
 def _compiled(model: LongcatModel) -> list[DecoderLayer] | None:
-    if get_parallel().tp_size > 1 or model.norm.weight.dtype != torch.bfloat16:
+    if get_parallel().tp_size > 1 or model.norm.weight.dtype != torch.bfloat16 or has_hooks(model):
         return None
     layers = []
     for module in _layers(model):

@@ -21,6 +21,7 @@ from longcat_core.kernels.cpu.mtp import MtpLayer, Norms
 from longcat_core.kernels.cpu.product import FEW_ROWS, product
 from longcat_core.layers import rotary
 from longcat_core.plugin.kept import kept
+from longcat_core.plugin.methods import has_hooks
 from longcat_sglang.devices.cpu.attention import DraftingBackend, LatentAttentionBackend, compiled_mla
 from longcat_sglang.devices.cpu.linear import compiled_ffn, projection
 
@@ -54,7 +55,7 @@ def _compiled(model: LongcatMTPModel) -> MtpLayer | None:
     layer: Any = model.layers[0]
     mla, ffn = compiled_mla(layer.self_attn), compiled_ffn(layer.transformer_layer["mlp"])
     eh_proj = projection(layer.eh_proj)
-    if mla is None or ffn is None or eh_proj is None or get_parallel().tp_size > 1:
+    if mla is None or ffn is None or eh_proj is None or get_parallel().tp_size > 1 or has_hooks(model):
         return None
     return MtpLayer(Norms.of(layer, model.norm), model.config.rms_norm_eps, eh_proj, mla, ffn)
 
@@ -109,7 +110,12 @@ def draft_after_verification(
     drafter: Any = worker
     causal: Any = drafter.draft_runner.model
     model, backend = causal.model, drafter.draft_runner.attn_backend
-    where = drafter.target_worker.model_runner.attn_backend.forward_metadata  # the verification's, as are the tokens
+    target = drafter.target_worker.model_runner.attn_backend  # which was asked last in the verification
+    if not isinstance(target, LatentAttentionBackend) or target.tokens != requests * width:
+        original(worker, batch, result)
+        return
+    where = target.forward_metadata
+    assert where is not None, "there are tokens"
     positions = (batch.seq_lens.unsqueeze(1) + torch.arange(width)).flatten()
     cos, sin = rotary.cos_sin(positions.unsqueeze(-1), model.inverse_frequencies, model.attention_factor)
     embedded = F.embedding(result.next_token_ids, model.embed_tokens.weight)

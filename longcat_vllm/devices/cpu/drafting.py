@@ -78,6 +78,8 @@ def _layer_of_chains(proposer: EagleProposer, arguments: dict[str, Any]) -> MtpL
     is_greedy = not proposer._enable_probabilistic_draft_probs or sampling.all_greedy
     if not is_greedy or proposer.use_local_argmax_reduction or batch.batch_size() > FEW_ROWS:
         return None
+    if proposer.vllm_config.parallel_config.data_parallel_size > 1:  # ranks count each other's passes of the drafter
+        return None
     causal: Any = proposer.model
     if not hasattr(causal, "drafted_from") or proposer.parallel_drafting:  # the first is of our MTP layer alone
         return None
