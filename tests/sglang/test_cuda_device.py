@@ -127,7 +127,7 @@ def test_what_a_transport_has_brought_back_is_not_summed_again(
 ) -> None:
     """DeepEP brings back the whole output of a token's experts; else a rank has a part of it."""
     monkeypatch.setattr(moe, "get_moe_a2a_backend", lambda: SimpleNamespace(is_none=lambda: not has_transport))
-    monkeypatch.setattr(moe.LongcatMoE, "_report", lambda *_: None)
+    monkeypatch.setattr(moe.LongcatMoE, "note", lambda *_: None)
     layer = moe.LongcatMoE.__new__(moe.LongcatMoE)
     torch.nn.Module.__init__(layer)
     layer.config, layer.route = DEFAULT, route
@@ -197,6 +197,7 @@ def test_an_attention_may_take_a_zero_for_each_absorbed_weight(monkeypatch: pyte
     sizes: list[int] = []
     monkeypatch.setattr(model, "BumpAllocator", lambda size, **_: sizes.append(size))
     monkeypatch.setattr(model, "residual_batch", SimpleNamespace(start=lambda _: None, norm=lambda x, *_, **__: x))
+    monkeypatch.setattr(model, "devices", SimpleNamespace(current=Cuda))
     stack = model.LongcatModel.__new__(model.LongcatModel)
     torch.nn.Module.__init__(stack)
     stack.layers = [lambda hidden_states, *_: hidden_states] * 3
