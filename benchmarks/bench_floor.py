@@ -128,7 +128,7 @@ def plan_of(is_quick: bool, steps: int, cached_tokens: int) -> Plan:
     cells = [Cell(n, context) for context in CONTEXTS for n in REQUESTS if n * context <= cached_tokens]
     beside = tuple(cell for cell in cells if cell.context == CONTEXTS[0] and cell.requests in AT_ONCE)
     if is_quick:
-        return Plan(beside, (), (), steps)
+        return Plan(beside, (), PROMPTS, steps)
     return Plan(tuple(cells), beside, PROMPTS, steps)
 
 
@@ -142,7 +142,7 @@ class Times(NamedTuple):
 
 
 def main(
-    quick: Annotated[bool, typer.Option("--quick", help="622M alone, 1 and 8 requests at a context of 128.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="622M alone: 1 and 8 requests at a context of 128, and prompts.")] = False,
     models: Annotated[list[Name] | None, typer.Option("--model", help="One or several; else all.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Decode steps that are timed, of which the median is taken.")] = 32,
     cached_tokens: Annotated[int, typer.Option(help="Leave out what has more tokens in the cache at once.")] = 1 << 16,
