@@ -142,7 +142,9 @@ class Times(NamedTuple):
 
 
 def main(
-    quick: Annotated[bool, typer.Option("--quick", help="622M alone: 1 and 8 requests at a context of 128, and prompts.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="622M alone: 1 and 8 requests at a context of 128, and prompts.")
+    ] = False,
     models: Annotated[list[Name] | None, typer.Option("--model", help="One or several; else all.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Decode steps that are timed, of which the median is taken.")] = 32,
     cached_tokens: Annotated[int, typer.Option(help="Leave out what has more tokens in the cache at once.")] = 1 << 16,
