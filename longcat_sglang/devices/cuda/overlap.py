@@ -47,5 +47,5 @@ class SecondStream(Branch):
 
 
 def is_captured_whole() -> bool:
-    """Whether a step is being captured as one graph, which all of its layers are in."""
+    """Whether a step is being captured as one graph, which all of its layers are in, or warmed up for that."""
     return get_is_capture_mode() and not (is_in_breakable_cuda_graph() or is_in_tc_piecewise_cuda_graph())
