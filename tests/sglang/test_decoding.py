@@ -51,3 +51,21 @@ def test_decode_steps_of_cores_layers_are_those_of_sglangs_to_the_bit(tmp_path: 
     assert rows.count(1) >= LAYERS * len(PROMPTS) * (NEW_TOKENS - 1)
     assert [len(answer) for answer in ours] == [NEW_TOKENS] * len(PROMPTS)
     assert ours == theirs
+
+
+def noting_hook(config: dict[str, str]) -> Any:
+    """As SGLang's --forward-hooks names it."""
+
+    def note(_module: Any, given: Any, _output: Any) -> None:
+        with Path(config["file"]).open("a") as lines:
+            lines.write(f"{len(given[0])}\n")
+
+    return note
+
+
+def test_a_module_that_a_user_hooks_is_called_in_decode_steps(tmp_path: Path) -> None:
+    noted, factory = tmp_path / "noted", f"{__name__}:{noting_hook.__name__}"
+    hook = {"target_modules": ["model.layers.0.mlps.0"], "hook_factory": factory, "config": {"file": str(noted)}}
+    with engine.serving(CHECKPOINT, dtype="bfloat16", prefix_caching=False, forward_hooks=[hook]) as served:
+        served.greedy(PROMPTS[:1], NEW_TOKENS)
+    assert noted.read_text().split().count("1") >= NEW_TOKENS - 1
