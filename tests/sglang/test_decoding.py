@@ -65,7 +65,7 @@ def noting_hook(config: dict[str, str]) -> Any:
 
 def test_a_module_that_a_user_hooks_is_called_in_decode_steps(tmp_path: Path) -> None:
     noted, factory = tmp_path / "noted", f"{__name__}:{noting_hook.__name__}"
-    hook = {"target_modules": ["model.layers.0.mlps.0"], "hook_factory": factory, "config": {"file": str(noted)}}
+    hook = {"target_modules": ["model.layers.0.mlp.router"], "hook_factory": factory, "config": {"file": str(noted)}}
     with engine.serving(CHECKPOINT, dtype="bfloat16", prefix_caching=False, forward_hooks=[hook]) as served:
         served.greedy(PROMPTS[:1], NEW_TOKENS)
     assert noted.read_text().split().count("1") >= NEW_TOKENS - 1
