@@ -171,6 +171,17 @@ HOOKS: tuple[Hook, ...] = (
         remove_when="As chains of drafts.",
     ),
     Wrapper(
+        name="greedy steps with drafts",
+        target="sglang.srt.speculative.eagle_worker_v2.EAGLEWorkerV2.forward_batch_generation",
+        around="longcat_sglang.devices.cpu.greedy_chains:speculate",
+        concerns="longcat_sglang.engine:is_longcats_process",
+        stage=Stage.MODEL,
+        device="cpu",
+        why="On a CPU three batches and a tree are built for a step in which chains are drafted and verified, which "
+        "takes longer than the models' passes, if these are small.",
+        remove_when="As chains of drafts.",
+    ),
+    Wrapper(
         name="sum and division by ranks",
         target="sglang.srt.distributed.parallel_state.GroupCoordinator.reduce_scatterv",
         around="longcat_sglang.devices.cpu.patches:sum_and_take_own_rows",

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.managers.utils import GenerationBatchResult
-    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 logger = logging.getLogger(__name__)
 
@@ -59,10 +58,10 @@ class CountedChoices:
         directory = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])  # which --enable-metrics sets in all processes
         self.publication = Publication(self._choices, directory, _labels())
 
-    def add(self, choices: list[Tensor], forward_batch: ForwardBatch) -> None:
-        """choices: int32 [T, K] of each layer. A row is a token if it has a slot in the cache: slot 0 is SGLang's for
-        rows that pad a captured graph, and for all rows of a capture and of a warm-up."""
-        self._choices.add(torch.stack(choices), (forward_batch.out_cache_loc != 0).long())
+    def add(self, choices: list[Tensor], slots: Tensor) -> None:
+        """choices: int32 [T, K] of each layer; slots: integer [T]. A row is a token if it has a slot in the cache: slot
+        0 is SGLang's for rows that pad a captured graph, and for all rows of a capture and of a warm-up."""
+        self._choices.add(torch.stack(choices), (slots != 0).long())
 
 
 def _labels() -> dict[str, str]:

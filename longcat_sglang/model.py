@@ -248,7 +248,7 @@ class LongcatModel(nn.Module):
         if decoded is None:
             decoded = self._by_layers(hidden_states, forward_batch, inputs, choices)
         if self.counted is not None and choices is not None:
-            self.counted.add(choices, forward_batch)
+            self.counted.add(choices, forward_batch.out_cache_loc)
         return decoded
 
     def _by_layers(

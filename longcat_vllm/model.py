@@ -185,6 +185,9 @@ class LongcatDecoderLayer(nn.Module):
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "intermediate_tensors": 0, "inputs_embeds": 0})
 class LongcatModel(nn.Module):
+    kernels: Any = None
+    """A device's own layers, once it has asked."""
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         self.config = config = spellings.read(vllm_config.model_config.hf_config)
@@ -246,6 +249,7 @@ class LongcatCausalLM(nn.Module):
 
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = PACKED
     _audited = staticmethod(audit.audited)
+    model: Any
 
     def __init__(self, vllm_config: VllmConfig, config: LongcatConfig, plan: Mapping[str, Target]) -> None:
         super().__init__()
@@ -269,6 +273,7 @@ class LongcatCausalLM(nn.Module):
             CheckpointError: listing every tensor that is extra or misshapen, and in the first load every missing one;
                 later loads update a running model and may be partial.
         """
+        self.model.kernels = None  # of weights that may lie elsewhere now
         # With LoRA, vLLM puts a module around each one that adapters change.
         parameters = {name.replace(".base_layer.", "."): parameter for name, parameter in self.named_parameters()}
         loaded: set[str] = set()
@@ -352,7 +357,8 @@ class LongcatFlashForCausalLM(LongcatCausalLM, SupportsLoRA, SupportsPP):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor | IntermediateTensors:
-        output, choices = self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
-        if self.counted is not None:
+        decoded = devices.current().decode(self.model, input_ids, positions, inputs_embeds)
+        output, choices = decoded or self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+        if self.counted is not None and choices is not None:
             self.counted.add(choices, rows=len(positions))
         return output

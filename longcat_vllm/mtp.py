@@ -61,8 +61,8 @@ class LongcatMTPLayer(nn.Module):
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "hidden_states": 0, "inputs_embeds": 0})
 class LongcatMTPModel(nn.Module):
-    mtp_layer: Any = None
-    """A device's own, once it has asked. `compiled` is vLLM's, for torch.compile."""
+    kernels: Any = None
+    """A device's own layer, once it has asked."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -124,7 +124,6 @@ class LongcatFlashMTP(LongcatCausalLM):
         if self._directory is not None:
             weights = chain(weights, checkpoint.unnamed_tensors(self._directory))
             self._directory = None
-        self.model.mtp_layer = None  # of weights that may lie elsewhere now
         return super().load_weights(weights)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:

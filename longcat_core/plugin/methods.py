@@ -36,11 +36,6 @@ def compile_norms(model: nn.Module, norm: type[Any]) -> None:
             module._forward_method = MethodType(_norm, module)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody wants to see what a module, or one in it, is given or returns, so that it has to be called."""
-    return any(each._forward_hooks or each._forward_pre_hooks for each in module.modules())
-
-
 def _norm(norm: Any, x: Tensor, residual: Tensor | None = None, *more: Any) -> Tensor | tuple[Tensor, Tensor]:
     """As the engine's `RMSNorm.forward`. torch.compile gets the engine's own, which it fuses with what is around it.
 

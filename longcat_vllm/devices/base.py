@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backend import AttentionBackend
 
     from longcat_vllm.devices.branch import Branch
+    from longcat_vllm.model import LongcatModel
 
 MOE_BACKENDS = ("auto", "triton", "flashinfer_cutlass", "humming")
 """Values of --moe-backend with which unquantised experts get a kernel of `cuda.experts.SKIP_ZERO_EXPERTS`."""
@@ -42,6 +43,13 @@ class Device(ABC):
     @abstractmethod
     def rotate(self, queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """`layers.rotary.rotate`, or what equals it and may do so in place."""
+
+    @abstractmethod
+    def decode(
+        self, model: LongcatModel, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """What the model returns, in a decode step: hidden states with the last norm, [T, H], and the ids of the
+        routings. None where the model is to be called."""
 
     @abstractmethod
     def fp8_kernels(self, dtype: torch.dtype) -> Fp8Kernels:

@@ -63,8 +63,7 @@ def test_nothing_is_counted_where_rows_or_memory_are_others(
 def test_rows_with_a_slot_in_the_cache_are_tokens(slots: list[int], tokens: int, settings: SimpleNamespace) -> None:
     """The others pad a captured graph, or are of a capture."""
     counted = CountedChoices(DEFAULT)
-    batch: Any = SimpleNamespace(out_cache_loc=torch.tensor(slots))
-    counted.add([IDS] * DEFAULT.num_layers, batch)
+    counted.add([IDS] * DEFAULT.num_layers, torch.tensor(slots))
     for layer in counted._choices.totals():
         assert sum(layer.tokens) == tokens
         assert layer.ffn_choices == [0, 2, 6, 10][tokens]

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from longcat_core.kernels.cpu.experts import CompiledExperts, CompiledFFN
@@ -31,8 +30,8 @@ class Half(NamedTuple):
 class Router(NamedTuple):
     route: Callable[..., Routing]
     """`layers.routing.route`, or what equals it."""
-    weight: Tensor
-    """fp32 [FFN experts + zero experts, H]."""
+    logits: Callable[[Tensor], Tensor]
+    """bf16 [T, H] -> fp32 [T, FFN experts + zero experts]."""
     bias: Tensor
     """fp32 [FFN experts + zero experts]: `e_score_correction_bias`."""
     n_routed_experts: int
@@ -86,9 +85,8 @@ class DecoderLayer:
         assert attended is not None, "as it takes them"
         inputs, residual = add_rms_norm(attended, residual, first.ffn_norm, epsilon)
 
-        route, weight, bias, experts, top_k, factor = self._router
-        logits = F.linear(inputs.float(), weight)
-        routing = route(logits, bias, n_routed_experts=experts, top_k=top_k, routed_scaling_factor=factor)
+        route, logits, bias, experts, top_k, factor = self._router
+        routing = route(logits(inputs), bias, n_routed_experts=experts, top_k=top_k, routed_scaling_factor=factor)
         routed = self._experts(inputs, routing.ids, routing.weights)
         identity = identity_share(inputs, routing.identity)
 

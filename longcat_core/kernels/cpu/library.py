@@ -55,8 +55,13 @@ def multiplies_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def has_tiles() -> bool:
+    """Whether this processor has AMX, for whose products of tiles an engine packs weights."""
+    return torch.cpu._is_amx_tile_supported()
+
+
 def products() -> str:
-    """What multiplies in bf16 here, in a sentence."""
+    """What multiplies many rows in bf16 here, in a sentence."""
     if multiplies_bf16():
         return "the engine's in bf16, as this processor has them"
     if is_available():

@@ -23,7 +23,6 @@ from longcat_core.kernels.cpu.mla import Mla
 from longcat_core.kernels.cpu.rotary import rotate
 from longcat_core.layers.latent_attention import PagedBatch, UpProjection
 from longcat_core.plugin.kept import kept
-from longcat_core.plugin.methods import has_hooks
 from longcat_sglang.devices.cpu.linear import projection
 
 if TYPE_CHECKING:
@@ -213,7 +212,7 @@ def _compiled(attention: LongcatAttention) -> Mla | None:
     up, norms = _up(attention), (attention.q_a_layernorm.weight, attention.kv_a_layernorm.weight)
     if qkv_a is None or q_b is None or o is None or any(norm.dtype != torch.bfloat16 for norm in norms):
         return None
-    if not takes(up) or has_hooks(attention):
+    if not takes(up):
         return None
     epsilon = attention.q_a_layernorm.variance_epsilon
     return Mla(qkv_a, *norms, q_b, up, o, epsilon, attention.scaling)

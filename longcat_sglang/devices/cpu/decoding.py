@@ -6,6 +6,7 @@ At a few tokens these take as long as what they call, of a model of some hundred
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from longcat_core.kernels.cpu.decoder import DecoderLayer, Half, Router
 from longcat_core.kernels.cpu.norm import add_rms_norm
+from longcat_core.layers.latent_attention import PagedBatch
 from longcat_core.plugin.kept import kept
-from longcat_core.plugin.methods import has_hooks
 from longcat_sglang.devices.cpu.attention import LatentAttentionBackend, compiled_mla
 from longcat_sglang.devices.cpu.linear import compiled_ffn
 
@@ -45,6 +46,22 @@ def decode(
     caches = [[backend.cache_of(attention.attn_mqa) for attention in each.self_attn] for each in _layers(model)]
     if batch is None or backend.tokens != len(embedded) or not layers[0].takes(len(embedded), caches[0][0], batch):
         return None
+    return through(model, layers, embedded, cos, sin, caches, slots, batch, choices)
+
+
+def through(
+    model: LongcatModel,
+    layers: Sequence[DecoderLayer],
+    embedded: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    caches: Sequence[Sequence[Tensor]],
+    slots: Tensor,
+    batch: PagedBatch,
+    choices: list[Tensor] | None,
+) -> Tensor:
+    """Few tokens through all layers and the last norm, [T, H]. caches: of both attentions of each layer; choices: as of
+    `devices.base.Device.decode`; the rest as of `DecoderLayer`."""
     hidden_states, residual, recorder = embedded, None, get_global_expert_distribution_recorder()
     for n, (layer, module) in enumerate(zip(layers, _layers(model), strict=True)):
         hidden_states, residual, ids = layer(hidden_states, residual, cos, sin, caches[n], slots, batch)
@@ -60,7 +77,7 @@ def compiled_layers(model: LongcatModel) -> list[DecoderLayer] | None:
 
 
 def _compiled(model: LongcatModel) -> list[DecoderLayer] | None:
-    if get_parallel().tp_size > 1 or model.norm.weight.dtype != torch.bfloat16 or has_hooks(model):
+    if get_parallel().tp_size > 1 or model.norm.weight.dtype != torch.bfloat16:
         return None
     layers = []
     for module in _layers(model):
@@ -85,7 +102,7 @@ def _compiled_layer(layer: LongcatDecoderLayer) -> DecoderLayer | None:
         return None
     config, router = moe.config, moe.router
     sizes = config.n_routed_experts, config.moe_topk, config.routed_scaling_factor
-    choice = Router(moe.route, router.classifier.weight, router.e_score_correction_bias, *sizes)
+    choice = Router(moe.route, router.forward, router.e_score_correction_bias, *sizes)
     return DecoderLayer((halves[0], halves[1]), config.rms_norm_eps, choice, experts)
 
 

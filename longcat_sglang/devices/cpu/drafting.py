@@ -21,7 +21,6 @@ from longcat_core.kernels.cpu.mtp import MtpLayer, Norms
 from longcat_core.kernels.cpu.product import FEW_ROWS, product
 from longcat_core.layers import rotary
 from longcat_core.plugin.kept import kept
-from longcat_core.plugin.methods import has_hooks
 from longcat_sglang.devices.cpu.attention import DraftingBackend, LatentAttentionBackend, compiled_mla
 from longcat_sglang.devices.cpu.linear import compiled_ffn, projection
 
@@ -55,7 +54,7 @@ def _compiled(model: LongcatMTPModel) -> MtpLayer | None:
     layer: Any = model.layers[0]
     mla, ffn = compiled_mla(layer.self_attn), compiled_ffn(layer.transformer_layer["mlp"])
     eh_proj = projection(layer.eh_proj)
-    if mla is None or ffn is None or eh_proj is None or get_parallel().tp_size > 1 or has_hooks(model):
+    if mla is None or ffn is None or eh_proj is None or get_parallel().tp_size > 1:
         return None
     return MtpLayer(Norms.of(layer, model.norm), model.config.rms_norm_eps, eh_proj, mla, ffn)
 
@@ -70,7 +69,7 @@ def draft_chain(
 ) -> Any:
     """The drafts of a chain after the first, one pass of `MtpLayer` after the other; what SGLang's own returns."""
     is_ours = isinstance(worker.draft_attn_backend, DraftingBackend) and not forward_batch.forward_mode.is_idle()
-    layer = _layer_of_chains(worker, forward_batch.batch_size, 1) if is_ours else None
+    layer = layer_of_chains(worker, forward_batch.batch_size, 1) if is_ours else None
     if layer is None:
         return original(worker, forward_batch, *args, **kwargs)
     drafter: Any = worker
@@ -82,7 +81,7 @@ def draft_chain(
     slots = per_step_draft_out_cache_loc(forward_batch.out_cache_loc, requests, 1, steps + 1)
     positions = forward_batch.positions + torch.arange(steps).unsqueeze(1)
     cos, sin = rotary.cos_sin(positions.unsqueeze(-1), model.inverse_frequencies, model.attention_factor)
-    head = _head(causal)
+    head = head_of(causal)
     for step, backend in enumerate(backends):
         embedded = F.embedding(tokens[-1].flatten(), model.embed_tokens.weight)
         cache, batch = backend.cache_of(_attention(model)), backend.forward_metadata
@@ -102,7 +101,7 @@ def draft_after_verification(
     changes of the batch to be undone by the scheduler."""
     width = worker.speculative_num_draft_tokens
     requests = len(batch.seq_lens)
-    layer = _layer_of_chains(worker, requests, width) if not batch.forward_mode.is_idle() else None
+    layer = layer_of_chains(worker, requests, width) if not batch.forward_mode.is_idle() else None
     given, verified, accepted = result.next_draft_input, result.logits_output, result.accept_lens
     if layer is None or given is None or verified is None or accepted is None:
         original(worker, batch, result)
@@ -125,12 +124,12 @@ def draft_after_verification(
         original(worker, batch, result)
         return
     chosen = made[torch.arange(0, requests * width, width) + accepted - 1]
-    given.topk_index = product(chosen, _head(causal)).argmax(dim=-1, keepdim=True)
+    given.topk_index = product(chosen, head_of(causal)).argmax(dim=-1, keepdim=True)
     given.topk_p = torch.ones_like(given.topk_index, dtype=torch.float32)
     given.hidden_states, given.cuda_graph_compatible = chosen, True
 
 
-def _layer_of_chains(worker: EagleDraftWorker, requests: int, width: int) -> MtpLayer | None:
+def layer_of_chains(worker: EagleDraftWorker, requests: int, width: int) -> MtpLayer | None:
     """width: tokens of a request in a pass."""
     runner, parents = worker.draft_runner, worker._topk1_parents_prealloc
     is_plain = worker.topk == 1 and worker.hot_token_id is None and not get_spec().speculative_use_rejection_sampling
@@ -148,6 +147,7 @@ def _layer_of_chains(worker: EagleDraftWorker, requests: int, width: int) -> Mtp
     return compiled_layer(causal.model)
 
 
-def _head(causal: Any) -> Tensor:
+def head_of(causal: Any) -> Tensor:
+    """A model's weight of logits, bf16 [vocabulary, H]."""
     weight: Tensor = causal.lm_head.weight[: causal.model.config.vocab_size]
     return weight

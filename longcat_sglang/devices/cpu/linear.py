@@ -12,7 +12,6 @@ from torch import Tensor
 from longcat_core.kernels.cpu.experts import CompiledFFN
 from longcat_core.kernels.cpu.product import Projection, is_quicker_than_torch, product
 from longcat_core.plugin.kept import kept
-from longcat_core.plugin.methods import has_hooks
 from longcat_sglang.devices.cpu.fp8 import CpuFp8LinearMethod
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def compiled_ffn(ffn: LongcatFFN) -> CompiledFFN | None:
 
 def _compiled(ffn: LongcatFFN) -> CompiledFFN | None:
     gate_up, down = projection(ffn.gate_up_proj), projection(ffn.down_proj)
-    return None if gate_up is None or down is None or has_hooks(ffn) else CompiledFFN.of(gate_up, down)
+    return None if gate_up is None or down is None else CompiledFFN.of(gate_up, down)
 
 
 METHODS: dict[type, type] = {

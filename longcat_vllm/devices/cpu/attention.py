@@ -8,11 +8,12 @@ takes latent 512 + rope 64 and block size 16 only, and neither chunked prefill n
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention.mla_attention import MLACommonBackend
 from vllm.v1.attention.backend import (
     AttentionLayer,
@@ -24,8 +25,13 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from longcat_core.kernels.cpu.attention import paged_attention, write_latents
+from longcat_core.kernels.cpu.attention import paged_attention, takes, write_latents
+from longcat_core.kernels.cpu.mla import Mla
 from longcat_core.layers.latent_attention import PagedBatch, UpProjection
+from longcat_vllm.devices.cpu.linear import projection
+
+if TYPE_CHECKING:
+    from longcat_vllm.model import LongcatAttention
 
 
 @dataclass
@@ -135,3 +141,22 @@ class LatentAttentionBackend(MLACommonBackend):
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list[int | MultipleOf]:
         return [MultipleOf(1)]
+
+
+def cache_of(attention: Any) -> Tensor:
+    """Of an MLAAttention: [slots, latent + rope]."""
+    cache: Tensor = attention.kv_cache
+    return cache.view(-1, cache.shape[-1])
+
+
+def compiled_mla(attention: LongcatAttention) -> Mla | None:
+    """An attention of few tokens in one call, if core's kernels take all of its weights, and its rank has all heads."""
+    implementation: Any = attention.attn.impl
+    qkv_a, q_b, o = map(projection, (attention.fused_qkv_a_proj, attention.q_b_proj, attention.o_proj))
+    if qkv_a is None or q_b is None or o is None or get_tensor_model_parallel_world_size() > 1:
+        return None
+    if not isinstance(implementation, LatentAttentionImpl) or not takes(implementation.up):
+        return None
+    norms = attention.q_a_layernorm.weight, attention.kv_a_layernorm.weight
+    epsilon = attention.config.mla_norm_eps
+    return Mla(qkv_a, *norms, q_b, implementation.up, o, epsilon, implementation.scale)

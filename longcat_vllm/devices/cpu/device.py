@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
     from vllm.v1.attention.backend import AttentionBackend
 
+    from longcat_vllm.model import LongcatModel
+
 
 class Cpu(Device):
     def attention_backend(self) -> type[AttentionBackend]:
@@ -40,6 +42,13 @@ class Cpu(Device):
         from longcat_core.kernels.cpu.rotary import rotate
 
         return rotate(queries, keys, cos, sin)
+
+    def decode(
+        self, model: LongcatModel, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None
+    ) -> tuple[Tensor, Tensor | None] | None:
+        from longcat_vllm.devices.cpu.decoding import decode
+
+        return decode(model, input_ids, positions, inputs_embeds)
 
     def fp8_kernels(self, dtype: torch.dtype) -> Fp8Kernels:
         from longcat_vllm.devices.cpu.fp8 import CpuFp8Kernels
@@ -128,7 +137,8 @@ class Cpu(Device):
     def implementations(self, config: LongcatConfig | None) -> list[Finding]:
         import torch
 
-        from longcat_core.kernels.cpu.library import products
+        from longcat_core.kernels.cpu.library import has_tiles, is_available, multiplies_bf16, products
+        from longcat_core.kernels.cpu.product import FEW_ROWS
         from longcat_vllm.devices.cpu.experts import select_cpu_kernel
 
         backend = self.attention_backend()
@@ -139,11 +149,13 @@ class Cpu(Device):
             for dtype in (torch.bfloat16, torch.float32)
         ]
         name = f"{backend.__module__}.{backend.__qualname__}"
+        is_ours = is_available() and multiplies_bf16() and not has_tiles()
+        few_rows = f"ours for up to {FEW_ROWS} rows, else " if is_ours else ""
         return [
             Finding("attention", f"{name}: any sizes, chunked prefill, prefix caching"),
             Finding("MoE", f"rows of FFN experts only; {', '.join(kernels)}"),
             Finding("FP8", "in FP8 with activations in bfloat16" if has_kernels else "dequantised when it is loaded"),
-            Finding("products", products()),
+            Finding("products", few_rows + products()),
             Finding("cores", _cores()),
         ]
 

@@ -1,4 +1,4 @@
-"""Chains of drafts on a CPU, without vLLM's proposer, its metadata and its model runner in between.
+"""Drafts on a CPU, without vLLM's proposer, its metadata, its model runner and the draft model's modules in between.
 
 One more draft is one pass through one small layer, which takes less time than calling it through these.
 """
@@ -12,18 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.distributed.kv_transfer import has_kv_transfer_group
 
-from longcat_core.kernels.cpu.attention import takes
-from longcat_core.kernels.cpu.experts import CompiledFFN
-from longcat_core.kernels.cpu.mla import Mla
 from longcat_core.kernels.cpu.mtp import MtpLayer, Norms
 from longcat_core.kernels.cpu.product import FEW_ROWS
 from longcat_core.layers import rotary
 from longcat_core.layers.latent_attention import PagedBatch
 from longcat_core.plugin.kept import kept
-from longcat_vllm.devices.cpu.attention import LatentAttentionImpl
-from longcat_vllm.devices.cpu.linear import projection
+from longcat_vllm.devices.cpu.attention import cache_of, compiled_mla
+from longcat_vllm.devices.cpu.linear import compiled_ffn, projection
 
 if TYPE_CHECKING:
     from vllm.v1.spec_decode.eagle import EagleProposer
@@ -34,24 +31,32 @@ PADDING_SLOT = -1
 
 
 def draft_chain(original: Callable[..., Any], proposer: EagleProposer, *args: Any, **kwargs: Any) -> Any:
-    """As vLLM's `propose`, which drafts the first token of each chain; those after it are passes of `MtpLayer`."""
+    """As vLLM's `propose`, in passes of `MtpLayer`; with many tokens to read, vLLM drafts the first of each chain."""
     drafts = kwargs.get("num_speculative_tokens", 0)
-    layer = None if args or drafts < 2 else _layer_of_chains(proposer, kwargs)
+    layer = None if args or drafts == 0 else _layer_of_chains(proposer, kwargs)
     if layer is None:
         return original(proposer, *args, **kwargs)
     batch, rows = kwargs["common_attn_metadata"], kwargs["token_indices_to_sample"]
-    rows = batch.query_start_loc[1:] - 1 if rows is None else rows
+    rows = (batch.query_start_loc[1:] - 1 if rows is None else rows).long()
     causal: Any = proposer.model
-    causal.drafted_from = None
-    tokens = [original(proposer, **kwargs | {"num_speculative_tokens": 1})]
+    model, cache = causal.model, cache_of(causal.model.layers[0].self_attn.attn)
+    read = _read(layer, proposer, cache, rows, kwargs)
+    hidden_states: Tensor | None
+    if read is not None:
+        hidden_states = read[rows]
+        tokens = [causal.compute_logits(hidden_states).argmax(dim=-1, keepdim=True)]
+    elif drafts == 1:
+        return original(proposer, *args, **kwargs)
+    else:
+        causal.drafted_from = None
+        tokens = [original(proposer, **kwargs | {"num_speculative_tokens": 1})]
+        hidden_states = causal.drafted_from
     proposer.num_speculative_tokens = drafts
-    model, hidden_states, attention = causal.model, causal.drafted_from, causal.model.layers[0].self_attn.attn
     assert hidden_states is not None, "the first drafts were chosen from logits"
-    cache = attention.kv_cache.view(-1, attention.kv_cache.shape[-1])
     steps = torch.arange(1, drafts).unsqueeze(1)
-    positions, slots = _places(proposer.positions[rows.long()] + steps, batch.block_table_tensor, proposer)
+    positions, slots = _places(kwargs["target_positions"][rows] + steps, batch.block_table_tensor, proposer)
     cos, sin = rotary.cos_sin(positions.unsqueeze(-1), model.inverse_frequencies, model.attention_factor)
-    starts = range(len(tokens[0]) + 1)
+    starts = range(len(rows) + 1)
     for step, lengths in enumerate((positions + 1).tolist()):
         embedded = F.embedding(tokens[-1].flatten(), model.embed_tokens.weight)
         where = PagedBatch.build(starts, lengths, batch.block_table_tensor, proposer.block_size)
@@ -59,6 +64,27 @@ def draft_chain(original: Callable[..., Any], proposer: EagleProposer, *args: An
         assert hidden_states is not None, "one token of few requests"
         tokens.append(causal.compute_logits(hidden_states).argmax(dim=-1, keepdim=True))
     return torch.cat(tokens, dim=1)
+
+
+def _read(
+    layer: MtpLayer, proposer: EagleProposer, cache: Tensor, rows: Tensor, arguments: dict[str, Any]
+) -> Tensor | None:
+    """The pass over what the target has read, [T, H]; None where there is more than a few tokens.
+
+    rows: of each request's last token, int64 [R].
+    """
+    batch, positions = arguments["common_attn_metadata"], arguments["target_positions"]
+    if len(positions) > FEW_ROWS:
+        return None
+    model: Any = proposer.model.model
+    ids = arguments["target_token_ids"].roll(-1)  # a token is drafted from with the one that comes after it
+    ids[rows] = arguments["next_token_ids"].to(ids.dtype)
+    cos, sin = rotary.cos_sin(positions.unsqueeze(-1), model.inverse_frequencies, model.attention_factor)
+    where = PagedBatch.build(
+        batch.query_start_loc_cpu.tolist(), batch.seq_lens.tolist(), batch.block_table_tensor, proposer.block_size
+    )
+    embedded, given = F.embedding(ids, model.embed_tokens.weight), arguments["target_hidden_states"]
+    return layer(embedded, given, cos, sin, cache, batch.slot_mapping[: len(positions)], where)
 
 
 def _places(positions: Tensor, block_table: Tensor, proposer: EagleProposer) -> tuple[Tensor, Tensor]:
@@ -83,25 +109,16 @@ def _layer_of_chains(proposer: EagleProposer, arguments: dict[str, Any]) -> MtpL
     causal: Any = proposer.model
     if not hasattr(causal, "drafted_from") or proposer.parallel_drafting:  # the first is of our MTP layer alone
         return None
-    model = causal.model
-    return kept(model, _compiled, "mtp_layer")
+    if has_kv_transfer_group():  # to which each attention of vLLM's hands its cache
+        return None
+    return kept(causal.model, _compiled, "kernels")
 
 
 def _compiled(model: LongcatMTPModel) -> MtpLayer | None:
     """None where core's kernels do not multiply in all of its layers, or it is on several ranks."""
     layer: Any = model.layers[0]
-    attention, ffn, implementation = layer.self_attn, layer.transformer_layer["mlp"], layer.self_attn.attn.impl
-    linear = attention.fused_qkv_a_proj, attention.q_b_proj, attention.o_proj, layer.eh_proj
-    qkv_a, q_b, o, eh_proj, gate_up, down = map(projection, (*linear, ffn.gate_up_proj, ffn.down_proj))
-    if qkv_a is None or q_b is None or o is None or eh_proj is None or gate_up is None or down is None:
+    mla, ffn = compiled_mla(layer.self_attn), compiled_ffn(layer.transformer_layer["mlp"])
+    eh_proj = projection(layer.eh_proj)
+    if mla is None or ffn is None or eh_proj is None:
         return None
-    if get_tensor_model_parallel_world_size() > 1 or not isinstance(implementation, LatentAttentionImpl):
-        return None
-    if not takes(implementation.up):
-        return None
-    config = model.config
-    latent_norms = attention.q_a_layernorm.weight, attention.kv_a_layernorm.weight
-    mla = Mla(qkv_a, *latent_norms, q_b, implementation.up, o, config.mla_norm_eps, implementation.scale)
-    norms = Norms.of(layer, model.norm)
-    compiled = CompiledFFN.of(gate_up, down)
-    return None if compiled is None else MtpLayer(norms, config.rms_norm_eps, eh_proj, mla, compiled)
+    return MtpLayer(Norms.of(layer, model.norm), model.config.rms_norm_eps, eh_proj, mla, ffn)

@@ -1,10 +1,9 @@
-"""Linear layers and the head on a CPU without products in bf16, where oneDNN and torch multiply row by row, and a
-drafter's on any."""
+"""Linear layers and the head on a CPU: core's products of few rows, and of any where torch has none in bf16."""
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,12 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from longcat_core.kernels.cpu.product import Projection, is_quicker, is_quicker_than_torch, product
+from longcat_core.kernels.cpu.experts import CompiledFFN
+from longcat_core.kernels.cpu.library import has_tiles
+from longcat_core.kernels.cpu.product import Projection, is_quicker_than_torch, product
+
+if TYPE_CHECKING:
+    from longcat_vllm.ffn import LongcatFFN
 
 
 class _Compiled:
@@ -26,7 +30,7 @@ class _Compiled:
             super().process_weights_after_loading(layer)  # type: ignore[misc]  # vLLM's class comes next
 
     def _is_ours(self, layer: Any) -> bool:
-        return is_quicker(layer.weight.dtype)
+        return is_quicker_than_torch(layer.weight.dtype, rows=1) and not has_tiles()
 
 
 class CompiledLinearMethod(_Compiled, UnquantizedLinearMethod):
@@ -38,8 +42,7 @@ class CompiledHeadMethod(_Compiled, UnquantizedEmbeddingMethod):
 
 
 class DrafterLinearMethod(CompiledLinearMethod):
-    """Core's product for few rows on every processor, which takes the weight as it is: a draft is of one row a request,
-    and what packing gains many rows does not pay for it."""
+    """Core's with AMX, too: a draft is of one row a request, and what packing gains many rows does not pay for it."""
 
     def _is_ours(self, layer: Any) -> bool:
         return is_quicker_than_torch(layer.weight.dtype, rows=1)
@@ -56,6 +59,12 @@ def projection(layer: Any) -> Projection | None:
     """A linear layer's weight, if core's kernels take it as it is."""
     is_ours = getattr(layer, "cpu_linear", None) is _linear
     return Projection(layer.weight) if is_ours and layer.weight.dtype == torch.bfloat16 else None
+
+
+def compiled_ffn(ffn: LongcatFFN) -> CompiledFFN | None:
+    """A dense FFN of few tokens in one call, if core's kernels take both weights."""
+    gate_up, down = projection(ffn.gate_up_proj), projection(ffn.down_proj)
+    return None if gate_up is None or down is None else CompiledFFN.of(gate_up, down)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
     from vllm.v1.attention.backend import AttentionBackend
 
+    from longcat_vllm.model import LongcatModel
+
 TRANSPORTS = ("allgather_reducescatter", "deepep_high_throughput")
 """Values of --all2all-backend of which it is known what they do with an id of -1: they hand it on, or make it an expert
 of another rank, which the expert map drops (prepare_finalize/naive_dp_ep.py and deepep_ht.py in vLLM 0.32)."""
@@ -52,6 +54,11 @@ class Cuda(Device):
 
     def rotate(self, queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         return rotary.rotate(queries, keys, cos, sin)
+
+    def decode(
+        self, model: LongcatModel, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None
+    ) -> None:
+        return None
 
     def fp8_kernels(self, dtype: torch.dtype) -> Fp8Kernels:
         return VllmFp8Kernels()

@@ -1,0 +1,208 @@
+"""A decode step with drafts on a CPU, of requests that are all greedy: drafting, verification and drafting in one pass.
+
+SGLang's own step builds a batch for each of the three, and a tree where there is a chain. For a model whose forward
+pass takes some milliseconds that is as much again.
+"""
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.managers.utils import GenerationBatchResult
+from sglang.srt.runtime_context import get_parallel
+from sglang.srt.speculative.eagle_info import EagleDraftInput
+from sglang.srt.utils.async_probe import sanitize_nan_logits
+from torch import Tensor
+
+from longcat_core.kernels.cpu.decoder import DecoderLayer
+from longcat_core.kernels.cpu.mtp import MtpLayer
+from longcat_core.kernels.cpu.product import product
+from longcat_core.layers import rotary
+from longcat_core.layers.latent_attention import PagedBatch
+from longcat_sglang.devices.cpu.attention import LatentAttentionBackend
+from longcat_sglang.devices.cpu.decoding import compiled_layers, through
+from longcat_sglang.devices.cpu.drafting import head_of, layer_of_chains
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
+
+
+class Models(NamedTuple):
+    target: Any
+    """Ours, with its head."""
+    layers: list[DecoderLayer]
+    backend: LatentAttentionBackend
+    drafter: Any
+    mtp: MtpLayer
+    drafting_backend: LatentAttentionBackend
+
+
+class Places(NamedTuple):
+    """Of the new tokens of R requests, `width` of each."""
+
+    positions: Tensor
+    """int64 [R, width]"""
+    slots: Tensor
+    """int64 [R, width]"""
+    cos: Tensor
+    """fp32 [R, width, rope / 2], as the next one."""
+    sin: Tensor
+    table: Tensor
+    rows: list[int]
+    lengths: list[int]
+    """Of the contexts before them."""
+
+    def batch(self, start: int, width: int) -> PagedBatch:
+        """So many tokens of each request, of which the first is the one with this number."""
+        ends = [length + start + width for length in self.lengths]
+        starts = range(0, (len(ends) + 1) * width, width)
+        return PagedBatch.build(starts, ends, self.table, block_size=1, table_rows=self.rows)
+
+
+def speculate(
+    original: Callable[..., Any], worker: EAGLEWorkerV2, batch: ScheduleBatch, on_publish: Any = None, **kwargs: Any
+) -> Any:
+    """As SGLang's `forward_batch_generation`."""
+    models = _models(worker, batch)
+    if models is None:
+        return original(worker, batch, on_publish, **kwargs)
+    width, given = worker.speculative_num_draft_tokens, batch.spec_info
+    assert isinstance(given, EagleDraftInput)
+    places = _places(worker, batch, models, width)
+    read = places.batch(0, width)
+    cache = models.backend.cache_of(models.target.model.layers[0].self_attn[0].attn_mqa)
+    if not models.layers[0].takes(places.slots.numel(), cache, read):
+        return original(worker, batch, on_publish, **kwargs)
+    drafts = _drafted(models, given, places)
+    tokens = torch.cat((given.bonus_tokens.unsqueeze(1).long(), drafts), dim=1)
+    hidden_states, logits = _verified(models, tokens, places, read)
+    predicted = logits.argmax(dim=-1).view(tokens.shape)
+    accepted = (predicted[:, :-1] == drafts).int().cumprod(dim=1).sum(dim=1).int() + 1
+    if on_publish is not None:
+        on_publish(batch.seq_lens + accepted)
+    return _result(models, batch, places, read, hidden_states, logits, predicted, accepted)
+
+
+def _drafted(models: Models, given: EagleDraftInput, places: Places) -> Tensor:
+    """int64 [R, width - 1]: the first one that was drafted before, and those after it."""
+    drafts, hidden_states = [given.topk_index], given.hidden_states
+    assert hidden_states is not None, "an MTP layer reads them"
+    model = models.drafter.model
+    cache, head = _cache(models), head_of(models.drafter)
+    for step in range(places.slots.shape[1] - 2):
+        embedded = F.embedding(drafts[-1].flatten(), model.embed_tokens.weight)
+        angles = places.cos[:, step], places.sin[:, step]
+        slots, where = places.slots[:, step], places.batch(step, width=1)
+        made = models.mtp(embedded, hidden_states, *angles, cache, slots, where)
+        assert made is not None, "decode steps of few requests"
+        hidden_states = made
+        drafts.append(product(made, head).argmax(dim=-1, keepdim=True))
+    return torch.cat(drafts, dim=1)
+
+
+def _verified(models: Models, tokens: Tensor, places: Places, read: PagedBatch) -> tuple[Tensor, Tensor]:
+    """The target's hidden states [R width, H] and logits [R width, vocabulary] of tokens, int64 [R, width]."""
+    model, slots = models.target.model, places.slots.flatten()
+    choices: list[Tensor] | None = None if model.counted is None else []
+    caches = [[models.backend.cache_of(attention.attn_mqa) for attention in layer.self_attn] for layer in model.layers]
+    embedded = F.embedding(tokens.flatten(), model.embed_tokens.weight)
+    angles = places.cos.flatten(0, 1), places.sin.flatten(0, 1)
+    hidden_states = through(model, models.layers, embedded, *angles, caches, slots, read, choices)
+    if choices is not None:
+        model.counted.add(choices, slots)
+    logits = product(hidden_states, head_of(models.target)).float()
+    sanitize_nan_logits(logits, "verify: target model logits")
+    return hidden_states, logits
+
+
+def _result(
+    models: Models,
+    batch: ScheduleBatch,
+    places: Places,
+    read: PagedBatch,
+    hidden_states: Tensor,
+    logits: Tensor,
+    predicted: Tensor,
+    accepted: Tensor,
+) -> GenerationBatchResult:
+    """With the first drafts of the next step. predicted: int64 [R, width]; accepted: int32 [R], tokens gained."""
+    requests, width = predicted.shape
+    firsts = torch.arange(0, requests * width, width)
+    embedded = F.embedding(predicted.flatten(), models.drafter.model.embed_tokens.weight)
+    angles = places.cos.flatten(0, 1), places.sin.flatten(0, 1)
+    made = models.mtp(embedded, hidden_states, *angles, _cache(models), places.slots.flatten(), read)
+    assert made is not None, "as the target took them"
+    chosen = made[firsts + accepted - 1]
+    first_drafts = product(chosen, head_of(models.drafter)).argmax(dim=-1, keepdim=True)
+    flat = predicted.flatten().int()
+    nodes = torch.arange(width)
+    return GenerationBatchResult(
+        logits_output=LogitsProcessorOutput(next_token_logits=logits, hidden_states=hidden_states),
+        next_token_ids=flat,
+        speculative_num_draft_tokens=width,
+        next_draft_input=EagleDraftInput(
+            topk_p=torch.ones_like(first_drafts, dtype=torch.float32),
+            topk_index=first_drafts,
+            hidden_states=chosen,
+            bonus_tokens=flat[firsts + accepted - 1],
+        ),
+        accept_lens=accepted,
+        accept_index=torch.where(nodes < accepted.unsqueeze(1), firsts.unsqueeze(1) + nodes, -1).int(),
+        new_seq_lens=batch.seq_lens + accepted,
+    )
+
+
+def _places(worker: EAGLEWorkerV2, batch: ScheduleBatch, models: Models, width: int) -> Places:
+    model, table = models.target.model, worker.req_to_token_pool.req_to_token
+    positions = batch.seq_lens.long().unsqueeze(1) + torch.arange(width)
+    cos, sin = rotary.cos_sin(positions, model.inverse_frequencies, model.attention_factor)
+    rows = batch.req_pool_indices
+    slots = table[rows.long().unsqueeze(1), positions].long()
+    return Places(positions, slots, cos, sin, table, rows.tolist(), batch.seq_lens.tolist())
+
+
+def _models(worker: EAGLEWorkerV2, batch: ScheduleBatch) -> Models | None:
+    """None where something is asked for that SGLang's own way does beside tokens."""
+    is_decode = batch.forward_mode.is_decode() and not batch.is_extend_in_batch and batch.spec_info is not None
+    if not is_decode or not isinstance(batch.spec_info, EagleDraftInput) or get_parallel().pp_size > 1:
+        return None
+    if batch.return_logprob or batch.return_hidden_states or batch.has_grammar or not _is_greedy(batch.sampling_info):
+        return None
+    width, steps = worker.speculative_num_draft_tokens, worker.speculative_num_steps
+    if steps < 1 or width != steps + 1 or worker.adaptive_controller is not None:
+        return None
+    anything: Any = worker
+    drafting, runner = anything.draft_worker, anything.target_worker.model_runner
+    mtp = layer_of_chains(drafting, len(batch.seq_lens), width)
+    if mtp is None or not isinstance(runner.attn_backend, LatentAttentionBackend) or runner.canary_manager is not None:
+        return None
+    target, layers = runner.model, compiled_layers(runner.model.model)
+    if layers is None or target.lm_head.weight.dtype != torch.bfloat16 or target.logits_processor.use_fp32_lm_head:
+        return None
+    drafter = drafting.draft_runner
+    return Models(target, layers, runner.attn_backend, drafter.model, mtp, drafter.attn_backend)
+
+
+def _is_greedy(sampling: Any) -> bool:
+    """Whether the best of the logits as they are is what a request is to get."""
+    penalties = sampling.penalizer_orchestrator
+    return (
+        sampling.is_all_greedy
+        and not sampling.has_custom_logit_processor
+        and sampling.logit_bias is None
+        and sampling.acc_additive_penalties is None
+        and sampling.acc_scaling_penalties is None
+        and (penalties is None or not penalties.is_required)
+        and sampling.sampling_mask_batch_indices is None
+    )
+
+
+def _cache(models: Models) -> Tensor:
+    attention = models.drafter.model.layers[0].self_attn.attn_mqa
+    return models.drafting_backend.cache_of(attention)
