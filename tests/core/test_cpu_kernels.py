@@ -164,8 +164,8 @@ def test_many_rows_of_one_expert_are_the_reference() -> None:
     assert relative_error(routed_experts(x, ids, weights, w13, w2), truth) < EXPERTS_ROUNDING
 
 
-def test_many_tokens_are_torchs_on_a_processor_with_products_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "multiplies_bf16", lambda: True)
+def test_many_tokens_are_torchs_on_a_processor_with_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "has_tiles", lambda: True)
     called: list[int] = []
     original = compiled.routed_experts
     monkeypatch.setattr(compiled, "routed_experts", lambda x, *rest: called.append(len(x)) or original(x, *rest))

@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from longcat_core.kernels.cpu import library
 from longcat_core.kernels.cpu.decoder import DecoderLayer
+from longcat_core.layers.latent_attention import PagedBatch
 from longcat_nano import CHECKPOINT
+from longcat_vllm.devices.cpu import decoding
+from longcat_vllm.devices.cpu.attention import LatentAttentionMetadata
 from tests.harness import engine
 
 pytestmark = pytest.mark.skipif(not library.is_available(), reason=library.description())
@@ -50,3 +55,29 @@ def test_layers_that_adapters_change_are_called(passes: list[int]) -> None:
     with engine.serving(CHECKPOINT, **OPTIONS, enable_lora=True, max_lora_rank=8) as served:
         served.greedy([PROMPT], NEW_TOKENS)
     assert not passes
+
+
+@pytest.mark.parametrize(
+    ("change", "is_told"),
+    [
+        ({}, True),
+        ({"attn_metadata": None}, False),  # a profiling run
+        ({"attn_metadata": [{}, {}]}, False),  # two microbatches
+        ({"slot_mapping": {}}, False),
+        ({"tokens": 3}, False),  # of which one pads the step
+        ({"gives_its_cache_away": True}, False),
+    ],
+)
+def test_a_step_is_told_of_all_tokens_or_left_to_vllm(
+    change: dict[str, Any], is_told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = PagedBatch.build([0, 1, 2], [5, 7], torch.zeros(2, 8, dtype=torch.int64), block_size=16)
+    metadata = LatentAttentionMetadata(batch, num_actual_tokens=2, num_prefills=2)
+    context = {"attn_metadata": {"layer": metadata}, "slot_mapping": {"layer": torch.tensor([4, 22])}} | change
+    monkeypatch.setattr(decoding, "get_forward_context", lambda: SimpleNamespace(**context))
+    monkeypatch.setattr(decoding, "has_kv_transfer_group", lambda: context.get("gives_its_cache_away", False))
+    step = decoding.step_of(SimpleNamespace(layer_name="layer"), context.get("tokens", 2))
+    assert (step is not None) == is_told
+    if step is not None:
+        assert step.batch is batch
+        assert step.slots.tolist() == [4, 22]

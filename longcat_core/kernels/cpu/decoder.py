@@ -8,13 +8,16 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from longcat_core.kernels.cpu.experts import CompiledExperts, CompiledFFN
+from longcat_core.kernels.cpu.experts import CompiledFFN
 from longcat_core.kernels.cpu.library import require_bf16
 from longcat_core.kernels.cpu.mla import Mla
 from longcat_core.kernels.cpu.norm import add_rms_norm, rms_norm
 from longcat_core.layers.experts import identity_share
 from longcat_core.layers.latent_attention import PagedBatch
 from longcat_core.layers.routing import Routing
+
+
+Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Half(NamedTuple):
@@ -55,7 +58,8 @@ class DecoderLayer:
         ValueError: for norms in another dtype.
     """
 
-    def __init__(self, halves: tuple[Half, Half], epsilon: float, router: Router, experts: CompiledExperts) -> None:
+    def __init__(self, halves: tuple[Half, Half], epsilon: float, router: Router, experts: Experts) -> None:
+        """experts: from hidden states bf16 [T, H], and ids and weights [T, K] as of `Routing`, to bf16 [T, H]."""
         for half in halves:
             require_bf16(input_norm=half.input_norm, ffn_norm=half.ffn_norm)
         self._halves, self._epsilon, self._router, self._experts = halves, epsilon, router, experts

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from longcat_core.kernels.cpu.library import (
     address_of,
+    has_tiles,
     library,
-    multiplies_bf16,
     padded,
     require_bf16,
     require_weight,
@@ -20,17 +20,17 @@ from longcat_core.layers.experts import SparseFFN
 from longcat_core.quantization import PUBLISHED_BLOCK
 
 FEW_TOKENS = 64
-"""Of more, torch on a processor with products in bf16 is quicker, with one product an expert."""
+"""Of more, torch has AMX multiply where the processor has it, with one product an expert. Our kernels do not use AMX."""
 
 
 class CompiledExperts(SparseFFN):
-    """`routed_experts` with its weights, and with scales where these are in FP8; torch where that is quicker."""
+    """`routed_experts` with its weights, and with scales where these are in FP8; torch for many tokens with AMX."""
 
     def __init__(
         self, w13: Tensor, w2: Tensor, w13_scales: Tensor | None = None, w2_scales: Tensor | None = None
     ) -> None:
         self._weights = w13, w2, w13_scales, w2_scales
-        self._of_torch = layers.grouped_ffn(w13, w2) if w13_scales is None and multiplies_bf16() else None
+        self._of_torch = layers.grouped_ffn(w13, w2) if w13_scales is None and has_tiles() else None
 
     def __call__(self, rows: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         if self._of_torch is not None and len(rows) > FEW_TOKENS:

@@ -21,7 +21,7 @@ from longcat_core.layers import rotary
 from longcat_core.layers.latent_attention import PagedBatch
 from longcat_core.plugin.kept import kept
 from longcat_vllm.devices.cpu.attention import LatentAttentionMetadata, cache_of, compiled_mla
-from longcat_vllm.devices.cpu.experts import compiled_experts
+from longcat_vllm.devices.cpu.experts import experts_of
 from longcat_vllm.devices.cpu.linear import compiled_ffn
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def _compiled_layer(layer: LongcatDecoderLayer) -> DecoderLayer | None:
             return None
         halves.append(Half(input_norm.weight, mla, ffn_norm.weight, dense))
     moe: Any = layer.mlp
-    experts = compiled_experts(moe.experts)
+    experts = experts_of(moe.experts)
     if experts is None:
         return None
     config, router = moe.config, moe.router

@@ -1,4 +1,4 @@
-"""FFN experts on a CPU: core's kernels, or vLLM's, over rows of FFN experts only."""
+"""FFN experts on a CPU: vLLM's own kernels over rows of FFN experts only."""
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from vllm.model_executor.utils import replace_parameter
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from longcat_core.kernels.cpu.experts import CompiledExperts
-from longcat_core.kernels.cpu.library import has_tiles, is_available, multiplies_bf16
+from longcat_core.kernels.cpu.library import multiplies_bf16
+from longcat_core.kernels.cpu.product import is_quicker
 from longcat_core.layers.experts import ExpertFFN, grouped_ffn, routed_experts
 from longcat_core.quantization import PUBLISHED_BLOCK
 
@@ -73,23 +74,21 @@ class CompactedRowsMethod(FusedMoEMethodBase):
 
 
 def select_cpu_kernel(hidden_size: int, intermediate_size: int, dtype: torch.dtype) -> str:
-    """The quickest kernel for experts of this shape on this CPU: core's `compiled`, vLLM's `bf16_dot` or `vector`, or,
-    for any shape, `torch`."""
-    if dtype == torch.bfloat16 and is_available() and not has_tiles():
-        return "compiled"
+    """The quickest kernel for experts of this shape on this CPU: vLLM's `bf16_dot` or `vector`, or, for any shape,
+    core's `compiled` or `torch`."""
     if hidden_size % 32 or intermediate_size % 32:
-        return "torch"
+        return "compiled" if is_quicker(dtype) else "torch"
     return "bf16_dot" if dtype == torch.bfloat16 and multiplies_bf16() else "vector"
 
 
-def compiled_experts(experts: Any) -> CompiledExperts | None:
-    """The experts of a layer's MoERunner, if the compiled kernel is chosen and one rank has all of them."""
-    layer, parallel = experts.routed_experts, experts.moe_config.moe_parallel_config
-    is_alone = parallel.tp_size == parallel.dp_size == parallel.ep_size == 1
-    if not is_alone or getattr(layer, "cpu_kernel", None) != "compiled":
+def experts_of(runner: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """The experts of a layer's MoERunner, if one rank has all of them: hidden states [T, H], ids and weights [T, K] ->
+    [T, H]."""
+    layer, parallel = runner.routed_experts, runner.moe_config.moe_parallel_config
+    method = layer.quant_method
+    if not isinstance(method, CompactedRowsMethod) or not parallel.tp_size == parallel.dp_size == parallel.ep_size == 1:
         return None
-    scales = getattr(layer, "w13_weight_scale_inv", None), getattr(layer, "w2_weight_scale_inv", None)
-    return CompiledExperts(layer.w13_weight, layer.w2_weight, *scales)
+    return lambda x, ids, weights: method.apply(layer, x, weights, ids, None, None)
 
 
 def _dot(
