@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 
-LIBRARIES = ("typer", "rich", "jinja2", "tokenizers")
+LIBRARIES = ("typer", "rich", "jinja2", "tokenizers", "prometheus_client")
 """What the extra `cli` brings."""
 
 

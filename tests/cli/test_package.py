@@ -197,7 +197,8 @@ def test_the_command_without_its_libraries_says_what_to_install(bare: Environmen
         result = bare.run("longcat", *arguments)
         assert (result.returncode, result.stdout) == (1, "")
         assert result.stderr == (
-            'longcat: not installed: typer, rich, jinja2, tokenizers; run `pip install "longcat-serving[cli]"`\n'
+            "longcat: not installed: typer, rich, jinja2, tokenizers, prometheus_client; "
+            'run `pip install "longcat-serving[cli]"`\n'
         )
 
 
