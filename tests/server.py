@@ -74,7 +74,7 @@ def serving(command: Sequence[str | Path], log: Path) -> Iterator[Server]:
     Raises:
         RuntimeError: with the end of the log, if it ends or is not ready in time.
     """
-    port = _free_port()
+    port = free_port()
     # Proxies of the environment are for other hosts than this one.
     url = f"http://127.0.0.1:{port}"
     http = httpx.Client(base_url=url, timeout=START_TIMEOUT_S, trust_env=False, limits=ONE_REQUEST_A_CONNECTION)
@@ -110,6 +110,19 @@ def processes_of(server: subprocess.Popen[bytes]) -> list[int]:
     return [process for process in numbered if _running_group(process) == server.pid]
 
 
+def free_port() -> int:
+    """Of 127.0.0.1."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def tail(log: Path) -> str:
+    """The end of a log."""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL:])
+
+
 def _environment() -> dict[str, str]:
     """A user's: without what the tests set for engines in their own process."""
     return {key: value for key, value in os.environ.items() if key not in engine.OURS}
@@ -119,23 +132,12 @@ def _wait_until_ready(server: Server) -> None:
     started = time.monotonic()
     while time.monotonic() - started < START_TIMEOUT_S:
         if server.process.poll() is not None:
-            raise RuntimeError(f"the server ended with status {server.process.returncode}:\n{_tail(server.log)}")
+            raise RuntimeError(f"the server ended with status {server.process.returncode}:\n{tail(server.log)}")
         with suppress(httpx.TransportError):
             if server.http.get("/health").is_success:
                 return
         time.sleep(0.2)
-    raise RuntimeError(f"the server was not ready after {START_TIMEOUT_S} s:\n{_tail(server.log)}")
-
-
-def _tail(log: Path) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL:])
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    raise RuntimeError(f"the server was not ready after {START_TIMEOUT_S} s:\n{tail(server.log)}")
 
 
 def _running_group(process: int) -> int | None:

@@ -18,6 +18,7 @@ from longcat_core.inspection import routings
 from longcat_core.observation.publication import INTERVAL_S
 from longcat_core.reference import LongcatForCausalLM
 from tests.harness import engine
+from tests.prometheus import needs_prometheus, queries, scraping
 from tests.requests import CASE, COMPLETIONS, MODEL
 from tests.server import Server, serving, wait_until
 
@@ -131,12 +132,25 @@ def test_a_server_counts_what_the_reference_chooses(
         assert_counts_what_the_reference_chooses(server, reference, ranks=1)
 
 
-def test_ranks_that_share_experts_count_a_token_once(
-    directory: Path, reference: LongcatForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With several servers of the API, where the engine has such."""
-    for name, value in engine.environment_of_ranks(RANKS).items():
-        monkeypatch.setenv(name, value)
+@pytest.fixture(scope="module")
+def server_of_ranks(directory: Path) -> Iterator[Server]:
+    """Ranks that share experts, with several servers of the API, where the engine has such."""
     command = [*engine.command(directory, served_name=MODEL), *engine.expert_parallel_flags(RANKS)]
-    with serving(command, tmp_path / "server.log") as server:
-        assert_counts_what_the_reference_chooses(server, reference, RANKS)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in engine.environment_of_ranks(RANKS).items():
+            patch.setenv(name, value)
+        with serving(command, directory.with_name("server.log")) as server:
+            yield server
+
+
+def test_ranks_that_share_experts_count_a_token_once(server_of_ranks: Server, reference: LongcatForCausalLM) -> None:
+    assert_counts_what_the_reference_chooses(server_of_ranks, reference, RANKS)
+
+
+@needs_prometheus
+def test_the_dashboard_shows_the_busiest_rank(server_of_ranks: Server, tmp_path: Path) -> None:
+    """The panel that `test_dashboard.py` leaves out, as its server is of one rank."""
+    (query,) = (query for query in queries(rate_interval="5m") if query.panel == "Busiest rank over the mean")
+    with scraping(server_of_ranks, tmp_path) as prometheus:
+        answer(server_of_ranks, PROMPTS[-1])
+        wait_until(lambda: [1 < series.points[0][1] < RANKS for series in prometheus.ask(query.expression)] == [True])
