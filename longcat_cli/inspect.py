@@ -21,7 +21,7 @@ from longcat_cli.terminal import printable
 from longcat_core.config import ConfigError
 
 if TYPE_CHECKING:
-    from longcat_cli.inspection_report import Report, Shade
+    from longcat_cli.inspection_report import Colours, Report, Shade
 
 
 def command(
@@ -36,17 +36,22 @@ def command(
         int | None, typer.Option(min=0, help="Colour by this layer, the first is 0; by the mean, if not given.")
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to read at most, from the beginning.")] = 2048,
+    ffn_experts: Annotated[
+        float | None,
+        typer.Option(help="Hold the mean of FFN experts a token here, and colour by what that takes from each."),
+    ] = None,
 ) -> None:
     """Show how many FFN experts each token of a text takes, and which drafts would be accepted.
 
     The model runs in plain PyTorch. A zero expert costs nothing, so the tokens with many FFN experts are those that the
-    model spends its parameters on.
+    model spends its parameters on. With --ffn-experts it reads the text a second time, as a server does whose dial has
+    settled on that mean: with a bias of the zero experts in the choice of experts, one a layer.
     """
     errors = Console(stderr=True, highlight=False)
     with errors.status("importing torch"):
         from longcat_core.weights.audit import CheckpointError
     try:
-        report = _report(checkpoint, text, tokens, layer, errors)
+        report = _report(checkpoint, text, tokens, layer, ffn_experts, errors)
         if html is not None:
             html.write_bytes(report.page().encode())
         if record is not None:
@@ -62,15 +67,20 @@ def command(
         typer.echo(f"{record}: rows of each layer's FFN experts, for longcat plan --routing")
 
 
-def _report(directory: Path, file: Path, tokens: int, layer: int | None, console: Console) -> Report:
-    from longcat_cli.inspection_report import Report, pieces
-    from longcat_core.inspection import inspect
+def _report(
+    directory: Path, file: Path, tokens: int, layer: int | None, ffn_experts: float | None, console: Console
+) -> Report:
+    from longcat_cli.inspection_report import Held, Report, pieces
+    from longcat_core.dial import obstacles_to_dial
+    from longcat_core.inspection import held, inspect
     from longcat_core.reference import LongcatForCausalLM
     from longcat_core.weights import checkpoint
 
     config = checkpoint.read_config(directory)
     if layer is not None and layer >= config.num_layers:
         raise LoadingError(f"--layer: {layer}, wanted 0 to {config.num_layers - 1}; the model has {config.num_layers}")
+    if ffn_experts is not None and (obstacles := obstacles_to_dial(config, ffn_experts)):
+        raise LoadingError(f"--ffn-experts: {obstacles[0]}")
     encoding = loading.read_tokenizer(directory).encode(content := loading.read_text(file))
     if not encoding.ids:
         raise LoadingError(f"{file}: no tokens, wanted a text")
@@ -80,7 +90,13 @@ def _report(directory: Path, file: Path, tokens: int, layer: int | None, console
     with console.status("loading the checkpoint"):
         model = LongcatForCausalLM.from_checkpoint(directory)
     with console.status(f"reading {count:,} tokens"):
-        found = inspect(model, encoding.ids[:count])
+        found, at_target = inspect(model, encoding.ids[:count]), None
+        if ffn_experts is not None:
+            try:
+                with held(model, ffn_experts) as biases:
+                    at_target = Held(ffn_experts, inspect(model, encoding.ids[:count]), biases)
+            except ValueError as error:
+                raise LoadingError(f"--ffn-experts: {error}; give a longer text") from None
     return Report(
         checkpoint=_name(directory.resolve()),
         text=_name(file),
@@ -88,15 +104,20 @@ def _report(directory: Path, file: Path, tokens: int, layer: int | None, console
         inspection=found,
         pieces=pieces(content, encoding.offsets[:count]),
         total_tokens=len(encoding.ids),
+        held=at_target,
     )
 
 
 def _coloured(report: Report, layer: int | None) -> Text:
     """The text itself."""
     coloured = Text()
-    for piece, shade in zip(report.shown_pieces(), report.shades(layer), strict=True):
+    for piece, shade in zip(report.shown_pieces(), _colours(report).shades(layer), strict=True):
         coloured.append(printable(piece), _style(shade))
     return coloured
+
+
+def _colours(report: Report) -> Colours:
+    return report.taken_away or report.taken
 
 
 def _name(path: Path) -> str:
@@ -110,8 +131,9 @@ def _style(shade: Shade) -> Style:
 
 def _legend(report: Report, layer: int | None) -> Text:
     where = "mean of the layers" if layer is None else f"layer {layer}"
-    legend = Text(f"FFN experts a token, {where}: ", style="dim")
-    for value, shade in report.scale(layer):
+    what = "FFN experts a token" if report.held is None else f"FFN experts that {report.held.target:g} take away"
+    legend = Text(f"{what}, {where}: ", style="dim")
+    for value, shade in _colours(report).scale(layer):
         legend.append(f" {value} ", _style(shade))
     return legend
 

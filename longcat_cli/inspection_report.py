@@ -31,22 +31,15 @@ class Shade(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Report:
-    checkpoint: str
-    text: str
-    """Names, for people."""
-    config: LongcatConfig
-    inspection: Inspection
-    pieces: list[str]
-    """The text, token by token."""
-    total_tokens: int
-    """Of the whole text, of which the first were read."""
+class Colours:
+    """The darker a token, the greater its number: of FFN experts that it takes, or of those that are taken away."""
 
-    # -- colours -----------------------------------------------------------------------------------------
+    counts: Tensor
+    """int64 [layers, T]."""
 
     def values(self, layer: int | None) -> Tensor:
-        """fp64 [T]: FFN experts of each token in one layer, or the mean over all."""
-        counts = self.inspection.ffn_experts.double()
+        """fp64 [T]: the number of each token in one layer, or the mean over all."""
+        counts = self.counts.double()
         return counts.mean(dim=0) if layer is None else counts[layer]
 
     def shades(self, layer: int | None) -> list[Shade]:
@@ -67,6 +60,41 @@ class Report:
         of all others."""
         low, high = torch.quantile(self.values(layer), torch.tensor([0.02, 0.98], dtype=torch.float64)).tolist()
         return (low, high) if high > low else (low, low + 1)
+
+
+class Held(NamedTuple):
+    """The same text, where every layer's mean of FFN experts is held at a target."""
+
+    target: float
+    inspection: Inspection
+    biases: list[float]
+    """Of a zero expert, by layer."""
+
+
+@dataclass(frozen=True)
+class Report:
+    checkpoint: str
+    text: str
+    """Names, for people."""
+    config: LongcatConfig
+    inspection: Inspection
+    pieces: list[str]
+    """The text, token by token."""
+    total_tokens: int
+    """Of the whole text, of which the first were read."""
+    held: Held | None = None
+
+    @property
+    def taken(self) -> Colours:
+        """By FFN experts."""
+        return Colours(self.inspection.ffn_experts)
+
+    @property
+    def taken_away(self) -> Colours | None:
+        """By how many of them a token loses where the mean is held; less than none where it wins some."""
+        if self.held is None:
+            return None
+        return Colours(self.inspection.ffn_experts - self.held.inspection.ffn_experts)
 
     def shown_pieces(self) -> list[str]:
         """The pieces, with visible ends of lines, as these are tokens like others."""
@@ -92,14 +120,25 @@ class Report:
                 "busiest FFN expert",
                 ", ".join(f"{n}: {times:.1f}" for n, times in enumerate(busiest)) + " times the mean",
             ),
-            ("drafts accepted", self._drafts_accepted()),
+            ("drafts accepted", _drafts_accepted(found)),
+            *self._facts_where_held(),
         ]
 
-    def _drafts_accepted(self) -> str:
-        if self.inspection.drafts is None:
-            return "no draft layer (MTP)"
-        acceptance = self.inspection.draft_acceptance()
-        return "no drafts" if acceptance is None else f"{acceptance:.1%}"
+    def _facts_where_held(self) -> list[tuple[str, str]]:
+        if self.held is None or self.taken_away is None:
+            return []
+        found, lost = self.held.inspection, self.taken_away.values(None)
+        low, high = torch.quantile(lost, torch.tensor([0.05, 0.95], dtype=torch.float64)).tolist()
+        activated = float(found.activated_parameters(self.config).mean())
+        nats = [float(each.nats[1:].mean()) for each in (found, self.inspection)]
+        return [
+            (f"held at {self.held.target:g}", f"mean {found.ffn_experts.double().mean():.2f} in every layer"),
+            ("taken from a token", f"mean {lost.mean():.2f}, p5 {low:.2f}, p95 {high:.2f} FFN experts"),
+            ("parameters then", f"mean {si(activated)}"),
+            ("nats a token then", f"{nats[0]:.3f}, as published {nats[1]:.3f}" if len(lost) > 1 else "one token"),
+            ("drafts accepted then", _drafts_accepted(found)),
+            ("zero experts' bias", ", ".join(f"{n}: {bias:+.3g}" for n, bias in enumerate(self.held.biases))),
+        ]
 
     # -- the page ----------------------------------------------------------------------------------------
 
@@ -108,11 +147,17 @@ class Report:
         environment = jinja2.Environment(
             loader=jinja2.PackageLoader("longcat_cli", "."), autoescape=True, undefined=jinja2.StrictUndefined
         )
-        views = {"mean": None} | {f"layer {n}": n for n in range(self.config.num_layers)}
+        views: dict[str, tuple[Colours, int | None]] = {"mean": (self.taken, None)}
+        if self.taken_away is not None:
+            views["taken away"] = (self.taken_away, None)
+        views |= {f"layer {n}": (self.taken, n) for n in range(self.config.num_layers)}
         return environment.get_template("inspection.html.jinja").render(
             report=self,
             tokens=self._tokens(),
-            views={name: {"shades": self.shades(layer), "scale": self.scale(layer)} for name, layer in views.items()},
+            views={
+                name: {"shades": colours.shades(layer), "scale": colours.scale(layer)}
+                for name, (colours, layer) in views.items()
+            },
             layers=self._layers(),
             histogram=self._histogram(),
         )
@@ -121,12 +166,14 @@ class Report:
         found = self.inspection
         activated = found.activated_parameters(self.config).tolist()
         experts = found.ffn_experts.T.tolist()
+        held = None if self.held is None else self.held.inspection.ffn_experts.T.tolist()
         tokens = []
         for place, (piece, shown) in enumerate(zip(self.pieces, self.shown_pieces(), strict=True)):
             drafted = found.drafts is not None and place >= 2
             accepted = bool(found.drafts[place]) if found.drafts is not None else False
-            by_layer = ", ".join(f"layer {n}: {count}" for n, count in enumerate(experts[place]))
-            numbers = f"{piece!r}: FFN experts {by_layer}; {si(activated[place])} parameters"
+            numbers = f"{piece!r}: FFN experts {_by_layer(experts[place])}; {si(activated[place])} parameters"
+            if self.held is not None and held is not None:
+                numbers += f"; held at {self.held.target:g}: {_by_layer(held[place])}"
             if place > 0:
                 numbers += f"; {found.nats[place]:.2f} nats"
             if drafted:
@@ -157,6 +204,17 @@ class Report:
             "ends": [si(end) for end in ends],
             "marks": {name: ((at - first) / (last - first), si(at)) for name, at in places.items()},
         }
+
+
+def _by_layer(counts: list[int]) -> str:
+    return ", ".join(f"layer {n}: {count}" for n, count in enumerate(counts))
+
+
+def _drafts_accepted(found: Inspection) -> str:
+    if found.drafts is None:
+        return "no draft layer (MTP)"
+    acceptance = found.draft_acceptance()
+    return "no drafts" if acceptance is None else f"{acceptance:.1%}"
 
 
 def pieces(text: str, offsets: Sequence[tuple[int, int]]) -> list[str]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longcat_core.config import LongcatConfig
+from longcat_core.dial import breaking_points, obstacles_to_dial, settled_bias
 from longcat_core.layers.routing import Routing, expert_rows
 from longcat_core.reference import LongcatForCausalLM, Router
 
@@ -77,6 +79,40 @@ def inspect(model: LongcatForCausalLM, tokens: list[int]) -> Inspection:
 def routers(model: LongcatForCausalLM) -> list[Router]:
     """One a layer, in order."""
     return [module for module in model.modules() if isinstance(module, Router)]
+
+
+@contextmanager
+def held(model: LongcatForCausalLM, ffn_experts: float) -> Iterator[list[float]]:
+    """Within the `with` block, every layer takes `ffn_experts` FFN experts a token, on the mean of each call's tokens:
+    what a server's dial holds once it has settled on them. Yields the bias of a zero expert in each layer of the last
+    call.
+
+    Raises:
+        ValueError: if no bias holds that mean.
+    """
+    if obstacles := obstacles_to_dial(model.config, ffn_experts):
+        raise ValueError(f"a mean of FFN experts of {obstacles[0]}")
+    n_routed_experts, top_k = model.config.n_routed_experts, model.config.moe_topk
+    published = [router.e_score_correction_bias.clone() for router in routers(model)]
+    biases = [0.0] * len(published)
+
+    @torch.no_grad()
+    def hold(layer: int, router: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(router, Router)
+        scores = F.linear(inputs[0].float(), router.classifier.weight.float()).softmax(dim=-1)
+        points = breaking_points(scores, published[layer], n_routed_experts, top_k)
+        biases[layer] = settled_bias(points, ffn_experts)
+        router.e_score_correction_bias.copy_(published[layer])
+        router.e_score_correction_bias[n_routed_experts:] += biases[layer]
+
+    hooks = [router.register_forward_pre_hook(partial(hold, n)) for n, router in enumerate(routers(model))]
+    try:
+        yield biases
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for router, own in zip(routers(model), published, strict=True):
+            router.e_score_correction_bias.copy_(own)
 
 
 @contextmanager

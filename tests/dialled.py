@@ -1,4 +1,4 @@
-"""Traffic for a dial: what tokens choose at any bias of the zero experts, drawn at random or recorded of LongCat-Nano."""
+"""Traffic for a dial: what tokens choose at any bias of the zero experts, drawn at random or recorded of a model."""
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def held(dial: Dial, traffic: Traffic, steps: int, tokens: int, generator: torch
 
 @contextmanager
 def turned(model: LongcatForCausalLM, dial: Dial) -> Iterator[list[Tensor]]:
-    """Within the `with` block every call of a model is a step of the dial's, as in an engine. Yields the ids [T, K] that
-    each layer chose in the last one."""
+    """Within the `with` block every call of a model is a step of the dial's, as in an engine. Yields the ids [T, K] of
+    each layer in the last one."""
     published = [router.e_score_correction_bias.clone() for router in routers(model)]
     chosen: list[Tensor] = []
 

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,8 +22,8 @@ from typer.testing import CliRunner, Result
 
 from longcat_cli import example_tokenizer, loading
 from longcat_cli.commands import app
-from longcat_cli.inspection_report import Report, _shade, pieces, si
-from longcat_core.inspection import Inspection, inspect
+from longcat_cli.inspection_report import Colours, Held, Report, _shade, pieces, si
+from longcat_core.inspection import Inspection, held, inspect
 from longcat_core.planning.imbalance import read_counts
 from longcat_core.reference import LongcatForCausalLM
 from longcat_core.weights.checkpoint import read_config
@@ -119,7 +120,7 @@ def report(found: Inspection, source: Path) -> Report:
 
 
 def test_more_ffn_experts_are_a_darker_shade(found: Inspection, source: Path) -> None:
-    shown = report(found, source)
+    shown = report(found, source).taken
     for layer in (None, 0, 1):
         darkness = [-int(shade.background[1:3], 16) for shade in shown.shades(layer)]
         by_value: dict[float, set[int]] = {}
@@ -148,7 +149,7 @@ def test_the_scale_tells_its_values_apart(found: Inspection, source: Path) -> No
     narrow = found._replace(ffn_experts=torch.tensor([[792, 812], [793, 811]]))
     for inspection in (found, narrow):
         for layer in (None, 0, 1):
-            values = [value for value, _ in report(inspection, source).scale(layer)]
+            values = [value for value, _ in report(inspection, source).taken.scale(layer)]
             assert len(set(values)) == len(values)
             assert [float(value) for value in values] == sorted(map(float, values))
             steps = [float(after) - float(value) for value, after in pairwise(values)]
@@ -219,7 +220,7 @@ def test_the_page_has_the_text_and_the_figures(browser_page: Page, found: Inspec
 def test_the_page_is_coloured_by_the_mean_or_the_layer_that_is_chosen(
     browser_page: Page, found: Inspection, source: Path
 ) -> None:
-    wanted = {name: [s.background for s in report(found, source).shades(layer)] for name, layer in VIEWS.items()}
+    wanted = {name: [s.background for s in report(found, source).taken.shades(layer)] for name, layer in VIEWS.items()}
     assert backgrounds(browser_page) == wanted["mean"]
     for name in ("layer 1", "layer 0", "mean"):
         browser_page.get_by_role("button", name=name, exact=True).click()
@@ -271,6 +272,58 @@ def test_the_choices_are_recorded_for_a_plan(source: Path, text: Path, found: In
     assert str(file) in run(source, text, "--record", str(file)).stdout.replace("\n", "")
     assert json.loads(file.read_text()) == {"logical_count": found.load.tolist()}
     assert read_counts(file) == found.load.tolist()
+
+
+# -- where the mean is held ----------------------------------------------------------------------------
+
+
+HELD = ["--ffn-experts", "1.5"]
+
+
+@pytest.fixture(scope="module")
+def held_at(source: Path) -> Inspection:
+    model = LongcatForCausalLM.from_checkpoint(source)
+    tokens = Tokenizer.from_file(str(source / "tokenizer.json")).encode(TEXT).ids
+    with held(model, 1.5):
+        return inspect(model, tokens)
+
+
+def test_a_text_is_coloured_by_what_a_lower_mean_takes_from_each_token(
+    source: Path, text: Path, found: Inspection, held_at: Inspection
+) -> None:
+    result = run(source, text, *HELD)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(TEXT.replace("\n", "⏎\n"))
+    assert "FFN experts that 1.5 take away, mean of the layers: " in result.stdout
+    assert re.search(r"held at 1.5 +mean 1.5\d in every layer", result.stdout)
+    nats = [f"{float(each.nats[1:].mean()):.3f}" for each in (held_at, found)]
+    assert f"{nats[0]}, as published {nats[1]}" in result.stdout
+    held_report = replace(report(found, source), held=Held(1.5, held_at, [0.0, 0.0]))
+    assert held_report.taken_away is not None
+    less = (found.ffn_experts - held_at.ffn_experts).double()
+    assert torch.equal(held_report.taken_away.values(None), less.mean(dim=0))
+    assert len(less.unique()) > 2, "it takes from tokens differently"
+
+
+def test_the_page_has_a_view_of_what_is_taken_away(
+    source: Path, text: Path, found: Inspection, held_at: Inspection, tmp_path: Path
+) -> None:
+    page = tmp_path / "page.html"
+    assert run(source, text, "--html", str(page), *HELD).exit_code == 0
+    written = page.read_text(encoding="utf-8")
+    views = json.loads(re.findall(r"const views = (.*);\n", written)[0])
+    assert views.keys() == {"taken away", *VIEWS}
+    colours = Colours(found.ffn_experts - held_at.ffn_experts)
+    assert [shade[0] for shade in views["taken away"]["shades"]] == [each.background for each in colours.shades(None)]
+    assert views["mean"] != views["taken away"]
+    counts = held_at.ffn_experts[:, 3].tolist()
+    assert f"; held at 1.5: layer 0: {counts[0]}, layer 1: {counts[1]}; " in written
+
+
+def test_a_mean_that_cannot_be_held_is_refused(source: Path, text: Path) -> None:
+    assert_refused(run(source, text, "--ffn-experts", "4"), "--ffn-experts: 4, wanted more than 0 and less than 4, the")
+    short = run(source, text, "--ffn-experts", "0.2", "--tokens", "1")
+    assert_refused(short, "--ffn-experts: a mean of 0.2 FFN experts: no bias .* for these tokens; give a longer text")
 
 
 # -- what is refused -----------------------------------------------------------------------------------

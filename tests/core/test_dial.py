@@ -114,7 +114,11 @@ def shaped(n_routed_experts: int, zero_expert_num: int, moe_topk: int) -> Longca
 
 @pytest.mark.parametrize("config", [DEFAULT, shaped(3, 9, 6), shaped(9, 3, 6), shaped(3, 3, 6), shaped(40, 20, 12)])
 def test_breaking_points_say_what_is_chosen_at_any_bias(config: LongcatConfig) -> None:
-    logits, published, n = torch.randn(200, config.num_experts), torch.randn(config.num_experts), config.n_routed_experts
+    logits, published, n = (
+        torch.randn(200, config.num_experts),
+        torch.randn(config.num_experts),
+        config.n_routed_experts,
+    )
     published *= 0.5 / config.num_experts
     points = breaking_points(logits.softmax(dim=-1), published, n, config.moe_topk)
     assert bool((points[:, :-1] >= points[:, 1:]).all()), "greatest first"
@@ -133,7 +137,7 @@ def test_a_settled_bias_has_the_mean_that_is_wanted() -> None:
 
 
 def test_a_mean_that_no_bias_holds_for_some_tokens_is_refused() -> None:
-    with pytest.raises(ValueError, match="a mean of 0.3 FFN experts: no bias of the zero experts holds it"):
+    with pytest.raises(ValueError, match=r"a mean of 0\.3 FFN experts: no bias of the zero experts holds it"):
         settled_bias(drawn(DEFAULT, spread=1.0, tokens=1).points[0], 0.3)
 
 
@@ -158,7 +162,7 @@ def assert_arrives(means: Tensor, target: float) -> None:
 @pytest.mark.parametrize("spread", [0.25, 0.5, 1.0, 2.0, 3.0])
 @pytest.mark.parametrize("target", [4.0, 6.0, 9.0])
 def test_it_arrives_without_going_beyond_whatever_the_routers_scores_are(target: float, spread: float) -> None:
-    """Routers of LongCat-Flash-Chat's width, which take about 8, from nearly equal scores to some that have nearly all."""
+    """Routers of LongCat-Flash-Chat's width, which take about 8, with nearly equal scores up to a few that have all."""
     means = held(dial_at(target, CHAT), drawn(CHAT, spread), STEPS, TOKENS, torch.Generator().manual_seed(1))
     assert_arrives(means, target)
 
@@ -166,7 +170,10 @@ def test_it_arrives_without_going_beyond_whatever_the_routers_scores_are(target:
 @pytest.fixture(scope="module")
 def nano() -> tuple[LongcatConfig, dict[str, Traffic]]:
     """LongCat-Nano's routers on two kinds of text: Python, and prose that it was not trained for."""
-    tokenizer, model = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json")), LongcatForCausalLM.from_checkpoint(CHECKPOINT)
+    tokenizer, model = (
+        Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json")),
+        LongcatForCausalLM.from_checkpoint(CHECKPOINT),
+    )
     files = {"python": Path(argparse.__file__), "prose": Path(__file__).parents[2] / "LICENSE"}
     found = {}
     for name, file in files.items():

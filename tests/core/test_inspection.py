@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from longcat_core.drafting import gate as drafting
-from longcat_core.inspection import inspect
+from longcat_core.inspection import held, inspect, routers
 from longcat_core.reference import LongcatForCausalLM
 from tests.cases import DEFAULT, drafting_tensors, published, write_checkpoint
 
@@ -103,3 +103,29 @@ def test_a_text_that_does_not_fit_is_refused(count: int, model: LongcatForCausal
         ValueError, match=f"{count} tokens, wanted 1 to .* context of {DEFAULT.max_position_embeddings}"
     ):
         inspect(model, tokens(count))
+
+
+@torch.no_grad()
+def test_a_mean_that_is_held_is_held_in_every_layer(model: LongcatForCausalLM) -> None:
+    text, published = tokens(200), [router.e_score_correction_bias.clone() for router in routers(model)]
+    as_published = inspect(model, text)
+    for target in (1.0, 2.5):
+        with held(model, target) as biases:
+            found = inspect(model, text)
+        assert found.ffn_experts.double().mean(dim=1).tolist() == pytest.approx([target] * 2, abs=1 / 200)
+        assert not torch.equal(found.nats[1:], as_published.nats[1:])
+        for router, bias in zip(routers(model), biases, strict=True):
+            router.e_score_correction_bias[DEFAULT.n_routed_experts :] += bias
+        again = inspect(model, text)
+        for router, own in zip(routers(model), published, strict=True):
+            router.e_score_correction_bias.copy_(own)
+        assert torch.equal(again.ffn_experts, found.ffn_experts), "by that bias of the zero experts and nothing else"
+    assert torch.equal(inspect(model, text).nats[1:], as_published.nats[1:]), "nothing is left on the model"
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_mean_that_no_bias_holds_is_refused(model: LongcatForCausalLM) -> None:
+    with pytest.raises(ValueError, match="a mean of FFN experts of 4, wanted more than 0 and less than 4"):
+        held(model, 4).__enter__()
+    with pytest.raises(ValueError, match=r"a mean of 0\.1 FFN experts: no bias"), held(model, 0.1):
+        inspect(model, tokens(2))
