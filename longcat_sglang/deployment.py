@@ -14,7 +14,7 @@ from longcat_core.plugin.engine import leave_to_own_class, refuse, unserved_quan
 from longcat_core.plugin.gate import uses_gate
 from longcat_core.plugin.hooks import Stage
 from longcat_core.plugin.requested import refuse_what_the_own_class_lacks
-from longcat_sglang import devices, hooks, loading, options, requested
+from longcat_sglang import devices, dial, hooks, loading, options, requested
 from longcat_sglang.engine import OWN_CLASS, drafts_with_mtp
 
 if TYPE_CHECKING:
@@ -106,9 +106,13 @@ def _unsupported(server_args: Any, settings: Any, model_config: Any) -> list[str
     problems += _unsupported_quantization(settings, model_config)
     device = devices.of(settings.device)
     problems += device.unsupported(server_args, settings)
-    if requested.of(settings).kernels:
+    asked = requested.of(settings)
+    if asked.kernels:
         obstacles = device.obstacles_to_kernels(settings, longcat, model_config.dtype)
         problems += [f"{requested.OPTIONS['kernels']}: {obstacle}; or leave the kernels out" for obstacle in obstacles]
+    if asked.ffn_experts is not None:
+        obstacles = dial.obstacles(settings, longcat, asked.ffn_experts)
+        problems += [f"{requested.OPTIONS['ffn_experts']}: {obstacle}; or leave it out" for obstacle in obstacles]
     if settings.pp_size > 1:
         problems.append(
             f"pp_size: {settings.pp_size}, wanted 1, as SGLang's layer boundaries have no pipeline for LongCat; "

@@ -47,6 +47,12 @@ def are_counted_here() -> bool:
     return not any(hindrances.values())
 
 
+def rows_that_are_tokens(slots: Tensor) -> Tensor:
+    """int64 [T], 1 for a token. slots: integer [T]. A row is a token if it has a slot in the cache: slot 0 is SGLang's
+    for rows that pad a captured graph, and for all rows of a capture and of a warm-up."""
+    return (slots != 0).long()
+
+
 class CountedChoices:
     """The choices of this rank's layers, from the batch of each step."""
 
@@ -59,9 +65,8 @@ class CountedChoices:
         self.publication = Publication(self._choices, directory, _labels())
 
     def add(self, choices: list[Tensor], slots: Tensor) -> None:
-        """choices: int32 [T, K] of each layer; slots: integer [T]. A row is a token if it has a slot in the cache: slot
-        0 is SGLang's for rows that pad a captured graph, and for all rows of a capture and of a warm-up."""
-        self._choices.add(torch.stack(choices), (slots != 0).long())
+        """choices: int32 [T, K] of each layer; slots: as of `rows_that_are_tokens`."""
+        self._choices.add(torch.stack(choices), rows_that_are_tokens(slots))
 
 
 def _labels() -> dict[str, str]:

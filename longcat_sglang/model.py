@@ -36,7 +36,7 @@ from longcat_core.weights import audit, names
 from longcat_core.weights.blocks import FP8, dequantize_blocks
 from longcat_core.weights.plan import Layout, Target, load_plan
 from longcat_core.weights.precision import dequantized, is_kept, require_precision
-from longcat_sglang import devices, hooks, metrics, quantization
+from longcat_sglang import devices, dial, hooks, metrics, quantization
 from longcat_sglang.config import LongcatFlashConfig
 from longcat_sglang.devices.cuda.rotary import LongcatRotaryEmbedding
 from longcat_sglang.ffn import LongcatFFN
@@ -236,6 +236,7 @@ class LongcatModel(nn.Module):
         self.attention_factor = rotary.attention_factor(config.rope)
         if metrics.are_counted_here():
             self.counted = metrics.CountedChoices(config)
+        self.dialled = dial.of_layers(config, self.layers)
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, forward_batch: ForwardBatch, input_embeds: Tensor | None = None
@@ -243,13 +244,25 @@ class LongcatModel(nn.Module):
         hidden_states = self.embed_tokens(input_ids) if input_embeds is None else input_embeds
         cos, sin = rotary.cos_sin(positions.unsqueeze(-1), self.inverse_frequencies, self.attention_factor)
         inputs = {"positions": positions, "forward_batch": forward_batch, "cos": cos, "sin": sin}
-        choices: list[Tensor] | None = None if self.counted is None else []
+        choices = self.begin_step()
         decoded = devices.current().decode(self, hidden_states, forward_batch, cos, sin, choices)
         if decoded is None:
             decoded = self._by_layers(hidden_states, forward_batch, inputs, choices)
-        if self.counted is not None and choices is not None:
-            self.counted.add(choices, forward_batch.out_cache_loc)
+        self.end_step(choices, forward_batch.out_cache_loc)
         return decoded
+
+    def begin_step(self) -> list[Tensor] | None:
+        """Where the ids of each layer's routing are to be noted; None if nobody wants them."""
+        if self.dialled is not None:
+            self.dialled.begin_step()
+        return None if self.counted is None and self.dialled is None else []
+
+    def end_step(self, choices: list[Tensor] | None, slots: Tensor) -> None:
+        """slots: integer [T], as of `metrics.rows_that_are_tokens`."""
+        if choices is not None and self.dialled is not None:
+            self.dialled.end_step(torch.stack(choices), metrics.rows_that_are_tokens(slots))
+        if choices is not None and self.counted is not None:
+            self.counted.add(choices, slots)
 
     def _by_layers(
         self, hidden_states: Tensor, forward_batch: ForwardBatch, inputs: dict[str, Any], choices: list[Tensor] | None

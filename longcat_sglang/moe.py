@@ -62,7 +62,7 @@ class LongcatMoE(nn.Module):
         logits = self.router(hidden_states)
         routing = self.route(
             logits,
-            self.router.e_score_correction_bias,
+            self.router.bias,
             n_routed_experts=self.config.n_routed_experts,
             top_k=self.config.moe_topk,
             routed_scaling_factor=self.config.routed_scaling_factor,
@@ -85,6 +85,9 @@ class LongcatMoE(nn.Module):
 
 
 class LongcatRouter(nn.Module):
+    dialled: Tensor | None = None
+    """What a dial makes of the bias, written before each step."""
+
     def __init__(self, config: LongcatConfig, prefix: str) -> None:
         super().__init__()
         self.classifier = ReplicatedLinear(
@@ -97,6 +100,11 @@ class LongcatRouter(nn.Module):
         bias = torch.zeros(config.num_experts, dtype=torch.float32)
         self.e_score_correction_bias = nn.Parameter(bias, requires_grad=False)
         self.product = devices.current().router_functions().product
+
+    @property
+    def bias(self) -> Tensor:
+        """fp32 [FFN experts + zero experts], which takes part in the choice of experts."""
+        return self.e_score_correction_bias if self.dialled is None else self.dialled
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """fp32 logits [T, FFN experts + zero experts]."""

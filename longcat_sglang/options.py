@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from longcat_core.config import LongcatConfig
 from longcat_core.plugin.options import Option, Outcome
 from longcat_sglang.engine import MTP_ALGORITHMS, PARSER, algorithm_of
+from longcat_sglang.requested import ON_REQUEST
 
 Concern = Callable[[Any, LongcatConfig], bool]
 """Whether SGLang's settings request what an option does."""
@@ -325,15 +326,7 @@ SERVED: tuple[Option, ...] = (
         "on a CPU all of them in float16, and where the package was installed without a compiler.",
         f"a CPU: {RUN}; a GPU: {READ}",
     ),
-    Option(
-        """--json-model-override-args '{"longcat_kernels": true}'""",
-        Outcome.SERVED,
-        "Router and experts by longcat-serving's own kernels ([more](kernels.md)), on GPUs of compute capability 9.0 "
-        "and more. Refused on a CPU, in float16, with another --moe-runner-backend than auto and triton, with "
-        "--moe-a2a-backend or --enable-deterministic-inference, and if a rank has less than whole blocks of an expert "
-        "in FP8.",
-        "interpreted on a CPU, in the tests; no GPU has run it",
-    ),
+    *ON_REQUEST,
     Option(
         "--kv-cache-dtype fp8_e4m3",
         Outcome.SERVED,

@@ -6,14 +6,35 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from longcat_core.plugin.options import Option, Outcome
 from longcat_core.plugin.requested import Requested
 from longcat_sglang.engine import OWN_CLASS
 
 OPTIONS = {
     "draft_gate": """--json-model-override-args '{"longcat_draft_gate": true}'""",
     "kernels": """--json-model-override-args '{"longcat_kernels": true}'""",
+    "ffn_experts": """--json-model-override-args '{"longcat_ffn_experts": NUMBER}'""",
 }
 """As typed, by field of `Requested`. No other option of SGLang takes fields of any name, and reaches all processes."""
+ON_REQUEST: tuple[Option, ...] = (
+    Option(
+        OPTIONS["kernels"],
+        Outcome.SERVED,
+        "Router and experts by longcat-serving's own kernels ([more](kernels.md)), on GPUs of compute capability 9.0 "
+        "and more. Refused on a CPU, in float16, with another --moe-runner-backend than auto and triton, with "
+        "--moe-a2a-backend or --enable-deterministic-inference, and if a rank has less than whole blocks of an expert "
+        "in FP8.",
+        "interpreted on a CPU, in the tests; no GPU has run it",
+    ),
+    Option(
+        OPTIONS["ffn_experts"],
+        Outcome.SERVED,
+        "The mean of FFN experts a token is held at NUMBER in every layer ([more](dial.md)). Refused with "
+        "--enable-dp-attention, --moe-a2a-backend and --enable-memory-saver, and for a mean that no bias holds.",
+        "run on a CPU, in the tests; no GPU has run it",
+    ),
+)
+"""Rows of the docs' table, for `options.OPTIONS`."""
 _PREFIX = "longcat_"
 
 

@@ -14,7 +14,7 @@ from longcat_core.plugin.engine import leave_to_own_class, refuse, unserved_quan
 from longcat_core.plugin.gate import uses_gate
 from longcat_core.plugin.hooks import Stage
 from longcat_core.plugin.requested import refuse_what_the_own_class_lacks
-from longcat_vllm import adapters, devices, hooks, loading, requested
+from longcat_vllm import adapters, devices, dial, hooks, loading, requested
 from longcat_vllm.engine import (
     OWN_ARCHITECTURE,
     TRANSPORT_WITH_TOO_FEW_COLUMNS,
@@ -148,6 +148,9 @@ def _unsupported(vllm_config: VllmConfig) -> list[str]:
     if asked.overlap:
         obstacles = device.obstacles_to_overlap(vllm_config)
         problems += [f"{requested.OPTIONS['overlap']}: {obstacle}; or leave it out" for obstacle in obstacles]
+    if asked.ffn_experts is not None:
+        obstacles = dial.obstacles(vllm_config, asked.ffn_experts)
+        problems += [f"{requested.OPTIONS['ffn_experts']}: {obstacle}; or leave it out" for obstacle in obstacles]
     problems += _unsupported_parallelism(parallel)
     problems += _unsupported_experts(vllm_config)
     return problems

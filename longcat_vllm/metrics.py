@@ -77,6 +77,19 @@ def are_counted_here(vllm_config: VllmConfig) -> bool:
     return parallel.use_sequence_parallel_moe or get_tensor_model_parallel_rank() < counting
 
 
+def rows_that_are_tokens() -> Tensor | None:
+    """int64, 1 for a token, of the step that runs now; None where the cache is not there yet. A row is one if it has a
+    slot in the cache: that is written on the device before each step, captured or not; a row that only pads the step
+    has none, nor has any row of a dummy run."""
+    from vllm.forward_context import get_forward_context
+
+    slots = get_forward_context().slot_mapping
+    if not slots:
+        return None
+    assert isinstance(slots, dict), "each microbatch has a forward context of its own"
+    return (next(iter(slots.values())) >= 0).long()
+
+
 class CountedChoices:
     """The choices of this rank's layers, from the forward context of each step."""
 
@@ -96,17 +109,12 @@ class CountedChoices:
         self.publication = Publication(self._choices, directory, labels)
 
     def add(self, ids: Tensor, rows: int) -> None:
-        """ids: int32 [layers, T, K], where T is `rows`, or this rank's share of them. A row is a token if it has a slot
-        in the cache: that is written on the device before each step, captured or not; a row that only pads the step
-        has none, nor has any row of a dummy run."""
-        from vllm.forward_context import get_forward_context
+        """ids: int32 [layers, T, K], where T is `rows`, or this rank's share of them."""
         from vllm.model_executor.models.utils import sequence_parallel_chunk
 
-        slots = get_forward_context().slot_mapping
-        if not slots:  # the cache is not there yet
+        is_real = rows_that_are_tokens()
+        if is_real is None:
             return
-        assert isinstance(slots, dict), "each microbatch has a forward context of its own"
-        is_real = (next(iter(slots.values())) >= 0).long()
         if self._is_shared_out:
             is_real = F.pad(is_real, (0, rows - len(is_real)))
             is_real = sequence_parallel_chunk(is_real.unsqueeze(1)).squeeze(1)

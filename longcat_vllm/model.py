@@ -45,7 +45,7 @@ from longcat_core.weights.audit import CheckpointError
 from longcat_core.weights.blocks import FP8
 from longcat_core.weights.plan import Layout, Target, load_plan
 from longcat_core.weights.precision import dequantized, is_kept, require_precision
-from longcat_vllm import devices, hooks, metrics, quantization
+from longcat_vllm import devices, dial, hooks, metrics, quantization, requested
 from longcat_vllm.adapters import AdapterNames
 from longcat_vllm.ffn import LongcatFFN
 from longcat_vllm.moe import LongcatMoE, ZeroExpertAwareExperts
@@ -209,7 +209,8 @@ class LongcatModel(nn.Module):
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
             ["hidden_states", "residual"], config.hidden_size
         )
-        self.notes_choices = metrics.are_counted_here(vllm_config)
+        self.is_counted = metrics.are_counted_here(vllm_config)
+        self.notes_choices = self.is_counted or requested.of(vllm_config).ffn_experts is not None
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         return self.embed_tokens(input_ids)
@@ -221,8 +222,8 @@ class LongcatModel(nn.Module):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> tuple[Tensor | IntermediateTensors, Tensor | None]:
-        """Also returns the ids of the routings, int32 [layers, T, K], if they are counted; that is done outside, as
-        only there it is known in every mode of CUDA graphs which rows are tokens."""
+        """Also returns the ids of the routings, int32 [layers, T, K], if they are counted or held at a mean; that is
+        done outside, as only there it is known in every mode of CUDA graphs which rows are tokens."""
         residual = None
         choices: list[Tensor] | None = [] if self.notes_choices else None
         if not get_pp_group().is_first_rank:
@@ -343,9 +344,10 @@ class LongcatFlashForCausalLM(LongcatCausalLM, SupportsLoRA, SupportsPP):
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
         devices.current().choose_kernels(self)
         self.counted: metrics.CountedChoices | None = None
-        if self.model.notes_choices:
-            layers = range(self.model.start_layer, self.model.end_layer)
+        layers = range(self.model.start_layer, self.model.end_layer)
+        if self.model.is_counted:
             self.counted = metrics.CountedChoices(vllm_config, config, layers)
+        self.dialled = dial.of_layers(vllm_config, config, [self.model.layers[n] for n in layers])
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         return self.model.embed_input_ids(input_ids)
@@ -357,8 +359,12 @@ class LongcatFlashForCausalLM(LongcatCausalLM, SupportsLoRA, SupportsPP):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor | IntermediateTensors:
+        if self.dialled is not None:
+            self.dialled.begin_step()
         decoded = devices.current().decode(self.model, input_ids, positions, inputs_embeds)
         output, choices = decoded or self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+        if self.dialled is not None and choices is not None:
+            self.dialled.end_step(choices, metrics.rows_that_are_tokens())
         if self.counted is not None and choices is not None:
             self.counted.add(choices, rows=len(positions))
         return output

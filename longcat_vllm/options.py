@@ -106,6 +106,14 @@ OPTIONS: tuple[Option, ...] = (
         "--attention-backend, decode context parallelism and VLLM_BATCH_INVARIANT.",
         "FlashInfer's Python run on a CPU with a stand-in for its kernels, in the tests; no GPU has run it",
     ),
+    Option(
+        """--additional-config '{"longcat": {"ffn_experts": NUMBER}}'""",
+        Outcome.SERVED,
+        "The mean of FFN experts a token is held at NUMBER in every layer ([more](dial.md)). Refused with "
+        "--data-parallel-size, --decode-context-parallel-size, --prefill-context-parallel-size, --enable-dbo and "
+        "--enable-sleep-mode, and for a mean that no bias holds.",
+        f"{TESTED}; no GPU has run it",
+    ),
     Option("--enable-expert-parallel", Outcome.SERVED, "A rank computes its own experts, zero experts none.", TESTED),
     Option(
         "--all2all-backend",

@@ -15,6 +15,7 @@ OPTIONS = {
     "kernels": """--additional-config '{"longcat": {"kernels": true}}'""",
     "flashinfer_mla": """--additional-config '{"longcat": {"flashinfer_mla": true}}'""",
     "overlap": """--additional-config '{"longcat": {"overlap": true}}'""",
+    "ffn_experts": """--additional-config '{"longcat": {"ffn_experts": NUMBER}}'""",
 }
 """As typed, by field of `Requested`."""
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,8 @@ class Requested:
     """On Hopper, decode steps attend by FlashInfer's MLA. SGLang has an option of its own for that."""
     overlap: bool | None = None
     """The experts of a layer run beside its dense path. If nothing is said, they do where they can."""
+    ffn_experts: float | None = None
+    """The mean of FFN experts a token at which a dial holds every layer; there is no dial if nothing is said."""
 
     @classmethod
     def read(cls, given: Any, names: Collection[str], prefix: str, option: str) -> Requested:
@@ -32,15 +35,24 @@ class Requested:
         """
         wanted = " or ".join(f"{prefix}{name}" for name in names)
         if not isinstance(given, Mapping):
-            refuse([f"{option}: {given!r} for longcat, wanted {wanted} in it, each true or false"])
+            numbers = "".join(f", {prefix}{name} {_NUMBER}" for name in names if name in _NUMBERS)
+            refuse([f"{option}: {given!r} for longcat, wanted {wanted} in it, each {_CHOICE}{numbers}"])
         problems = [f"{prefix}{name}: wanted {wanted}; correct {option}" for name in given if name not in names]
         problems += [
-            f"{prefix}{name}: {value!r}, wanted true or false; correct {option}"
+            f"{prefix}{name}: {value!r}, wanted {_NUMBER if name in _NUMBERS else _CHOICE}; correct {option}"
             for name, value in given.items()
-            if name in names and not isinstance(value, bool)
+            if name in names and not (_is_number(value) if name in _NUMBERS else isinstance(value, bool))
         ]
         refuse(problems)
         return cls(**given)
+
+
+_NUMBERS = ("ffn_experts",)
+_CHOICE, _NUMBER = "true or false", "a number above 0"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def refuse_what_the_own_class_lacks(

@@ -40,6 +40,23 @@ def test_what_is_no_option_of_ours_is_named(given: Any, message: str) -> None:
         Requested.read(given, OPTIONS, "our_", "--more")
 
 
+NUMBERED = OPTIONS | {"ffn_experts": "--more ffn_experts"}
+
+
+def test_a_number_is_read_where_one_is_wanted() -> None:
+    assert Requested.read({}, NUMBERED, "our_", "--more").ffn_experts is None
+    assert Requested.read({"ffn_experts": 3}, NUMBERED, "our_", "--more").ffn_experts == 3
+    assert Requested.read({"ffn_experts": 3.5}, NUMBERED, "our_", "--more").ffn_experts == 3.5
+
+
+@pytest.mark.parametrize("value", [True, "3", 0, -1, float("nan"), float("inf"), None])
+def test_what_is_no_number_above_0_is_named(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"our_ffn_experts: .*, wanted a number above 0; correct --more"):
+        Requested.read({"ffn_experts": value}, NUMBERED, "our_", "--more")
+    with pytest.raises(ValueError, match="in it, each true or false, our_ffn_experts a number above 0"):
+        Requested.read(value, NUMBERED, "our_", "--more")
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_request_is_not_lost_where_the_engines_own_class_serves(name: str) -> None:
     refuse_what_the_own_class_lacks("X", ["it is quantised"], Requested(), OPTIONS)

@@ -7,6 +7,7 @@ which takes less than one.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import sys
@@ -169,6 +170,11 @@ GATED: dict[str, Any] = {"json_model_override_args": '{"longcat_draft_gate": tru
 """Engine arguments: ask for the checkpoint's draft gate."""
 GATED_FLAGS = ["--json-model-override-args", GATED["json_model_override_args"]]
 """What a user types for that."""
+
+
+def held_at(ffn_experts: Any) -> dict[str, Any]:
+    """Engine arguments: hold the mean of FFN experts a token."""
+    return {"json_model_override_args": json.dumps({"longcat_ffn_experts": ffn_experts})}
 
 
 def speculation_flags(draft_tokens: int) -> list[str]:

@@ -150,6 +150,11 @@ GATED_FLAGS = ["--additional-config", json.dumps(GATED["additional_config"])]
 """What a user types for that."""
 
 
+def held_at(ffn_experts: Any) -> dict[str, Any]:
+    """Engine arguments: hold the mean of FFN experts a token."""
+    return {"additional_config": {"longcat": {"ffn_experts": ffn_experts}}}
+
+
 def speculation_flags(draft_tokens: int) -> list[str]:
     """What a user types for that."""
     return ["--speculative-config", json.dumps(speculation(draft_tokens)["speculative_config"])]

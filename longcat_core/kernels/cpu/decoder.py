@@ -36,7 +36,7 @@ class Router(NamedTuple):
     logits: Callable[[Tensor], Tensor]
     """bf16 [T, H] -> fp32 [T, FFN experts + zero experts]."""
     bias: Tensor
-    """fp32 [FFN experts + zero experts]: `e_score_correction_bias`."""
+    """fp32 [FFN experts + zero experts]: `e_score_correction_bias`, or what a dial writes into."""
     n_routed_experts: int
     top_k: int
     routed_scaling_factor: float

@@ -102,7 +102,7 @@ def _compiled_layer(layer: LongcatDecoderLayer) -> DecoderLayer | None:
         return None
     config, router = moe.config, moe.router
     sizes = config.n_routed_experts, config.moe_topk, config.routed_scaling_factor
-    choice = Router(moe.route, router.forward, router.e_score_correction_bias, *sizes)
+    choice = Router(moe.route, router.forward, router.bias, *sizes)
     return DecoderLayer((halves[0], halves[1]), config.rms_norm_eps, choice, experts)
 
 

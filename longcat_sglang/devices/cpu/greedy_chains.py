@@ -109,13 +109,12 @@ def _drafted(models: Models, given: EagleDraftInput, places: Places) -> Tensor:
 def _verified(models: Models, tokens: Tensor, places: Places, read: PagedBatch) -> tuple[Tensor, Tensor]:
     """The target's hidden states [R width, H] and logits [R width, vocabulary] of tokens, int64 [R, width]."""
     model, slots = models.target.model, places.slots.flatten()
-    choices: list[Tensor] | None = None if model.counted is None else []
+    choices = model.begin_step()
     caches = [[models.backend.cache_of(attention.attn_mqa) for attention in layer.self_attn] for layer in model.layers]
     embedded = F.embedding(tokens.flatten(), model.embed_tokens.weight)
     angles = places.cos.flatten(0, 1), places.sin.flatten(0, 1)
     hidden_states = through(model, models.layers, embedded, *angles, caches, slots, read, choices)
-    if choices is not None:
-        model.counted.add(choices, slots)
+    model.end_step(choices, slots)
     logits = product(hidden_states, head_of(models.target)).float()
     sanitize_nan_logits(logits, "verify: target model logits")
     return hidden_states, logits
