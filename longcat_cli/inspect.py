@@ -64,7 +64,7 @@ def command(
     if html is not None:
         typer.echo(f"{html}: all layers, expert load, and the drafts")
     if record is not None:
-        typer.echo(f"{record}: rows of each layer's FFN experts, for longcat plan --routing")
+        typer.echo(f"{record}: rows of each layer's FFN experts, for longcat place and longcat plan --routing")
 
 
 def _report(
