@@ -14,7 +14,7 @@ from longcat_core.plugin.engine import leave_to_own_class, refuse, unserved_quan
 from longcat_core.plugin.gate import uses_gate
 from longcat_core.plugin.hooks import Stage
 from longcat_core.plugin.requested import refuse_what_the_own_class_lacks
-from longcat_sglang import devices, dial, hooks, loading, options, requested
+from longcat_sglang import devices, dial, hooks, loading, options, placement, requested
 from longcat_sglang.engine import OWN_CLASS, drafts_with_mtp
 
 if TYPE_CHECKING:
@@ -123,11 +123,7 @@ def _unsupported(server_args: Any, settings: Any, model_config: Any) -> list[str
             f"tp_size: {settings.tp_size}, wanted a divisor of the {longcat.num_attention_heads} heads; "
             "give --tp-size one"
         )
-    if longcat.n_routed_experts % settings.ep_size:
-        problems.append(
-            f"ep_size: {settings.ep_size}, wanted a divisor of the {longcat.n_routed_experts} FFN experts; "
-            "give --ep-size one"
-        )
+    problems += placement.problems(settings, longcat)
     problems += _unsupported_speculation(server_args, settings, _quantization(settings, model_config))
     return problems + options.refusals(settings, longcat, device.runs_own_class)
 

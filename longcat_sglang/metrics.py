@@ -20,6 +20,7 @@ from torch import Tensor
 from longcat_core.config import LongcatConfig
 from longcat_core.observation.expert_choices import ExpertChoices
 from longcat_core.observation.publication import Publication
+from longcat_sglang import placement
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
@@ -60,12 +61,12 @@ class CountedChoices:
         ranks = get_parallel().moe_ep_size
         device = torch.get_default_device()
         layers = range(config.num_layers)
-        self._choices = ExpertChoices(layers, config.moe_topk, config.n_routed_experts, ranks, device)
+        self._choices = ExpertChoices(layers, config.moe_topk, placement.num_places(config), ranks, device)
         directory = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])  # which --enable-metrics sets in all processes
         self.publication = Publication(self._choices, directory, _labels())
 
     def add(self, choices: list[Tensor], slots: Tensor) -> None:
-        """choices: int32 [T, K] of each layer; slots: as of `rows_that_are_tokens`."""
+        """choices: int32 [T, K] of each layer, by place; slots: as of `rows_that_are_tokens`."""
         self._choices.add(torch.stack(choices), rows_that_are_tokens(slots))
 
 

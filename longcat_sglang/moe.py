@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from longcat_core.config import LongcatConfig
 from longcat_core.layers.experts import Shortcut, add_identity, identity_share
-from longcat_sglang import devices
+from longcat_sglang import devices, placement
 from longcat_sglang.devices.branch import Begun
 from longcat_sglang.quantization import LongcatFp8Config
 
@@ -37,7 +37,7 @@ class LongcatMoE(nn.Module):
         name = add_prefix("experts", prefix)
         quant_config = quant_config if quant_config is not None and quant_config.keeps_experts(name) else None
         self.experts = get_moe_impl_class(quant_config)(
-            num_experts=config.n_routed_experts,
+            num_experts=placement.num_places(config),
             top_k=config.moe_topk,
             layer_id=layer_id,
             hidden_size=config.hidden_size,
@@ -67,18 +67,20 @@ class LongcatMoE(nn.Module):
             top_k=self.config.moe_topk,
             routed_scaling_factor=self.config.routed_scaling_factor,
         )
-        self.note(routing.ids, choices)
-        routed = self.experts(hidden_states, StandardTopKOutput(routing.weights, routing.ids, logits))
+        places = placement.place_ids(routing.ids, self.layer_id)
+        self.note(routing.ids, choices, places)
+        routed = self.experts(hidden_states, StandardTopKOutput(routing.weights, places, logits))
         if get_moe_a2a_backend().is_none():
             return Shortcut(routed, identity_share(hidden_states, routing.identity))
         return Shortcut(None, add_identity(routed, hidden_states, routing.identity))
 
-    def note(self, ids: Tensor, choices: list[Tensor] | None) -> None:
+    def note(self, ids: Tensor, choices: list[Tensor] | None, places: Tensor | None = None) -> None:
         """Tell SGLang which experts were chosen, as its own `select_experts` does; to it too -1 is no expert. choices:
-        where else they are to be noted."""
+        where else they are to be noted; places: of the experts, if these are not where their numbers say."""
+        places = ids if places is None else places
         if choices is not None:
-            choices.append(ids)
-        get_global_expert_distribution_recorder().on_select_experts(topk_ids=ids)
+            choices.append(places)
+        get_global_expert_distribution_recorder().on_select_experts(topk_ids=places)
         capturer = get_global_experts_capturer()
         if capturer is not None:
             capturer.capture(self.layer_id, ids)
@@ -125,13 +127,13 @@ def _skip_zero_experts(experts: Any, config: LongcatConfig) -> None:
     With --enable-torch-compile a step of one token would gather the weights of each id, of -1 those of the last expert
     (moe/fused_moe_native.py): a product for each zero expert, and a wrong one for each expert of another rank.
     """
-    experts.moe_runner_config.num_experts = config.num_experts
+    experts.moe_runner_config.num_experts = experts.num_experts + config.zero_expert_num
     if hasattr(experts.quant_method, "_torch_compile_forward"):
         experts.quant_method._torch_compile_forward = _kernel_as_without_torch_compile
     parallel = get_parallel()
     if parallel.moe_ep_size > 1 and get_moe_a2a_backend().is_none():
-        local = config.n_routed_experts // parallel.moe_ep_size
-        table = torch.full((config.n_routed_experts + 1,), -1, dtype=torch.int32, device=get_device())
+        local = experts.num_experts // parallel.moe_ep_size
+        table = torch.full((experts.num_experts + 1,), -1, dtype=torch.int32, device=get_device())
         first = parallel.moe_ep_rank * local
         table[first : first + local] = torch.arange(local, dtype=torch.int32)
         experts.dispatcher.local_expert_mapping = table

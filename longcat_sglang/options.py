@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from longcat_core.config import LongcatConfig
 from longcat_core.plugin.options import Option, Outcome
+from longcat_sglang import placement
 from longcat_sglang.engine import MTP_ALGORITHMS, PARSER, algorithm_of
 from longcat_sglang.requested import ON_REQUEST
 
@@ -76,18 +77,12 @@ WRONG: tuple[Rule, ...] = (
         "leave --tool-call-parser and --reasoning-parser out",
     ),
     Rule(
-        _refused(
-            "--enable-eplb", "ids are looked up in tables of FFN experts, where a zero expert's -1 is the last expert"
-        ),
+        _refused("--enable-eplb", "experts are placed when they are loaded, by --init-expert-location, and not moved"),
         _is_set("enable_eplb"),
     ),
     Rule(
-        _refused("--ep-num-redundant-experts", "the router's ids are not mapped to copies of experts"),
-        lambda settings, _: settings.ep_num_redundant_experts > 0,
-    ),
-    Rule(
-        _refused("--init-expert-location", "the router's ids are not mapped to other places of experts"),
-        lambda settings, _: settings.init_expert_location != "trivial",
+        _refused("--ep-dispatch-algorithm lp", "SGLang's own router alone has it, as fake, and for other models"),
+        _is("ep_dispatch_algorithm", "lp", "fake"),
     ),
     Rule(
         _refused("--elastic-ep-backend", "experts of a lost rank move to other ranks, as with --enable-eplb"),
@@ -279,7 +274,8 @@ CHECKED_BY_VALUE: tuple[Option, ...] = (
     ),
     _refused("--pp-size", "SGLang's layer boundaries have no pipeline for LongCat", RUN),
     _refused("--tp-size", "it has to divide the attention heads", RUN),
-    _refused("--ep-size", "it has to divide the FFN experts", RUN),
+    _refused("--ep-size", "it has to divide the FFN experts, redundant ones included", RUN),
+    _refused("--init-expert-location", "it has to be of this model's experts, and they on several ranks", RUN),
     _refused("--speculative-draft-model-path", "the MTP layer is in the model's own checkpoint", RUN),
     _refused("--speculative-num-steps", "it has to be a number of drafts", RUN),
     _refused("--speculative-num-draft-tokens", "it has to fit the tree", RUN),
@@ -348,6 +344,7 @@ SERVED: tuple[Option, ...] = (
         "With drafts too. A draft gate is refused with it, and expert choices are not counted in `/metrics`.",
         f"a CPU: {RUN}, in fp32 and with drafts in chains; a GPU: built and stepped in a dry run, without drafts",
     ),
+    *placement.SERVED,
     Option("--enable-return-routed-experts", Outcome.SERVED, "-1 stands for a zero expert.", READ),
     Option("--expert-distribution-recorder-mode stat", Outcome.SERVED, "Only FFN experts are counted.", READ),
 )

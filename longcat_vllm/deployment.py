@@ -14,7 +14,7 @@ from longcat_core.plugin.engine import leave_to_own_class, refuse, unserved_quan
 from longcat_core.plugin.gate import uses_gate
 from longcat_core.plugin.hooks import Stage
 from longcat_core.plugin.requested import refuse_what_the_own_class_lacks
-from longcat_vllm import adapters, devices, dial, hooks, loading, requested
+from longcat_vllm import adapters, devices, dial, hooks, loading, placement, requested
 from longcat_vllm.engine import (
     OWN_ARCHITECTURE,
     TRANSPORT_WITH_TOO_FEW_COLUMNS,
@@ -41,6 +41,7 @@ def check(vllm_config: VllmConfig) -> None:
     hooks.install(Stage.DEPLOYMENT)
     config = spellings.read(model.hf_config)
     refuse(_unsupported(vllm_config))
+    placement.settle(vllm_config, config)
     adapters.restrict(vllm_config.lora_config)
     loading.check(vllm_config, config)
     _tell_of_overrides_that_nothing_reads(model)
@@ -177,7 +178,10 @@ def _unsupported_speculation(speculation: SpeculativeConfig, model: ModelConfig)
 def _unsupported_parallelism(parallel: ParallelConfig) -> list[str]:
     problems = []
     if parallel.enable_eplb:
-        problems.append("expert load balancing (EPLB) is not there yet; leave --enable-eplb out")
+        problems.append(
+            "enable_eplb: vLLM gives its balancing's state to routers of its own only, and would balance nothing; "
+            f"place experts when they are loaded, by {placement.OPTION}, and leave --enable-eplb out"
+        )
     if shares_experts_over_a_transport(parallel) and parallel.all2all_backend == TRANSPORT_WITH_TOO_FEW_COLUMNS:
         problems.append(
             f"all2all_backend: {TRANSPORT_WITH_TOO_FEW_COLUMNS!r}, wanted allgather_reducescatter or "

@@ -19,6 +19,7 @@ from vllm.logger import init_logger
 from longcat_core.config import LongcatConfig
 from longcat_core.observation.expert_choices import ExpertChoices
 from longcat_core.observation.publication import Publication
+from longcat_vllm import placement
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -99,7 +100,8 @@ class CountedChoices:
         parallel = vllm_config.parallel_config
         ranks = get_ep_group().world_size if parallel.enable_expert_parallel else 1
         device = torch.get_default_device()
-        self._choices = ExpertChoices(layers, config.moe_topk, config.n_routed_experts, ranks, device)
+        num_places = placement.num_places(vllm_config.model_config, config)
+        self._choices = ExpertChoices(layers, config.moe_topk, num_places, ranks, device)
         self._is_shared_out = parallel.use_sequence_parallel_moe
         served_name = vllm_config.model_config.served_model_name
         assert isinstance(served_name, str), "ModelConfig takes the first of several names"
@@ -109,7 +111,7 @@ class CountedChoices:
         self.publication = Publication(self._choices, directory, labels)
 
     def add(self, ids: Tensor, rows: int) -> None:
-        """ids: int32 [layers, T, K], where T is `rows`, or this rank's share of them."""
+        """ids: int32 [layers, T, K], by place, where T is `rows`, or this rank's share of them."""
         from vllm.model_executor.models.utils import sequence_parallel_chunk
 
         is_real = rows_that_are_tokens()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from vllm.model_executor.models.utils import sequence_parallel_chunk
 from longcat_core.config import LongcatConfig
 from longcat_core.layers.experts import Shortcut, add_identity, identity_share
 from longcat_core.layers.routing import Routing
-from longcat_vllm import devices
+from longcat_vllm import devices, placement
 from longcat_vllm.devices.branch import Branch
 from longcat_vllm.quantization import LongcatFp8Config
 
@@ -54,16 +55,19 @@ class LongcatMoE(nn.Module):
         self.is_sequence_parallel = parallel_config.use_sequence_parallel_moe
         self.router = LongcatRouter(config, prefix=f"{prefix}.router")
         self.route = devices.current().router_functions().route
+        self.placed = placement.of_layer(prefix, config)
+        num_places = config.n_routed_experts if self.placed is None else len(self.placed)
         self.experts = FusedMoEFactory(
-            num_experts=config.n_routed_experts,
+            num_experts=num_places,
             top_k=config.moe_topk,
             hidden_size=config.hidden_size,
             intermediate_size=config.expert_ffn_hidden_size,
             renormalize=False,
             quant_config=quant_config,
             prefix=f"{prefix}.experts",
-            router=PrecomputedRouting(config.moe_topk, config.n_routed_experts),
+            router=PrecomputedRouting(config.moe_topk, num_places),
             routed_experts_cls=ZeroExpertAwareExperts,
+            routed_experts_args={"places": None if self.placed is None else self.placed.of_experts},
             is_sequence_parallel=self.is_sequence_parallel,
             reduce_results=False,
         )
@@ -83,6 +87,8 @@ class LongcatMoE(nn.Module):
             top_k=self.config.moe_topk,
             routed_scaling_factor=self.config.routed_scaling_factor,
         )
+        if self.placed is not None:
+            routing = routing._replace(ids=self.placed(routing.ids))
         if choices is not None:
             choices.append(routing.ids)
         return Begun(hidden_states, routing, num_tokens, self.branch.begin(hidden_states, routing))
@@ -180,7 +186,29 @@ class PrecomputedRouting(BaseRouter):
 
 
 class ZeroExpertAwareExperts(RoutedExperts):
-    """vLLM's container of expert weights, with kernels that skip ids of -1."""
+    """vLLM's container of expert weights, with kernels that skip ids of -1.
+
+    places: of each FFN expert, if it is not the one that has its number.
+    """
+
+    def __init__(self, *args: Any, places: Sequence[Sequence[int]] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._places = places
+
+    def weight_loader(  # type: ignore[override]  # vLLM's overloads
+        self,
+        param: nn.Parameter,
+        loaded_weight: Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int,
+        return_success: bool = False,
+    ) -> bool | None:
+        """Write a tensor of an expert wherever the expert is on this rank."""
+        load = super().weight_loader
+        places = [expert_id] if self._places is None else self._places[expert_id]
+        written = [load(param, loaded_weight, weight_name, shard_id, place, return_success=True) for place in places]
+        return any(written) if return_success else None
 
     def update_expert_map_info(self) -> None:
         """Keep an expert map also where experts are not spread over ranks, if the device's kernels need one."""

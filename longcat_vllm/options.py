@@ -145,7 +145,21 @@ OPTIONS: tuple[Option, ...] = (
         "triton` nothing is compiled by nvcc.",
         f"the files counted; the rest {READ}",
     ),
-    Option("--enable-eplb", Outcome.REFUSED, "Neither balancing nor copies of experts are supported yet.", TESTED),
+    Option(
+        """--additional-config '{"longcat": {"init_expert_location": "FILE"}}'""",
+        Outcome.SERVED,
+        "Places of experts, redundant ones among them, as `longcat place` writes them, or counts, by which each expert "
+        "is placed once ([more](placement.md)). With --enable-expert-parallel on several ranks. Refused with "
+        "--expert-placement-strategy round_robin, --enable-ep-weight-filter and --load-format sharded_state.",
+        "two ranks on a CPU, in the tests; no GPU has run it",
+    ),
+    Option(
+        "--enable-eplb",
+        Outcome.REFUSED,
+        "vLLM hands the state of its balancing to routers of its own alone, and would balance nothing without a word. "
+        "Experts are placed when they are loaded, by the option above.",
+        f"the refusal in the tests; the reason {READ}",
+    ),
     Option(
         "--enable-return-routed-experts",
         Outcome.REFUSED,

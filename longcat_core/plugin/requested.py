@@ -10,6 +10,10 @@ from typing import Any
 
 from longcat_core.plugin.engine import refuse
 
+_CHOICE = "true or false"
+KINDS = {"ffn_experts": "a number above 0", "init_expert_location": "a file"}
+"""Of fields of `Requested`; all others are true or false."""
+
 
 @dataclass(frozen=True)
 class Requested:
@@ -23,6 +27,8 @@ class Requested:
     """The experts of a layer run beside its dense path. If nothing is said, they do where they can."""
     ffn_experts: float | None = None
     """The mean of FFN experts a token at which a dial holds every layer; there is no dial if nothing is said."""
+    init_expert_location: str | None = None
+    """A file that says where experts are, see `longcat_core.parallel.location`. SGLang has an option of that name."""
 
     @classmethod
     def read(cls, given: Any, names: Collection[str], prefix: str, option: str) -> Requested:
@@ -35,24 +41,22 @@ class Requested:
         """
         wanted = " or ".join(f"{prefix}{name}" for name in names)
         if not isinstance(given, Mapping):
-            numbers = "".join(f", {prefix}{name} {_NUMBER}" for name in names if name in _NUMBERS)
-            refuse([f"{option}: {given!r} for longcat, wanted {wanted} in it, each {_CHOICE}{numbers}"])
+            kinds = "".join(f", {prefix}{name} {KINDS[name]}" for name in names if name in KINDS)
+            refuse([f"{option}: {given!r} for longcat, wanted {wanted} in it, each {_CHOICE}{kinds}"])
         problems = [f"{prefix}{name}: wanted {wanted}; correct {option}" for name in given if name not in names]
         problems += [
-            f"{prefix}{name}: {value!r}, wanted {_NUMBER if name in _NUMBERS else _CHOICE}; correct {option}"
+            f"{prefix}{name}: {value!r}, wanted {KINDS.get(name, _CHOICE)}; correct {option}"
             for name, value in given.items()
-            if name in names and not (_is_number(value) if name in _NUMBERS else isinstance(value, bool))
+            if name in names and not _fits(name, value)
         ]
         refuse(problems)
         return cls(**given)
 
 
-_NUMBERS = ("ffn_experts",)
-_CHOICE, _NUMBER = "true or false", "a number above 0"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+def _fits(name: str, value: Any) -> bool:
+    if name == "ffn_experts":
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+    return isinstance(value, str if name == "init_expert_location" else bool)
 
 
 def refuse_what_the_own_class_lacks(

@@ -31,8 +31,9 @@ def test_nothing_is_requested_unless_it_is_said() -> None:
     ("given", "message"),
     [
         ({"gate": True}, "our_gate: wanted our_draft_gate or our_kernels; correct --more"),
+        ({"kernels": "file"}, "our_kernels: 'file', wanted true or false; correct --more"),
         ({"kernels": 1}, "our_kernels: 1, wanted true or false; correct --more"),
-        (True, "--more: True for longcat, wanted our_draft_gate or our_kernels in it, each true or false"),
+        (True, "--more: True for longcat, wanted our_draft_gate or our_kernels in it"),
     ],
 )
 def test_what_is_no_option_of_ours_is_named(given: Any, message: str) -> None:

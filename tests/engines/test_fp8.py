@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache, partial
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from longcat_core.parallel.location import PLACES
 from longcat_core.quantization import Quantization
 from longcat_core.weights.audit import CheckpointError
 from longcat_core.weights.names import MTP_PREFIX, SCALE_SUFFIX
@@ -121,6 +123,17 @@ def test_fp8_on_two_ranks(expert_parallel: bool, truth_of: Callable[[str], tuple
         expert_parallel=expert_parallel,
         **(engine.AS_THE_STOCK_COMMAND if expert_parallel else {}),
     ) as served:
+        truth.check(served)
+
+
+def test_fp8_experts_are_loaded_with_their_scales_wherever_they_are(
+    truth_of: Callable[[str], tuple[Path, Truth]], tmp_path: Path
+) -> None:
+    directory, truth = truth_of("all")
+    places = [[*reversed(range(CONFIG.n_routed_experts)), 0, 0]] * CONFIG.num_layers
+    (tmp_path / "places.json").write_text(json.dumps({PLACES: places}))
+    asked = engine.placed(tmp_path / "places.json", redundant=2)
+    with engine.serving(directory, dtype="bfloat16", tensor_parallel=2, expert_parallel=True, **asked) as served:
         truth.check(served)
 
 

@@ -187,6 +187,11 @@ def expert_parallel_flags(ranks: int) -> list[str]:
     return ["--tp-size", str(ranks), "--ep-size", str(ranks)]
 
 
+def placed(file: Path, redundant: int) -> dict[str, Any]:
+    """Engine arguments: where experts are, as a file says, so many redundant ones among them."""
+    return {"init_expert_location": str(file), "ep_num_redundant_experts": redundant}
+
+
 def environment_of_ranks(ranks: int) -> dict[str, str]:
     """SGLang wants to be told each rank's cores, and these machines may have few."""
     cores = sorted(os.sched_getaffinity(0))
@@ -229,6 +234,11 @@ def _note_collectives(file: Path, patch: pytest.MonkeyPatch) -> None:
 def noting_collectives(file: Path) -> dict[str, Any]:
     """Engine arguments: note each rank's forward passes in a file, as `tests/collectives.py` does."""
     return {"broken": partial(_note_collectives, file)}
+
+
+def in_each_rank(change: Break) -> dict[str, Any]:
+    """Engine arguments: change something in the process of every rank."""
+    return {"broken": change}
 
 
 @contextmanager

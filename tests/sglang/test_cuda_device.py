@@ -103,19 +103,23 @@ def test_experts_do_not_write_into_their_input(facts: dict[str, Any]) -> None:
     assert set(facts["inplace"]) == {False}
 
 
+@pytest.mark.parametrize("redundant", [0, 2])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_sglangs_dispatcher_hands_zero_experts_on_where_ranks_share_experts(
-    rank: int, monkeypatch: pytest.MonkeyPatch
+    rank: int, redundant: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It looks ids up in a table: `topk_ids_local = local_expert_mapping[topk_ids]` (token_dispatcher/standard.py)."""
     parallel = SimpleNamespace(moe_ep_size=2, moe_ep_rank=rank)
     monkeypatch.setattr(moe, "get_parallel", lambda: parallel)
     monkeypatch.setattr(moe, "get_moe_a2a_backend", lambda: SimpleNamespace(is_none=lambda: True))
     monkeypatch.setattr(moe, "get_device", lambda: "cpu")
+    places = DEFAULT.n_routed_experts + redundant
     experts: Any = SimpleNamespace(moe_runner_config=SimpleNamespace(), dispatcher=SimpleNamespace(), quant_method=None)
+    experts.num_experts = places
     moe._skip_zero_experts(experts, DEFAULT)
-    half = DEFAULT.n_routed_experts // 2
-    ids = torch.tensor([[-1, 0, half - 1, half], [DEFAULT.n_routed_experts - 1, -1, 1, -1]])
+    assert experts.moe_runner_config.num_experts == places + DEFAULT.zero_expert_num
+    half = places // 2
+    ids = torch.tensor([[-1, 0, half - 1, half], [places - 1, -1, 1, -1]])
     found = experts.dispatcher.local_expert_mapping[ids]
     mine = (ids >= rank * half) & (ids < (rank + 1) * half)
     assert torch.equal(found.long(), torch.where(mine, ids - rank * half, -1))
@@ -128,9 +132,10 @@ def test_what_a_transport_has_brought_back_is_not_summed_again(
     """DeepEP brings back the whole output of a token's experts; else a rank has a part of it."""
     monkeypatch.setattr(moe, "get_moe_a2a_backend", lambda: SimpleNamespace(is_none=lambda: not has_transport))
     monkeypatch.setattr(moe.LongcatMoE, "note", lambda *_: None)
+    monkeypatch.setattr(moe.placement, "place_ids", lambda ids, _: ids)
     layer = moe.LongcatMoE.__new__(moe.LongcatMoE)
     torch.nn.Module.__init__(layer)
-    layer.config, layer.route = DEFAULT, route
+    layer.config, layer.layer_id, layer.route = DEFAULT, 0, route
     layer.router = torch.nn.Linear(DEFAULT.hidden_size, DEFAULT.num_experts)
     layer.router.e_score_correction_bias = torch.zeros(DEFAULT.num_experts)
     layer.experts = lambda hidden_states, _: torch.ones_like(hidden_states)
@@ -151,6 +156,7 @@ def test_a_step_of_one_token_keeps_its_kernel_under_torch_compile() -> None:
 
     method = UnquantizedFusedMoEMethod()
     experts: Any = SimpleNamespace(moe_runner_config=SimpleNamespace(), dispatcher=None, quant_method=method)
+    experts.num_experts = DEFAULT.n_routed_experts
     assert method._torch_compile_forward(1) is not None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(moe, "get_parallel", lambda: SimpleNamespace(moe_ep_size=1))

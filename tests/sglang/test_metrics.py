@@ -33,6 +33,7 @@ def settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace
     for name in ("get_server_args", "get_parallel", "get_moe_a2a_backend"):
         monkeypatch.setattr(metrics, name, lambda: found)
     monkeypatch.setattr(metrics, "is_dp_attention_enabled", lambda: found.has_dp_attention)
+    monkeypatch.setattr(metrics.placement, "num_places", lambda config: config.n_routed_experts)
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     return found
 

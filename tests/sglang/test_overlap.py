@@ -103,6 +103,7 @@ def a_layer(recorder: Recorder, branch: Branch, patch: pytest.MonkeyPatch) -> An
     patch.setattr(moe, "identity_share", lambda rows, _: recorder.note("identity", rows))
     patch.setattr(moe, "get_moe_a2a_backend", lambda: SimpleNamespace(is_none=lambda: True))
     patch.setattr(moe.LongcatMoE, "note", lambda *_: None)
+    patch.setattr(moe.placement, "place_ids", lambda ids, _: ids)
     patch.setattr(model.residual_batch, "current", lambda _: SimpleNamespace(residual=X))
     patch.setattr(torch.cuda, "current_stream", lambda: recorder.stream(MAIN))
     patch.setattr(torch.cuda, "stream", recorder.in_stream)
@@ -122,6 +123,7 @@ def a_layer(recorder: Recorder, branch: Branch, patch: pytest.MonkeyPatch) -> An
     experts = bare(
         moe.LongcatMoE,
         config=DEFAULT,
+        layer_id=0,
         router=router,
         route=lambda *_, **__: routing,
         experts=lambda rows, _: recorder.note("experts", rows),

@@ -7,6 +7,7 @@ import atexit
 import gc
 import json
 import os
+import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -165,6 +166,11 @@ def expert_parallel_flags(ranks: int) -> list[str]:
     return ["--tensor-parallel-size", str(ranks), "--enable-expert-parallel", "--api-server-count", "2"]
 
 
+def placed(file: Path, redundant: int) -> dict[str, Any]:
+    """Engine arguments: where experts are, as a file says, in which redundant ones are seen."""
+    return {"additional_config": {"longcat": {"init_expert_location": str(file)}}}
+
+
 def environment_of_ranks(ranks: int) -> dict[str, str]:
     """vLLM binds each rank to cores of its own, and refuses when there are not enough."""
     return {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if ranks > 1 else {}
@@ -203,6 +209,16 @@ def noting_collectives(file: Path) -> dict[str, Any]:
         patch.setenv("LONGCAT_TEST_COLLECTIVES", str(file))
 
     return {"worker_extension_cls": "tests.vllm.noted_collectives.NotedCollectives", "broken": name_the_file}
+
+
+def in_each_rank(change: Break) -> dict[str, Any]:
+    """Engine arguments: change something in the process of every rank; it has to be a function of a module, or a part
+    of one."""
+
+    def hand_over(patch: pytest.MonkeyPatch) -> None:
+        patch.setenv("LONGCAT_TEST_CHANGE", pickle.dumps(change).hex())
+
+    return {"worker_extension_cls": "tests.vllm.changed_rank.ChangedRank", "broken": hand_over}
 
 
 @contextmanager

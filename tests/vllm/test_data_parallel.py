@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from longcat_core.kernels.cpu import library
+from longcat_core.parallel.location import PLACES
 from longcat_core.parallel.schedule import SERIAL, SHORTCUT_LAYER, SINGLE_BATCH, Schedule, Stage, faults
 from longcat_nano import CHECKPOINT
 from tests.cases import CASES, Case
@@ -102,6 +104,16 @@ def test_without_overlap_they_have_them_too_and_a_rank_may_have_no_request(
         assert faults_of(layer) == []
         assert layer.index("combine") < layer.index("dense_ffn_0")
         assert stages(layer, SERIAL) == sorted(stages(layer, SERIAL))
+
+
+def test_they_have_them_with_an_expert_on_both_ranks(checkpoint_of: Callable[[Case], Path], tmp_path: Path) -> None:
+    """Seven experts in eight places."""
+    places = json.dumps({PLACES: [[6, 5, 4, 3, 2, 1, 0, 6], [0, 2, 4, 6, 1, 3, 0, 5]]})
+    prompts = [CASE.prompts(2, 12), CASE.prompts(1, 30, seed=1)]
+    asked = {"additional_config": {"longcat": {"init_expert_location": places}}}
+    each = answers(checkpoint_of(CASE), tmp_path / "ranks", prompts, NEW_TOKENS, enforce_eager=False, **asked)
+    assert_true(each, prompts)
+    assert all(answer.sent_bytes > 0 for answer in each)
 
 
 @pytest.mark.skipif(not library.is_available(), reason=library.description())

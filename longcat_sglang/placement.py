@@ -1,0 +1,104 @@
+"""Where experts are: SGLang's options for that, checked beforehand, and the places of experts that tokens choose."""
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from longcat_core.config import LongcatConfig
+from longcat_core.parallel import location
+from longcat_core.plugin.options import Option, Outcome
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IN_ORDER = "trivial"
+"""What --init-expert-location is where nothing is given."""
+
+_KNOWN_BY = "two ranks on a CPU, in the tests; a GPU: read in SGLang 0.5.21"
+SERVED: tuple[Option, ...] = (
+    Option(
+        "--init-expert-location FILE",
+        Outcome.SERVED,
+        "Places of experts, as `longcat place` writes them, or counts, from which SGLang places them; checked before "
+        "any worker starts. A choice of a zero expert has no place.",
+        _KNOWN_BY,
+    ),
+    Option(
+        "--ep-num-redundant-experts",
+        Outcome.SERVED,
+        "Every replica is loaded. Without --init-expert-location tokens go to the first of each, as in SGLang, or with "
+        "--ep-dispatch-algorithm dynamic to all in turn.",
+        _KNOWN_BY,
+    ),
+)
+
+
+def problems(settings: Any, longcat: LongcatConfig) -> list[str]:
+    """What is wrong with --ep-size, --ep-num-redundant-experts and --init-expert-location. SGLang would fail over it in
+    its workers, or, where the places are not those of this model's experts, answer with other experts' outputs."""
+    found, experts = list[str](), longcat.n_routed_experts
+    given, redundant = settings.init_expert_location, settings.ep_num_redundant_experts
+    if (experts + redundant) % settings.ep_size:
+        of_which = f", of which {redundant} are redundant" if redundant else ""
+        found.append(
+            f"ep_size: {settings.ep_size}, wanted a divisor of the {experts + redundant} FFN experts{of_which}; "
+            "give --ep-size one"
+        )
+    if settings.ep_size == 1:
+        options = {"--ep-num-redundant-experts": redundant, "--init-expert-location": given != IN_ORDER}
+        found += [
+            f"ep_size: 1, wanted more for {option}, as one rank has every expert; give --ep-size, or leave {option} out"
+            for option, is_given in options.items()
+            if is_given
+        ]
+    if given != IN_ORDER and settings.load_format == "sharded_state":
+        found.append(
+            "load_format: 'sharded_state', which has experts where they were when it was saved, wanted another with "
+            "--init-expert-location; leave one of them out"
+        )
+    if given != IN_ORDER:
+        try:
+            _check(given, longcat, redundant)
+        except ValueError as error:
+            found.append(f"init_expert_location: {error}; correct it, or leave --init-expert-location out")
+    return found
+
+
+def _check(given: str, longcat: LongcatConfig, redundant: int) -> None:
+    """
+    Raises:
+        ValueError: if these are not places, or counts, of this model's experts.
+    """
+    sizes, experts = (longcat.num_layers, longcat.n_routed_experts), longcat.n_routed_experts
+    content = location.read(given)
+    if location.PLACES not in content:
+        location.counts_of(content, sizes)
+        return
+    if (places := location.places_of(content, *sizes).shape[1]) != experts + redundant:
+        raise ValueError(
+            f"{places} places in a layer, wanted {experts + redundant}, for {experts} FFN experts and "
+            f"--ep-num-redundant-experts {redundant}"
+        )
+
+
+def num_places(longcat: LongcatConfig) -> int:
+    """Of the FFN experts of a layer, on all ranks."""
+    from sglang.srt.runtime_context import get_exec
+
+    redundant: int = get_exec().moe.ep_num_redundant_experts
+    return longcat.n_routed_experts + redundant
+
+
+def place_ids(ids: Tensor, layer_id: int) -> Tensor:
+    """The place of each expert chosen, as SGLang's own router looks it up, which takes -1 for the last expert.
+
+    ids: int32 [T, K], as in `Routing`. Returns int32 [T, K], of a zero expert -1 still.
+    """
+    from sglang.srt.eplb.expert_location_dispatch import ExpertLocationDispatchInfo, topk_ids_logical_to_physical
+    from sglang.srt.runtime_context import get_exec
+
+    if get_exec().moe.ep_dispatch_algorithm is None:
+        return ids
+    info = ExpertLocationDispatchInfo.init_new(layer_id)
+    return topk_ids_logical_to_physical(ids.clamp(min=0), info).where(ids >= 0, -1)
