@@ -194,6 +194,38 @@ HOOKS: tuple[Hook, ...] = (
         upstream="sgl-project/sglang#31290 (open, for XPU)",
     ),
     Wrapper(
+        name="recorded choices",
+        target="sglang.srt.eplb.expert_distribution._ExpertDistributionRecorderReal._on_hook",
+        around="longcat_sglang.devices.cpu.patches:note_choices_while_recording",
+        concerns="longcat_sglang.engine:is_longcats_process",
+        stage=Stage.MODEL,
+        device="cpu",
+        why="On a CPU `--expert-distribution-recorder-mode` ends the server at the first step that is not recorded: "
+        "`torch.cpu` cannot say whether a graph is captured.",
+        remove_when="The recorder asks no device that captures no graphs.",
+    ),
+    Wrapper(
+        name="dump of recorded choices",
+        target="sglang.srt.eplb.expert_distribution._StatAccumulator.dump",
+        around="longcat_sglang.devices.cpu.patches:dump_counts",
+        concerns="longcat_sglang.engine:is_longcats_process",
+        stage=Stage.MODEL,
+        device="cpu",
+        why="On a CPU the first dump, and with it the first balancing of `--enable-eplb`, ends the server: `torch.cpu` "
+        "has no cache to empty.",
+        remove_when="`_StatAccumulator` empties no cache of a device that has none.",
+    ),
+    Wrapper(
+        name="moves of experts",
+        target="sglang.srt.eplb.expert_location_updater.ExpertLocationUpdater.update",
+        around="longcat_sglang.devices.cpu.patches:move_experts",
+        concerns="longcat_sglang.engine:is_longcats_process",
+        stage=Stage.MODEL,
+        device="cpu",
+        why="As dump of recorded choices, at the first move.",
+        remove_when="`ExpertLocationUpdater` empties no cache of a device that has none.",
+    ),
+    Wrapper(
         name="selection of drafts",
         target="sglang.srt.speculative.spec_utils._select_top_k_tokens_later",
         around="longcat_sglang.devices.cpu.patches:select_drafts_without_a_compiler",

@@ -36,7 +36,7 @@ from longcat_core.weights import audit, names
 from longcat_core.weights.blocks import FP8, dequantize_blocks
 from longcat_core.weights.plan import Layout, Target, load_plan
 from longcat_core.weights.precision import dequantized, is_kept, require_precision
-from longcat_sglang import devices, dial, hooks, metrics, quantization
+from longcat_sglang import devices, dial, hooks, metrics, placement, quantization
 from longcat_sglang.config import LongcatFlashConfig
 from longcat_sglang.devices.cuda.rotary import LongcatRotaryEmbedding
 from longcat_sglang.ffn import LongcatFFN
@@ -393,6 +393,11 @@ class LongcatFlashForCausalLM(LongcatCausalLM):
         embedding: Any = self.model.embed_tokens
         head: Any = self.lm_head
         return embedding.weight, head.weight
+
+    @property
+    def routed_experts_weights_of_layer(self) -> dict[int, list[Tensor]]:
+        """What SGLang moves between ranks with --enable-eplb."""
+        return placement.weights_of(self.model.layers, devices.current())
 
     @torch.no_grad()
     def forward(

@@ -77,15 +77,11 @@ WRONG: tuple[Rule, ...] = (
         "leave --tool-call-parser and --reasoning-parser out",
     ),
     Rule(
-        _refused("--enable-eplb", "experts are placed when they are loaded, by --init-expert-location, and not moved"),
-        _is_set("enable_eplb"),
-    ),
-    Rule(
         _refused("--ep-dispatch-algorithm lp", "SGLang's own router alone has it, as fake, and for other models"),
         _is("ep_dispatch_algorithm", "lp", "fake"),
     ),
     Rule(
-        _refused("--elastic-ep-backend", "experts of a lost rank move to other ranks, as with --enable-eplb"),
+        _refused("--elastic-ep-backend", "experts of a lost rank move to other ranks, which was not tried"),
         _is("elastic_ep_backend", "mooncake", "nixl"),
     ),
     Rule(
@@ -346,7 +342,6 @@ SERVED: tuple[Option, ...] = (
     ),
     *placement.SERVED,
     Option("--enable-return-routed-experts", Outcome.SERVED, "-1 stands for a zero expert.", READ),
-    Option("--expert-distribution-recorder-mode stat", Outcome.SERVED, "Only FFN experts are counted.", READ),
 )
 
 UNTRIED: tuple[Option, ...] = (

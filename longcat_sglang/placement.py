@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from longcat_core.config import LongcatConfig
@@ -12,11 +13,20 @@ from longcat_core.plugin.options import Option, Outcome
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from longcat_sglang.devices.base import Device
+
 IN_ORDER = "trivial"
 """What --init-expert-location is where nothing is given."""
 
 _KNOWN_BY = "two ranks on a CPU, in the tests; a GPU: read in SGLang 0.5.21"
 SERVED: tuple[Option, ...] = (
+    Option(
+        "--enable-eplb",
+        Outcome.SERVED,
+        "SGLang counts rows of FFN experts, and moves experts between ranks by its own policy. A choice of a zero "
+        "expert is no row.",
+        _KNOWN_BY,
+    ),
     Option(
         "--init-expert-location FILE",
         Outcome.SERVED,
@@ -31,12 +41,13 @@ SERVED: tuple[Option, ...] = (
         "--ep-dispatch-algorithm dynamic to all in turn.",
         _KNOWN_BY,
     ),
+    Option("--expert-distribution-recorder-mode stat", Outcome.SERVED, "Only FFN experts are counted.", _KNOWN_BY),
 )
 
 
 def problems(settings: Any, longcat: LongcatConfig) -> list[str]:
-    """What is wrong with --ep-size, --ep-num-redundant-experts and --init-expert-location. SGLang would fail over it in
-    its workers, or, where the places are not those of this model's experts, answer with other experts' outputs."""
+    """What is wrong with --ep-size and the options that place experts. SGLang would fail over it in its workers, or,
+    where the places are not those of this model's experts, answer with other experts' outputs."""
     found, experts = list[str](), longcat.n_routed_experts
     given, redundant = settings.init_expert_location, settings.ep_num_redundant_experts
     if (experts + redundant) % settings.ep_size:
@@ -46,7 +57,11 @@ def problems(settings: Any, longcat: LongcatConfig) -> list[str]:
             "give --ep-size one"
         )
     if settings.ep_size == 1:
-        options = {"--ep-num-redundant-experts": redundant, "--init-expert-location": given != IN_ORDER}
+        options = {
+            "--enable-eplb": settings.enable_eplb,
+            "--ep-num-redundant-experts": redundant,
+            "--init-expert-location": given != IN_ORDER,
+        }
         found += [
             f"ep_size: 1, wanted more for {option}, as one rank has every expert; give --ep-size, or leave {option} out"
             for option, is_given in options.items()
@@ -88,6 +103,17 @@ def num_places(longcat: LongcatConfig) -> int:
 
     redundant: int = get_exec().moe.ep_num_redundant_experts
     return longcat.n_routed_experts + redundant
+
+
+def weights_of(layers: Iterable[Any], device: Device) -> dict[int, list[Tensor]]:
+    """Parameters of the experts of each layer, their scales too, each [places of this rank, ...]. Where a device has
+    packed them they are unpacked, to be packed at their next use."""
+    found: dict[int, list[Tensor]] = {}
+    for number, layer in enumerate(layers):
+        experts = layer.mlp.experts
+        device.restore_experts(experts)
+        found[number] = [weight.data for weight in experts.parameters()]
+    return found
 
 
 def place_ids(ids: Tensor, layer_id: int) -> Tensor:

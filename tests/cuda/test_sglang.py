@@ -102,7 +102,6 @@ def test_fa3_still_casts_the_whole_cache_in_fp8_for_every_attention(report_of: R
 
 REFUSED = {
     SGLang("8xH200", "chat-4-layers", f"{EP8} --moe-a2a-backend deepep"): "give --deepep-mode normal",
-    SGLang("8xH200", "chat-4-layers", f"{EP8} --enable-eplb"): "leave --enable-eplb out",
     SGLang("8xH200", "chat-4-layers", "--tp-size 4 --pp-size 2"): "pp_size: 2, wanted 1",
     SGLang("8xH200", "chat-4-layers", "--tp-size 16"): "ranks: 16, wanted at most 8",
 }

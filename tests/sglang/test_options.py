@@ -27,7 +27,6 @@ from tests.sglang.engine import configure
 MTP = {"speculative_algorithm": "NEXTN"}
 ASKED: dict[str, dict[str, Any]] = {
     "--tokenizer-worker-num": {"tokenizer_worker_num": 2, "tool_call_parser": "longcat"},
-    "--enable-eplb": {"enable_eplb": True},
     "--ep-dispatch-algorithm lp": {"ep_dispatch_algorithm": "lp"},
     "--init-expert-location": {"init_expert_location": "counts.pt"},
     "--elastic-ep-backend": {"elastic_ep_backend": "mooncake"},

@@ -3,24 +3,35 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from sglang.srt.eplb import expert_location
-from sglang.srt.eplb.expert_distribution import _SelectExpertsSinglePassGatherer
+from sglang.srt.eplb.expert_distribution import (
+    _ExpertDistributionRecorderReal,
+    _SelectExpertsSinglePassGatherer,
+    _StatAccumulator,
+)
 from sglang.srt.eplb.expert_location import ExpertLocationMetadata
 from sglang.srt.eplb.expert_location_dispatch import ExpertLocationDispatchInfo, topk_ids_logical_to_physical
+from sglang.srt.eplb.expert_location_updater import ExpertLocationUpdater
 from sglang.srt.runtime_context import get_context
 
 from longcat_core.parallel.location import COUNTS, PLACES
 from longcat_sglang import placement
-from tests.cases import DEFAULT
+from longcat_sglang.devices.cpu import patches
+from tests.cases import CASES, DEFAULT, Case
+from tests.oracle import assert_greedy_equal, greedy, oracle
+from tests.sglang.engine import in_each_rank, serving
 
 LAYERS, EXPERTS = DEFAULT.num_layers, DEFAULT.n_routed_experts
 IN_ORDER = [*range(EXPERTS)]
@@ -67,6 +78,52 @@ def test_without_an_algorithm_experts_are_where_their_numbers_say() -> None:
         assert placement.num_places(DEFAULT) == EXPERTS + 2
 
 
+def test_scales_of_experts_move_with_their_weights() -> None:
+    unpacked: list[Any] = []
+    device: Any = SimpleNamespace(restore_experts=unpacked.append)
+    experts = torch.nn.Module()
+    for name in ("w13_weight", "w2_weight", "w13_weight_scale_inv", "w2_weight_scale_inv"):
+        experts.register_parameter(name, torch.nn.Parameter(torch.zeros(4, 1)))
+    layers = [SimpleNamespace(mlp=SimpleNamespace(experts=experts))] * 2
+    found = placement.weights_of(layers, device)
+    assert unpacked == [experts, experts]
+    assert {number: len(weights) for number, weights in found.items()} == {0: 4, 1: 4}
+
+
+def note_moves(noted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Append to a file how many places have another expert than before."""
+    update = ExpertLocationMetadata.update
+
+    def noting(self: ExpertLocationMetadata, other: ExpertLocationMetadata, update_layer_ids: list[int]) -> None:
+        before = self.physical_to_logical_map.clone()
+        update(self, other, update_layer_ids=update_layer_ids)
+        with noted.open("a") as file:
+            file.write(f"{int((before != self.physical_to_logical_map).sum())} ")
+
+    monkeypatch.setattr(ExpertLocationMetadata, "update", noting)
+
+
+def test_experts_that_move_while_64_requests_run_change_no_token(
+    checkpoint_of: Callable[[Case], Path], tmp_path: Path
+) -> None:
+    case, noted, new_tokens = CASES["default"], tmp_path / "moves", 16
+    prompts = [case.prompts(1, 1 + n % 20, seed=n)[0] for n in range(64)]
+    balancing = {"enable_eplb": True, "eplb_rebalance_num_iterations": 5, "expert_distribution_recorder_buffer_size": 5}
+    with serving(
+        checkpoint_of(case),
+        tensor_parallel=2,
+        expert_parallel=True,
+        ep_num_redundant_experts=2,
+        **balancing,
+        **in_each_rank(partial(note_moves, noted)),
+    ) as served:
+        answers = served.greedy(prompts, new_tokens)
+    assert sum(int(moved) > 0 for moved in noted.read_text().split()) >= 4, "twice on both ranks"
+    truth = oracle(case.config, case.published())
+    for prompt, tokens in zip(prompts, answers, strict=True):
+        assert_greedy_equal(tokens, greedy(truth, prompt, new_tokens))
+
+
 def test_sglangs_recorder_counts_rows_of_ffn_experts_by_place() -> None:
     gatherer: Any = object.__new__(_SelectExpertsSinglePassGatherer)
     gatherer._data = torch.zeros(LAYERS, len(REPLICATED), dtype=torch.int)
@@ -78,10 +135,14 @@ def test_sglangs_recorder_counts_rows_of_ffn_experts_by_place() -> None:
 
 
 def problems(
-    given: str = placement.IN_ORDER, redundant: int = 0, ranks: int = 2, load_format: str = "auto"
+    given: str = placement.IN_ORDER,
+    redundant: int = 0,
+    ranks: int = 2,
+    load_format: str = "auto",
+    balances: bool = False,
 ) -> list[str]:
     settings = SimpleNamespace(ep_num_redundant_experts=redundant, ep_size=ranks, load_format=load_format)
-    settings.init_expert_location = given
+    settings.init_expert_location, settings.enable_eplb = given, balances
     return placement.problems(settings, DEFAULT)
 
 
@@ -109,6 +170,7 @@ def test_what_fits_the_model_is_served(given: str, redundant: int) -> None:
     [
         ({"ranks": 3}, "ep_size: 3, wanted a divisor of the 8 FFN experts; give --ep-size one"),
         ({"redundant": 1}, "ep_size: 2, wanted a divisor of the 9 FFN experts, of which 1 are redundant; give"),
+        ({"balances": True, "ranks": 1}, "ep_size: 1, wanted more for --enable-eplb, as one rank has every expert"),
         ({"redundant": 2, "ranks": 1}, "leave --ep-num-redundant-experts out"),
         ({"given": of(IN_ORDER), "ranks": 1}, "ep_size: 1, wanted more for --init-expert-location, as one rank has"),
         ({"given": of(IN_ORDER), "redundant": 2}, "8 places in a layer, wanted 10, for 8 FFN experts and --ep-num-re"),
@@ -121,3 +183,45 @@ def test_what_fits_the_model_is_served(given: str, redundant: int) -> None:
 def test_what_sglang_would_get_wrong_or_fail_over_is_refused(asked: dict[str, Any], wanted: str) -> None:
     (problem,) = problems(**asked)
     assert re.search(wanted, problem)
+
+
+# -- what the patches are for is still so ------------------------------------------------------------
+
+
+def test_sglangs_recorder_still_asks_a_cpu_whether_it_captures_a_graph() -> None:
+    """If this fails, the row "recorded choices" may have become unnecessary."""
+    recorder: Any = object.__new__(_ExpertDistributionRecorderReal)
+    recorder._recording = recorder._disable_all = False
+    original = inspect.unwrap(_ExpertDistributionRecorderReal._on_hook)
+    with pytest.raises(AttributeError, match="is_current_stream_capturing"):
+        original(recorder, "on_select_experts", topk_ids=torch.tensor([[0]]))
+    patches.note_choices_while_recording(original, recorder, "on_select_experts", topk_ids=torch.tensor([[0]]))
+
+
+def test_sglangs_counts_still_empty_a_cache_that_a_cpu_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails, the row "dump of recorded choices" may have become unnecessary."""
+    counts: Any = object.__new__(_StatAccumulator)
+    counts._first_dump, counts._rank = True, 0
+    counts._global_physical_count_of_buffered_step = SimpleNamespace(get_all=lambda: torch.zeros(3, 1, 2))
+    counts._expert_location_metadata = SimpleNamespace(
+        num_layers=1, num_logical_experts=2, physical_to_logical_map=torch.tensor([[1, 0]])
+    )
+    counts._get_global_average_utilization_rate = lambda: None
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
+    original = inspect.unwrap(_StatAccumulator.dump)
+    with pytest.raises(AttributeError, match="empty_cache"):
+        original(counts, "object")
+    counts._first_dump = True
+    assert patches.dump_counts(original, counts, "object")["logical_count"].shape == (3, 1, 2)
+
+
+def test_sglangs_first_move_still_empties_a_cache_that_a_cpu_does_not_have() -> None:
+    """If this fails, the row "moves of experts" may have become unnecessary."""
+    updater, original = ExpertLocationUpdater(), inspect.unwrap(ExpertLocationUpdater.update)
+    unused: Any = None
+    with pytest.raises(AttributeError, match="empty_cache"):
+        original(updater, unused, unused, [], 1, 0)
+    updater = ExpertLocationUpdater()
+    moved: list[bool] = []
+    patches.move_experts(lambda self: moved.append(self._first_execution), updater)
+    assert moved == [False]

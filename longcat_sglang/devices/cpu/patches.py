@@ -49,6 +49,24 @@ def sum_and_take_own_rows(
     return group._deterministic_reduce_scatterv(input_, output, sizes)
 
 
+def note_choices_while_recording(original: Callable[..., Any], recorder: Any, *args: Any, **kwargs: Any) -> None:
+    """SGLang asks whether a graph is captured where nothing is recorded; a CPU captures none."""
+    if recorder.recording:
+        original(recorder, *args, **kwargs)
+
+
+def dump_counts(original: Callable[..., Any], counts: Any, *args: Any, **kwargs: Any) -> Any:
+    """Before its first dump SGLang empties the allocator's cache; a CPU's has none."""
+    counts._first_dump = False
+    return original(counts, *args, **kwargs)
+
+
+def move_experts(original: Callable[..., Any], updater: Any, *args: Any, **kwargs: Any) -> Any:
+    """As `dump_counts`, before the first move."""
+    updater._first_execution = False
+    return original(updater, *args, **kwargs)
+
+
 def select_drafts_without_a_compiler(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Run in plain PyTorch what SGLang compiles."""
     return getattr(original, "_torchdynamo_orig_callable", original)(*args, **kwargs)
