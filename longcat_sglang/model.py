@@ -18,14 +18,12 @@ from sglang.srt.layers.layer_boundary.residual import batch as residual_batch
 from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
-from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_loader.utils import maybe_executor_submit, should_async_load
 from sglang.srt.model_loader.weight_utils import default_weight_loader
-from sglang.srt.models.deepseek_v2 import DeepseekV2AttentionMLA
 from sglang.srt.runtime_context import get_parallel, get_stream
-from sglang.srt.utils import BumpAllocator, add_prefix, bind_or_assign
+from sglang.srt.utils import BumpAllocator, add_prefix
 from torch import Tensor, nn
 
 from longcat_core.config import LongcatConfig
@@ -33,10 +31,10 @@ from longcat_core.layers import rotary
 from longcat_core.plugin.hooks import Stage
 from longcat_core.quantization import PUBLISHED_BLOCK
 from longcat_core.weights import audit, names
-from longcat_core.weights.blocks import FP8, dequantize_blocks
 from longcat_core.weights.plan import Layout, Target, load_plan
 from longcat_core.weights.precision import dequantized, is_kept, require_precision
 from longcat_sglang import devices, dial, hooks, metrics, placement, quantization
+from longcat_sglang.attention import LongcatAttention
 from longcat_sglang.config import LongcatFlashConfig
 from longcat_sglang.devices.cuda.rotary import LongcatRotaryEmbedding
 from longcat_sglang.ffn import LongcatFFN
@@ -51,77 +49,6 @@ ZEROS_OF_AN_ATTENTION = 2
 """What SGLang's MLA takes of the model's allocator of zeros: one for each product with an absorbed weight in FP8."""
 WORTH_A_THREAD = 2**18
 """Bytes from which a tensor is loaded by another thread; for a smaller one, handing it over takes longer."""
-
-
-class LongcatAttention(DeepseekV2AttentionMLA):
-    """MLA. Both MLA scales are folded into the norms' weights when these are loaded.
-
-    SGLang's layer for DeepSeek's MLA, whose forward pass knows its CUDA backends; a device may have another one.
-    """
-
-    def __init__(
-        self,
-        hf_config: LongcatFlashConfig,
-        layer_id: int,
-        quant_config: QuantizationConfig | None,
-        prefix: str,
-        alt_stream: torch.cuda.Stream | None,
-        rotary_embedding: LongcatRotaryEmbedding | None,
-    ) -> None:
-        config = hf_config.longcat
-        super().__init__(
-            config=hf_config,
-            hidden_size=config.hidden_size,
-            num_heads=config.num_attention_heads,
-            qk_nope_head_dim=config.qk_nope_head_dim,
-            qk_rope_head_dim=config.qk_rope_head_dim,
-            v_head_dim=config.v_head_dim,
-            q_lora_rank=config.q_lora_rank,
-            kv_lora_rank=config.kv_lora_rank,
-            quant_config=quant_config,
-            reduce_results=False,  # the layer boundary does, with the norm
-            layer_id=layer_id,
-            prefix=prefix,
-            alt_stream=alt_stream,
-            skip_rope=True,
-        )
-        self.rotary_emb = rotary_embedding
-        self.w_kc: Tensor  # type: ignore[assignment]  # None until the weights are loaded
-        self.w_vc: Tensor  # type: ignore[assignment]
-        self.compiled: Any = None  # a device's own, once it has asked
-        for norm in (self.q_a_layernorm, self.kv_a_layernorm):
-            norm.variance_epsilon = config.mla_norm_eps
-        self.scaling = config.softmax_scale
-        for module in self.modules():
-            if isinstance(module, RadixAttention):
-                module.scaling = config.softmax_scale
-
-    def forward(  # type: ignore[override]  # LongcatLayer alone calls it, with the angles
-        self,
-        positions: Tensor,
-        hidden_states: Tensor,
-        forward_batch: ForwardBatch,
-        zero_allocator: BumpAllocator,
-        cos: Tensor,
-        sin: Tensor,
-    ) -> Tensor:
-        """hidden_states: [T, H]; cos and sin: fp32 [T, 1, rope / 2]. Returns [T, H], a part of the sum over ranks."""
-        device = devices.current()
-        return device.attend(self, positions, hidden_states, forward_batch, zero_allocator, cos, sin)
-
-    def process_weights_after_loading(self) -> None:
-        """Take `kv_b_proj` apart into w_kc [heads, nope, latent] and w_vc [heads, latent, v], in SGLang's strides.
-
-        They are never in FP8: SGLang's products with them there have one scale for a whole tensor.
-        """
-        weight: Any = self.kv_b_proj.weight
-        if weight.dtype == FP8:  # as published still, as SGLang lays it out for its kernels only afterwards
-            scales: Any = self.kv_b_proj.weight_scale_inv
-            weight = dequantize_blocks(weight, scales, self.kv_a_layernorm.weight.dtype)
-        parts = weight.unflatten(0, (self.num_local_heads, -1))
-        w_kc, w_vc = parts.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
-        self.w_kc = bind_or_assign(self.w_kc, w_kc.transpose(1, 2).contiguous().transpose(1, 2))
-        self.w_vc = bind_or_assign(self.w_vc, w_vc.contiguous().transpose(1, 2))
 
 
 class LongcatDecoderLayer(nn.Module):
@@ -213,6 +140,7 @@ class LongcatDecoderLayer(nn.Module):
 
 class LongcatModel(nn.Module):
     counted: metrics.CountedChoices | None = None
+    dialled: dial.DialledRouters | None = None
     compiled: Any = None
     """A device's own layers, once it has asked."""
 
@@ -248,7 +176,8 @@ class LongcatModel(nn.Module):
         decoded = devices.current().decode(self, hidden_states, forward_batch, cos, sin, choices)
         if decoded is None:
             decoded = self._by_layers(hidden_states, forward_batch, inputs, choices)
-        self.end_step(choices, forward_batch.out_cache_loc)
+        if choices is not None:
+            self.end_step(choices, forward_batch.out_cache_loc)
         return decoded
 
     def begin_step(self) -> list[Tensor] | None:
@@ -257,11 +186,11 @@ class LongcatModel(nn.Module):
             self.dialled.begin_step()
         return None if self.counted is None and self.dialled is None else []
 
-    def end_step(self, choices: list[Tensor] | None, slots: Tensor) -> None:
-        """slots: integer [T], as of `metrics.rows_that_are_tokens`."""
-        if choices is not None and self.dialled is not None:
+    def end_step(self, choices: list[Tensor], slots: Tensor) -> None:
+        """choices: int32 [T, K] of each layer; slots: integer [T], as of `metrics.rows_that_are_tokens`."""
+        if self.dialled is not None:
             self.dialled.end_step(torch.stack(choices), metrics.rows_that_are_tokens(slots))
-        if choices is not None and self.counted is not None:
+        if self.counted is not None:
             self.counted.add(choices, slots)
 
     def _by_layers(

@@ -26,9 +26,10 @@ from longcat_core.layers import rotary
 from longcat_core.weights import audit, checkpoint
 from longcat_core.weights.plan import mtp_load_plan
 from longcat_sglang import devices, loading, quantization
+from longcat_sglang.attention import LongcatAttention
 from longcat_sglang.config import LongcatFlashConfig
 from longcat_sglang.ffn import LongcatFFN
-from longcat_sglang.model import LAYOUT, PACKED, ZEROS_OF_AN_ATTENTION, LongcatAttention, LongcatCausalLM
+from longcat_sglang.model import LAYOUT, PACKED, ZEROS_OF_AN_ATTENTION, LongcatCausalLM
 
 
 class LongcatMTPLayer(nn.Module):

@@ -24,9 +24,10 @@ from longcat_core.layers import rotary
 from longcat_core.weights import audit, checkpoint
 from longcat_core.weights.plan import mtp_load_plan
 from longcat_vllm import devices, loading, quantization
+from longcat_vllm.attention import LongcatAttention
 from longcat_vllm.engine import is_longcat
 from longcat_vllm.ffn import LongcatFFN
-from longcat_vllm.model import LAYOUT, PACKED, LongcatAttention, LongcatCausalLM
+from longcat_vllm.model import LAYOUT, PACKED, LongcatCausalLM
 from longcat_vllm.speculation import GATE_SCHEDULER, GatedDrafts
 
 

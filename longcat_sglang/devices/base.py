@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from sglang.srt.utils import BumpAllocator
     from torch import Tensor, dtype, nn
 
+    from longcat_sglang.attention import LongcatAttention
     from longcat_sglang.devices.branch import Branch
     from longcat_sglang.devices.cuda.rotary import LongcatRotaryEmbedding
     from longcat_sglang.ffn import LongcatFFN
-    from longcat_sglang.model import LongcatAttention, LongcatModel
+    from longcat_sglang.model import LongcatModel
     from longcat_sglang.mtp import LongcatMTPModel
     from longcat_sglang.quantization import LongcatFp8Config
 

@@ -27,6 +27,7 @@ from longcat_core.quantization import Quantization
 from longcat_core.weights.blocks import FP8
 from longcat_core.weights.names import MTP_PREFIX
 from longcat_sglang import model, moe, quantization
+from longcat_sglang.attention import LongcatAttention
 from longcat_sglang.devices.cpu.device import Cpu
 from longcat_sglang.devices.cuda.device import Cuda, SglangFp8Kernels
 from longcat_sglang.quantization import LongcatFp8Config
@@ -43,7 +44,7 @@ def note_facts(file: Path, patch: pytest.MonkeyPatch) -> None:
 
     def loaded(self: Any) -> None:
         post_load_weights(self)
-        attentions = [each for each in self.modules() if isinstance(each, model.LongcatAttention)]
+        attentions = [each for each in self.modules() if isinstance(each, LongcatAttention)]
         experts = [each.experts for each in self.modules() if isinstance(each, moe.LongcatMoE)]
         router = self.model.layers[0].mlp.router
         hidden = torch.randn(9, DEFAULT.hidden_size, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -187,9 +188,9 @@ def test_a_gpus_attention_is_sglangs_own_forward_pass(monkeypatch: pytest.Monkey
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr(DeepseekV2AttentionMLA, "forward", lambda *given: calls.append(given) or "attended")
     monkeypatch.setattr(model.devices, "current", Cuda)
-    attention = model.LongcatAttention.__new__(model.LongcatAttention)
+    attention = LongcatAttention.__new__(LongcatAttention)
     given: list[Any] = ["positions", "hidden_states", "forward_batch", "zeros"]
-    assert model.LongcatAttention.forward(attention, *given, cos="cos", sin="sin") == "attended"
+    assert LongcatAttention.forward(attention, *given, cos="cos", sin="sin") == "attended"
     assert calls == [(attention, *given)]
 
 

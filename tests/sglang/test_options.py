@@ -383,6 +383,7 @@ def test_our_kernels_are_refused_on_a_cpu(given: str, problem: str) -> None:
 @pytest.mark.parametrize("given", ['{"longcat_draft_gate": "yes"}', '{"longcat_gate": true}'])
 def test_what_is_no_option_of_ours_is_named(given: str) -> None:
     with pytest.raises(
-        ValueError, match=r"longcat_.*wanted (true or false|longcat_draft_gate or longcat_kernels or longcat_ffn_experts); corr"
+        ValueError,
+        match=r"longcat_.*wanted (true or false|longcat_draft_gate or longcat_kernels or longcat_ffn_experts); corr",
     ):
         refused("cpu", json_model_override_args=given)

@@ -16,7 +16,6 @@ from longcat_core.layers.experts import identity_share
 from longcat_core.layers.latent_attention import PagedBatch
 from longcat_core.layers.routing import Routing
 
-
 Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 

@@ -20,7 +20,7 @@ from longcat_core.layers.experts import SparseFFN
 from longcat_core.quantization import PUBLISHED_BLOCK
 
 FEW_TOKENS = 64
-"""Of more, torch has AMX multiply where the processor has it, with one product an expert. Our kernels do not use AMX."""
+"""Of more, torch multiplies with AMX where the processor has it, one product an expert. Ours do not use AMX."""
 
 
 class CompiledExperts(SparseFFN):

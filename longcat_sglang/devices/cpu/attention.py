@@ -26,7 +26,7 @@ from longcat_core.plugin.kept import kept
 from longcat_sglang.devices.cpu.linear import projection
 
 if TYPE_CHECKING:
-    from longcat_sglang.model import LongcatAttention
+    from longcat_sglang.attention import LongcatAttention
 
 
 class LatentAttentionBackend(AttentionBackend):

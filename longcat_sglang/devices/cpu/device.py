@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from sglang.srt.utils import BumpAllocator
     from torch import Tensor, dtype, nn
 
+    from longcat_sglang.attention import LongcatAttention
     from longcat_sglang.ffn import LongcatFFN
-    from longcat_sglang.model import LongcatAttention, LongcatModel
+    from longcat_sglang.model import LongcatModel
     from longcat_sglang.mtp import LongcatMTPModel
     from longcat_sglang.quantization import LongcatFp8Config
 

@@ -114,7 +114,8 @@ def _verified(models: Models, tokens: Tensor, places: Places, read: PagedBatch) 
     embedded = F.embedding(tokens.flatten(), model.embed_tokens.weight)
     angles = places.cos.flatten(0, 1), places.sin.flatten(0, 1)
     hidden_states = through(model, models.layers, embedded, *angles, caches, slots, read, choices)
-    model.end_step(choices, slots)
+    if choices is not None:
+        model.end_step(choices, slots)
     logits = product(hidden_states, head_of(models.target)).float()
     sanitize_nan_logits(logits, "verify: target model logits")
     return hidden_states, logits

@@ -31,7 +31,7 @@ from longcat_core.layers.latent_attention import PagedBatch, UpProjection
 from longcat_vllm.devices.cpu.linear import projection
 
 if TYPE_CHECKING:
-    from longcat_vllm.model import LongcatAttention
+    from longcat_vllm.attention import LongcatAttention
 
 
 @dataclass
