@@ -118,7 +118,7 @@ def a_layer(recorder: Recorder, branch: Branch, patch: pytest.MonkeyPatch) -> An
     def router(rows: Tensor) -> Tensor:
         return cast(Tensor, recorder.note("router", rows))
 
-    router.e_score_correction_bias = None  # type: ignore[attr-defined]
+    router.bias = None  # type: ignore[attr-defined]
     routing = Routing(torch.zeros(3, 2, dtype=torch.int32), torch.ones(3, 2), torch.ones(3))
     experts = bare(
         moe.LongcatMoE,
