@@ -75,19 +75,20 @@ def note_choices(file: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Dial, "end_step", noting)
 
 
-def test_nano_is_held_in_bf16(tmp_path: Path) -> None:
-    """By the engine's default path, decode steps of one kernel a layer included."""
+@pytest.mark.parametrize("drafts", [None, 2])
+def test_nano_is_held_in_bf16(drafts: int | None, tmp_path: Path) -> None:
+    """By the engine's default path, decode steps of one kernel a layer included; and where drafts are verified."""
     tokens = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json")).encode(TEXT.read_text(encoding="utf-8")).ids
     prompts = [tokens[start : start + 32] for start in range(0, 16 * 64, 64)]
     file = tmp_path / "steps.jsonl"
     options = {"dtype": "bfloat16", "broken": partial(note_choices, file), **engine.held_at(2.5)}
-    with engine.serving(CHECKPOINT, **options) as served:
+    with engine.serving(CHECKPOINT, draft_tokens=drafts, **options) as served:
         served.greedy(prompts, 200)
     steps = torch.tensor([json.loads(line) for line in file.read_text().splitlines()])
     assert float(steps[0, 1:].sum() / steps[0, 0] / 2) > 3.5, "as published it is about 4"
-    decoding = steps[steps[:, 0] == len(prompts)]
-    assert len(decoding) > 150
-    last = decoding[-80:].sum(dim=0)
+    decoding = steps[steps[:, 0] == len(prompts) * (1 + (drafts or 0))]
+    assert len(decoding) > (150 if drafts is None else 20)
+    last = decoding[-len(decoding) // 2 :].sum(dim=0)
     assert (last[1:] / last[0]).tolist() == pytest.approx([2.5, 2.5], rel=0.06)
 
 
