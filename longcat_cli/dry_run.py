@@ -165,10 +165,15 @@ def _steps(steps: tuple[Step, ...]) -> Table:
     table = Table("launches", *titles, show_edge=False)
     kinds = list(dict.fromkeys(kind for step in steps for kind in step.by_kind()))
     for kind in kinds:
-        cells = [(step.by_kind().get(kind, 0), step.in_layer(1).get(kind, 0)) for step in steps]
-        table.add_row(kind, *(str(count) for pair in cells for count in pair))
+        cells = [(str(step.by_kind().get(kind, 0)), _in_a_layer(step, kind)) for step in steps]
+        table.add_row(kind, *(cell for pair in cells for cell in pair))
     table.add_row("all", *(str(n) for step in steps for n in (step.launches, sum(step.in_layer(1).values()))))
     return table
+
+
+def _in_a_layer(step: Step, kind: str) -> str:
+    count, beside = step.in_layer(1).get(kind, 0), step.beside(1).get(kind, 0)
+    return f"{count}, {beside} on a second stream" if beside else str(count)
 
 
 def _show_trace(traced: Report, console: Console) -> None:

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
+import torch
 from torch import nn
 
 from longcat_core.null_gpu import launches
@@ -23,10 +25,18 @@ class Executed:
     requests: int
     launches: Counter[str] = field(default_factory=Counter)
     in_layers: list[Counter[str]] = field(default_factory=list)
+    beside: list[Counter[str]] = field(default_factory=list)
+    """Of those in layers, on another stream than the step's."""
 
     def finished(self, name: str) -> Step:
         operations = [
-            Operation(launches.kind_of(kernel), kernel, count, tuple(layer[kernel] for layer in self.in_layers))
+            Operation(
+                launches.kind_of(kernel),
+                kernel,
+                count,
+                tuple(layer[kernel] for layer in self.in_layers),
+                tuple(layer[kernel] for layer in self.beside),
+            )
             for kernel, count in self.launches.most_common()
         ]
         return Step(name, self.tokens, self.requests, tuple(operations))
@@ -38,23 +48,47 @@ def counting(step: Executed, model: nn.Module) -> Iterator[None]:
     they are called as modules, so not where they are compiled."""
     layers = decoder_layers(model)
     step.in_layers = step.in_layers or [Counter() for _ in layers]
-    before: dict[int, Counter[str]] = {}
+    step.beside = step.beside or [Counter() for _ in layers]
+    before: dict[int, tuple[Counter[str], Counter[str]]] = {}
 
-    def enter(layer: nn.Module, *_: Any) -> None:
-        before[id(layer)] = launches.counted()
+    with _streams() as elsewhere:
 
-    def leave(layer: nn.Module, *_: Any) -> None:
-        step.in_layers[layers.index(layer)] += launches.counted() - before.pop(id(layer))
+        def enter(layer: nn.Module, *_: Any) -> None:
+            before[id(layer)] = launches.counted(), elsewhere.copy()
 
-    handles = [layer.register_forward_pre_hook(enter) for layer in layers]
-    handles += [layer.register_forward_hook(leave) for layer in layers]
-    start = launches.counted()
-    try:
-        yield
-    finally:
-        step.launches += launches.counted() - start
-        for handle in handles:
-            handle.remove()
+        def leave(layer: nn.Module, *_: Any) -> None:
+            launched, on_other_streams = before.pop(id(layer))
+            step.in_layers[layers.index(layer)] += launches.counted() - launched
+            step.beside[layers.index(layer)] += elsewhere - on_other_streams
+
+        handles = [layer.register_forward_pre_hook(enter) for layer in layers]
+        handles += [layer.register_forward_hook(leave) for layer in layers]
+        start = launches.counted()
+        try:
+            yield
+        finally:
+            step.launches += launches.counted() - start
+            for handle in handles:
+                handle.remove()
+
+
+@contextmanager
+def _streams() -> Iterator[Counter[str]]:
+    """What is launched, while this lasts, when another stream is current than at its start."""
+    elsewhere: Counter[str] = Counter()
+    home, set_stream = torch.cuda.current_stream(), torch.cuda.set_stream
+    since = launches.counted()
+
+    def switch(stream: Any) -> None:
+        nonlocal since
+        now = launches.counted()
+        if torch.cuda.current_stream() != home:
+            elsewhere.update(now - since)
+        since = now
+        set_stream(stream)
+
+    with mock.patch.object(torch.cuda, "set_stream", switch):
+        yield elsewhere
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

@@ -69,6 +69,8 @@ class Operation:
     """In a step."""
     in_layers: tuple[int, ...] = ()
     """Of these, in each decoder layer."""
+    beside: tuple[int, ...] = ()
+    """Of these, on another stream than the step's."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,13 @@ class Step:
         for operation in self.operations:
             kinds[operation.kind] += operation.in_layers[layer] if layer < len(operation.in_layers) else 0
         return dict(kinds.most_common())
+
+    def beside(self, layer: int) -> dict[str, int]:
+        """Of these, launches on another stream than the step's."""
+        kinds: Counter[str] = Counter()
+        for operation in self.operations:
+            kinds[operation.kind] += operation.beside[layer] if layer < len(operation.beside) else 0
+        return dict((+kinds).most_common())
 
 
 @dataclass(frozen=True)
@@ -161,7 +170,7 @@ def _report(raw: dict[str, Any]) -> Report:
             **{
                 **step,
                 "operations": tuple(
-                    Operation(**{**operation, "in_layers": tuple(operation["in_layers"])})
+                    Operation(**{**operation, **{name: tuple(operation[name]) for name in ("in_layers", "beside")}})
                     for operation in step["operations"]
                 ),
             }

@@ -18,7 +18,7 @@ STEP = Step(
     requests=16,
     operations=(
         Operation("product", "cublasGemmEx", 21, (10, 10)),
-        Operation("product", "cublasSgemm_v2", 2, (1, 1)),
+        Operation("product", "cublasSgemm_v2", 2, (1, 1), (0, 1)),
         Operation("norm", "vllm::rms_norm_kernel", 9, (4, 4)),
     ),
 )
@@ -45,6 +45,7 @@ def test_launches_are_summed_by_kind_and_in_a_layer() -> None:
     assert STEP.by_kind() == {"product": 23, "norm": 9}
     assert STEP.in_layer(1) == {"product": 11, "norm": 4}
     assert STEP.in_layer(7) == {"product": 0, "norm": 0}
+    assert (STEP.beside(0), STEP.beside(1), STEP.beside(7)) == ({}, {"product": 1}, {})
 
 
 def test_tensors_that_differ_by_numbers_are_one_row_and_the_largest_comes_first() -> None:
