@@ -77,7 +77,7 @@ class LongcatMoE(nn.Module):
         """hidden_states: [T, H]; choices: where the ids of the routing are to be noted. Where tokens of data-parallel
         ranks go to experts of others, the ranks of a tensor-parallel group, which all have the same tokens, send a
         share of them each, as in vLLM's own models."""
-        num_tokens = hidden_states.shape[0]
+        num_tokens, between = hidden_states.shape[0], hidden_states
         if self.is_sequence_parallel:
             hidden_states = sequence_parallel_chunk(hidden_states)
         routing = self.route(
@@ -91,7 +91,7 @@ class LongcatMoE(nn.Module):
             routing = routing._replace(ids=self.placed(routing.ids))
         if choices is not None:
             choices.append(routing.ids)
-        return Begun(hidden_states, routing, num_tokens, self.branch.begin(hidden_states, routing))
+        return Begun(hidden_states, routing, num_tokens, self.branch.begin(hidden_states, routing, between))
 
     def compute(self, begun: Begun, between: Tensor) -> Begun:
         return begun._replace(step=self.branch.compute(begun.step, between))
@@ -113,7 +113,7 @@ class Whole(Branch):
     def __init__(self, experts: MoERunner) -> None:
         self._experts = experts
 
-    def begin(self, hidden_states: Tensor, routing: Routing) -> Tensor:
+    def begin(self, hidden_states: Tensor, routing: Routing, between: Tensor) -> Tensor:
         return self._experts(hidden_states, PrecomputedRouting.pack(routing.weights, routing.ids))
 
     def compute(self, begun: Tensor, between: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ class Branch(ABC):
     """The FFN experts of one layer. Each step gets what the one before returned, which only it can read."""
 
     @abstractmethod
-    def begin(self, hidden_states: Tensor, routing: Routing) -> Tensor:
-        """hidden_states: [T, H]; what else reads it does so after this step."""
+    def begin(self, hidden_states: Tensor, routing: Routing, between: Tensor) -> Tensor:
+        """hidden_states: [T, H]; between: what is read after this step, of which `hidden_states` may be a part."""
 
     @abstractmethod
     def compute(self, begun: Tensor, between: Tensor) -> Tensor:
@@ -35,8 +35,8 @@ class InARow(Branch):
     def __init__(self, branch: Branch) -> None:
         self._branch = branch
 
-    def begin(self, hidden_states: Tensor, routing: Routing) -> Tensor:
-        begun = self._branch.begin(hidden_states, routing)
+    def begin(self, hidden_states: Tensor, routing: Routing, between: Tensor) -> Tensor:
+        begun = self._branch.begin(hidden_states, routing, between)
         computed = self._branch.compute(begun, between=hidden_states)
         return self._branch.end(computed, hidden_states, routing, between=hidden_states)
 

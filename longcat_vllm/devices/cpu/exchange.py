@@ -49,8 +49,8 @@ class Exchanged(Branch):
         self.name = f"{experts.layer_name}.exchange"
         get_current_vllm_config().compilation_config.static_forward_context[self.name] = self
 
-    def begin(self, hidden_states: Tensor, routing: Routing) -> Tensor:
-        return torch.ops.longcat.exchange_begin(hidden_states, routing.ids, routing.weights, self.name)
+    def begin(self, hidden_states: Tensor, routing: Routing, between: Tensor) -> Tensor:
+        return torch.ops.longcat.exchange_begin(hidden_states, routing.ids, routing.weights, between, self.name)
 
     def compute(self, begun: Tensor, between: Tensor) -> Tensor:
         return torch.ops.longcat.exchange_compute(begun, between, self.name)
@@ -64,7 +64,7 @@ def _of(name: str) -> Exchanged:
     return exchanged
 
 
-def _begin(hidden_states: Tensor, ids: Tensor, weights: Tensor, name: str) -> Tensor:
+def _begin(hidden_states: Tensor, ids: Tensor, weights: Tensor, between: Tensor, name: str) -> Tensor:
     layer = _of(name)
     layer.dispatch = layer.exchange.dispatch(hidden_states, ids, weights)
     return hidden_states.new_empty(0)
@@ -88,7 +88,7 @@ def _end(computed: Tensor, hidden_states: Tensor, between: Tensor, name: str) ->
     return combined
 
 
-def _begin_fake(hidden_states: Tensor, ids: Tensor, weights: Tensor, name: str) -> Tensor:
+def _begin_fake(hidden_states: Tensor, ids: Tensor, weights: Tensor, between: Tensor, name: str) -> Tensor:
     return hidden_states.new_empty(0)
 
 
@@ -101,6 +101,6 @@ def _end_fake(computed: Tensor, hidden_states: Tensor, between: Tensor, name: st
 
 
 _LIBRARY = torch.library.Library("longcat", "FRAGMENT")
-direct_register_custom_op("exchange_begin", _begin, ["hidden_states"], _begin_fake, _LIBRARY)
+direct_register_custom_op("exchange_begin", _begin, ["between"], _begin_fake, _LIBRARY)
 direct_register_custom_op("exchange_compute", _compute, ["between"], _compute_fake, _LIBRARY)
 direct_register_custom_op("exchange_end", _end, ["between"], _end_fake, _LIBRARY)
