@@ -45,7 +45,7 @@ def check(vllm_config: VllmConfig) -> None:
     adapters.restrict(vllm_config.lora_config)
     loading.check(vllm_config, config)
     _tell_of_overrides_that_nothing_reads(model)
-    _tell_of_overlap(vllm_config)
+    _settle_overlap(vllm_config)
     if (speculation := mtp_speculation(vllm_config)) is not None:
         _give_drafts_the_targets_context(speculation, model)
     obstacles, directory = obstacles_to_gate(vllm_config), Path(model.model) if speculation is not None else None
@@ -62,14 +62,18 @@ def _tell_of_overrides_that_nothing_reads(model: ModelConfig) -> None:
         logger.warning("hf_overrides: LongCat-Flash reads no field %s; check the spelling", " or ".join(unread))
 
 
-def _tell_of_overlap(vllm_config: VllmConfig) -> None:
-    obstacles = devices.current().obstacles_to_overlap(vllm_config)
-    if requested.of(vllm_config).overlap is False:
+def _settle_overlap(vllm_config: VllmConfig) -> None:
+    device, asked = devices.current(), requested.of(vllm_config).overlap
+    obstacles = device.obstacles_to_overlap(vllm_config)
+    if asked is False:
         obstacles = ["it is turned off"]
+    elif asked is None and not device.overlaps_unasked:
+        obstacles = obstacles or [f"it is not asked for; give {requested.OPTIONS['overlap']}"]
     if obstacles:
         logger.info("LongCat: the experts of a layer do not run beside its dense path: %s", "; ".join(obstacles))
-    else:
-        logger.info("LongCat: tokens are sent to experts and back while the dense path of their layer runs")
+        return
+    logger.info("LongCat: %s", device.what_overlaps)
+    device.prepare_overlap(vllm_config)
 
 
 def _give_drafts_the_targets_context(speculation: SpeculativeConfig, target: ModelConfig) -> None:

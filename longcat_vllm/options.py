@@ -166,7 +166,12 @@ OPTIONS: tuple[Option, ...] = (
         "Experts are returned as unsigned numbers: a zero expert (-1) would be expert 255 or 65535.",
         f"the refusal in the tests; the reason {READ}",
     ),
-    Option("--enable-dbo", Outcome.UNTRIED, "It needs DeepEP or NIXL, which need GPUs.", READ),
+    Option(
+        "--enable-dbo",
+        Outcome.UNTRIED,
+        "It needs DeepEP or NIXL, which need GPUs. Refused with the experts on a second stream.",
+        READ,
+    ),
     # -- drafts
     Option(
         "--speculative-config",
@@ -213,10 +218,19 @@ OPTIONS: tuple[Option, ...] = (
         "two ranks on a CPU, with drafts too, the refusal, and the shares of two ranks, in the tests; a server by hand",
     ),
     Option(
+        """--additional-config '{"longcat": {"overlap": true}}'""",
+        Outcome.SERVED,
+        "On a GPU a layer's experts run beside its dense path, on a second stream ([more](overlap.md)). Off by "
+        "default: no GPU has run it. Refused with --enable-dbo or --ubatch-size, --prefill-context-parallel-size, "
+        "--worker-cls, and where tokens are sent by NCCL between ranks that are tensor-parallel too; on a CPU where no "
+        "tokens are sent.",
+        "the order of a layer's operations in the tests, with a stand-in for streams; dry run",
+    ),
+    Option(
         """--additional-config '{"longcat": {"overlap": false}}'""",
         Outcome.SERVED,
         "Where data-parallel ranks on a CPU share experts, a layer's dense path waits for them; without the option it "
-        "runs meanwhile ([more](overlap.md)). `true` is refused where nothing can.",
+        "runs meanwhile ([more](overlap.md)).",
         TESTED,
     ),
     # -- how steps are run

@@ -24,7 +24,7 @@ class Requested:
     flashinfer_mla: bool = False
     """On Hopper, decode steps attend by FlashInfer's MLA. SGLang has an option of its own for that."""
     overlap: bool | None = None
-    """The experts of a layer run beside its dense path. If nothing is said, they do where they can."""
+    """The experts of a layer run beside its dense path. If nothing is said, the device decides."""
     ffn_experts: float | None = None
     """The mean of FFN experts a token at which a dial holds every layer; there is no dial if nothing is said."""
     init_expert_location: str | None = None

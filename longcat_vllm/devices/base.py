@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from longcat_core.config import LongcatConfig
 from longcat_core.layers.routing import RouterFunctions
@@ -35,6 +35,11 @@ FP8_MOE_BACKENDS = ("auto", "triton", "flashinfer_cutlass", "deep_gemm")
 
 class Device(ABC):
     """Without state, so that each can be made and called on any machine."""
+
+    overlaps_unasked: ClassVar[bool]
+    """Whether the experts run beside the dense path where they can and nobody has said anything."""
+    what_overlaps: ClassVar[str]
+    """What runs beside what then, as the log says it."""
 
     @abstractmethod
     def attention_backend(self) -> type[AttentionBackend] | None:
@@ -110,6 +115,10 @@ class Device(ABC):
     @abstractmethod
     def obstacles_to_overlap(self, vllm_config: VllmConfig) -> list[str]:
         """Why the experts cannot run beside the dense path here, with these options."""
+
+    @abstractmethod
+    def prepare_overlap(self, vllm_config: VllmConfig) -> None:
+        """Set what has to be set for it before any worker starts. Only where it will be so."""
 
     @abstractmethod
     def implementations(self, config: LongcatConfig | None) -> list[Finding]:

@@ -32,10 +32,17 @@ OURS = Deployment("8xH200", "chat-4-layers", f'{EP8} --additional-config {{"long
 FLASHINFER_MLA = f'{EP8} --additional-config {{"longcat":{{"flashinfer_mla":true}}}}'
 OURS_MLA = Deployment("8xH200", "chat-4-layers", f"{FLASHINFER_MLA} {drafts(1)}")
 OURS_MLA_FP8 = Deployment("8xH200", "chat-fp8-4-layers", f"{FLASHINFER_MLA} --kv-cache-dtype fp8")
+OVERLAP = '--additional-config {"longcat":{"overlap":true}}'
+BESIDE = {
+    Deployment("8xH200", "chat-4-layers", f"{EP8} {OVERLAP}"): ("experts", "routing", "activation"),
+    Deployment("8xH200", "chat-fp8-4-layers", f"{DP8} {OVERLAP}"): ("experts", "collective"),
+    Deployment("8xH200", "chat-4-layers", f"{TP8} {OVERLAP}", v2_model_runner=False): ("experts", "routing"),
+}
+"""Deployments whose experts run beside the dense path, and kinds of kernels that are then on the second stream."""
 BLACKWELL = Deployment("8xB200", "chat-4-layers", EP8)
 BLACKWELL_FP8 = Deployment("8xB200", "chat-fp8-4-layers", EP8)
 RUNNING = [FP8, FOUR_LAYERS, FP8_CACHE, TENSOR_PARALLEL, LITE, DATA_PARALLEL, *MTP, LAST_STAGE]
-RUNNING += [OURS, OURS_MLA, OURS_MLA_FP8, BLACKWELL, BLACKWELL_FP8]
+RUNNING += [OURS, OURS_MLA, OURS_MLA_FP8, BLACKWELL, BLACKWELL_FP8, *BESIDE]
 
 
 def name_of(deployment: Deployment) -> str:
@@ -140,6 +147,29 @@ def test_a_layer_has_as_few_sums_over_ranks_as_it_can(deployment: Deployment, st
     assert {found.in_layer(layer)["collective"] for layer in layers} == {ALL_REDUCES_A_LAYER}
 
 
+@pytest.mark.parametrize(("deployment", "kinds"), BESIDE.items(), ids=str)
+def test_the_experts_alone_are_on_the_second_stream(
+    deployment: Deployment, kinds: tuple[str, ...], report_of: Reports
+) -> None:
+    """Sums over tensor-parallel ranks never are; between data-parallel ranks, it is the experts' own."""
+    is_summed = "collective" not in kinds
+    for step in report_of(deployment).steps:
+        for layer in range(MODELS[deployment.model]["num_layers"]):
+            beside, all_of_it = step.beside(layer), step.in_layer(layer)
+            assert set(kinds) <= beside.keys()
+            assert not {"attention", "cache", "norm", "rotary"} & beside.keys()
+            assert beside["experts"] == all_of_it["experts"]
+            assert all_of_it["collective"] - beside.get("collective", 0) == (ALL_REDUCES_A_LAYER if is_summed else 0)
+
+
+@pytest.mark.parametrize("deployment", [FOUR_LAYERS, FP8, DATA_PARALLEL], ids=name_of)
+def test_there_is_no_second_stream_unasked(deployment: Deployment, report_of: Reports) -> None:
+    for step in report_of(deployment).steps:
+        assert [step.beside(layer) for layer in range(MODELS[deployment.model]["num_layers"])] == (
+            [{}] * MODELS[deployment.model]["num_layers"]
+        )
+
+
 @pytest.mark.parametrize("deployment", [FOUR_LAYERS, FP8], ids=name_of)
 def test_a_layer_launches_two_attentions_with_their_caches_and_eight_norms(
     deployment: Deployment, report_of: Reports
@@ -163,6 +193,18 @@ def test_the_experts_of_a_layer_are_two_products_or_one_call(report_of: Reports)
     assert launches(report_of(FP8), "decode", 1, "run_moe") == 1
     assert launches(report_of(OURS), "decode", 1, "triton gate_up_kernel") == 1
     assert launches(report_of(OURS), "decode", 1, "triton down_kernel") == 1
+
+
+OVERLAP_TRACED = Deployment("8xH200", "chat-fp8-4-layers", f"{EP8} {OVERLAP}", is_traced=True)
+
+
+@pytest.mark.deployments(OVERLAP_TRACED)
+def test_torch_compile_sees_a_fork_and_a_join_in_a_layer(report_of: Reports) -> None:
+    report = report_of(OVERLAP_TRACED)
+    assert (report.refused, report.failed) == ("", "")
+    operators = report.graphs[0].operators
+    assert (operators["branch_begin"], operators["branch_end"]) == (2, 2)
+    assert "moe_forward" not in operators
 
 
 TRACED = Deployment("8xH200", "chat-fp8-4-layers", f"{EP8} {drafts(3)}", is_traced=True)
@@ -200,6 +242,14 @@ REFUSED = {
     ),
     Deployment("8xH200", "chat-4-layers", "--tensor-parallel-size 16"): "ranks: 16, wanted at most 8",
     Deployment("8xH200", "chat-4-layers", "--no-such-option"): "--no-such-option",
+    Deployment(
+        "8xH200", "chat-fp8-4-layers", f"{DP8} --all2all-backend deepep_high_throughput --enable-dbo {OVERLAP}"
+    ): "leave --enable-dbo and --ubatch-size out",
+    Deployment(
+        "8xH200",
+        "chat-fp8-4-layers",
+        f"--data-parallel-size 2 --tensor-parallel-size 4 --enable-expert-parallel {OVERLAP}",
+    ): "which would sum over tensor-parallel ranks in another stream at the same time",
     Deployment("8xB200", "chat-4-layers", f'{EP8} --additional-config {{"longcat":{{"flashinfer_mla":true}}}}'): (
         "compute capability 10.0"
     ),

@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -18,7 +16,6 @@ from torch import Tensor, nn
 
 from longcat_core.layers.experts import Shortcut
 from longcat_core.layers.routing import Routing
-from longcat_core.parallel.schedule import SHORTCUT_LAYER, Operation, Schedule, Stage, faults
 from longcat_sglang import deployment, ffn, model, moe
 from longcat_sglang.devices.branch import Begun, Branch, InARow
 from longcat_sglang.devices.cpu.device import Cpu
@@ -27,49 +24,9 @@ from longcat_sglang.devices.cuda.device import Cuda
 from longcat_sglang.devices.cuda.overlap import SecondStream
 from tests.cases import DEFAULT, Case
 from tests.engines.test_scheduling import CASE, assert_true
+from tests.overlap import DENSE, FORK, JOIN, MAIN, SIDE, Recorder, problems
 from tests.sglang.engine import serving
 from tests.sglang.test_options import MODEL_CONFIG, settings
-
-FORK, JOIN = "fork", "join"
-MAIN, SIDE = "main", "side"
-TRANSPORT = {"dispatch", "combine"}
-DENSE = [
-    *("dense_ffn_0", "dense_ffn_0_sum"),
-    *("attention_1_qkv", "attention_1_core", "attention_1_output", "attention_1_sum", "dense_ffn_1"),
-]
-SUMS = {name: f"{name}_sum" for name in ("dense_ffn_0", "experts")} | {"dense_ffn_1": "final_sum"}
-"""By what was computed last in the stream."""
-
-
-class Recorder:
-    """Stands in for CUDA and for all that a layer calls. It notes operations by stream, forks and joins."""
-
-    def __init__(self) -> None:
-        self.noted: list[tuple[str, str]] = []
-        self.running = MAIN
-
-    def note(self, name: str, result: Any = None) -> Any:
-        self.noted.append((self.running, name))
-        return result
-
-    def stream(self, name: str) -> Any:
-        return SimpleNamespace(
-            name=name,
-            wait_stream=lambda other: self.note(FORK),
-            wait_event=lambda event: self.note(JOIN),
-            record_event=object,
-        )
-
-    @contextmanager
-    def in_stream(self, stream: Any) -> Iterator[None]:
-        self.running = stream.name
-        yield
-        self.running = MAIN
-
-    def sum(self, rows: Tensor) -> Tensor:
-        last = [name for stream, name in self.noted if stream == self.running and name not in (FORK, JOIN)][-1]
-        return cast(Tensor, self.note(SUMS[last], rows))
-
 
 X = torch.ones(3, 4)
 
@@ -140,30 +97,6 @@ def a_layer(recorder: Recorder, branch: Branch, patch: pytest.MonkeyPatch) -> An
         _second_attention=stage(),
         _second_ffn=stage("attention_1_sum"),
     )
-
-
-def without(layer: Mapping[str, Operation], absent: set[str]) -> dict[str, Operation]:
-    """What waits for what is absent waits for what that waits for."""
-
-    def waited_for(name: str) -> tuple[str, ...]:
-        return tuple(chain.from_iterable(waited_for(n) if n in absent else (n,) for n in layer[name].after))
-
-    return {name: replace(each, after=waited_for(name)) for name, each in layer.items() if name not in absent}
-
-
-def problems(noted: list[tuple[str, str]]) -> list[str]:
-    """Of an order of operations: between a fork and a join the streams run beside each other."""
-    stages: list[list[tuple[str, str]]] = [[]]
-    for stream, name in noted:
-        if name in (FORK, JOIN):
-            stages.append([])
-        else:
-            stages[-1].append((stream, name))
-    if sums := [name for stream, name in noted if stream == SIDE and name.endswith("_sum")]:
-        return [f"{name} on the second stream, where sums are made on the first" for name in sums]
-    tracks = [tuple(tuple(n for s, n in stage if s == stream) for stream in (MAIN, SIDE)) for stage in stages]
-    schedule = Schedule("as run", tuple(Stage(str(number), track) for number, track in enumerate(tracks)))
-    return list(faults(schedule, without(SHORTCUT_LAYER, TRANSPORT)))
 
 
 def order(layer: Any, recorder: Recorder) -> list[tuple[str, str]]:

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 
 class Cpu(Device):
+    overlaps_unasked = True
+    what_overlaps = "tokens are sent to experts and back while the dense path of their layer runs"
+
     def attention_backend(self) -> type[AttentionBackend]:
         from longcat_vllm.devices.cpu.attention import LatentAttentionBackend
 
@@ -133,6 +136,9 @@ class Cpu(Device):
         if shares_experts_over_a_transport(vllm_config.parallel_config):
             return []
         return ["no tokens are sent to experts, as they are where data-parallel ranks share them"]
+
+    def prepare_overlap(self, vllm_config: VllmConfig) -> None:
+        """Nothing has to be."""
 
     def implementations(self, config: LongcatConfig | None) -> list[Finding]:
         import torch

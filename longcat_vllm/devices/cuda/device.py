@@ -30,11 +30,18 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
     from vllm.v1.attention.backend import AttentionBackend
 
+    from longcat_vllm.devices.branch import Branch
     from longcat_vllm.model import LongcatModel
 
 TRANSPORTS = ("allgather_reducescatter", "deepep_high_throughput")
 """Values of --all2all-backend of which it is known what they do with an id of -1: they hand it on, or make it an expert
 of another rank, which the expert map drops (prepare_finalize/naive_dp_ep.py and deepep_ht.py in vLLM 0.32)."""
+
+WITHOUT_NCCL = "deepep_high_throughput"
+"""The one of `TRANSPORTS` whose kernels are not NCCL's."""
+
+WORKER = "longcat_vllm.devices.cuda.worker.OverlapWorker"
+STOCK_WORKERS = ("auto", "vllm.v1.worker.gpu_worker.Worker")
 
 HOPPER = 9
 FLASHINFER_MLA_DIMS = (512, 64)
@@ -45,6 +52,12 @@ TRANSPORT_OF_KERNELS = "allgather_reducescatter"
 
 
 class Cuda(Device):
+    overlaps_unasked = False  # no GPU has run it
+    what_overlaps = (
+        "the experts of a layer run on a second stream, beside its dense path, in CUDA graphs of whole steps and in "
+        "steps without a graph; in graphs in pieces they come first"
+    )
+
     def attention_backend(self) -> type[AttentionBackend] | None:
         if not requested.current().flashinfer_mla:
             return None
@@ -88,8 +101,12 @@ class Cuda(Device):
 
         return skipping_zero_experts(choose, moe_config)
 
-    def branch(self, experts: MoERunner, parallel_config: ParallelConfig) -> None:
-        return None
+    def branch(self, experts: MoERunner, parallel_config: ParallelConfig) -> Branch | None:
+        if not requested.current().overlap:
+            return None
+        from longcat_vllm.devices.cuda.overlap import SecondStream
+
+        return SecondStream(experts)
 
     def expert_map(self, num_experts: int, device: torch.device | str) -> Tensor | None:
         """The identity. With a map, vLLM's Triton experts drop an id of -1 (`moe_align_block_size`, `moe_sum`);
@@ -172,7 +189,34 @@ class Cuda(Device):
         return obstacles
 
     def obstacles_to_overlap(self, vllm_config: VllmConfig) -> list[str]:
-        return ["on a GPU vLLM's operator does all of a layer's experts at once"]
+        parallel = vllm_config.parallel_config
+        obstacles = []
+        if parallel.use_ubatching:
+            obstacles.append(
+                "a batch is split in two, of which one half runs beside the other; leave --enable-dbo and "
+                "--ubatch-size out"
+            )
+        if (ranks := parallel.prefill_context_parallel_size) > 1:
+            obstacles.append(
+                f"prefill_context_parallel_size is {ranks}, wanted 1, as experts and attention would gather from the "
+                "same ranks in two streams at once"
+            )
+        if (
+            parallel.data_parallel_size > 1
+            and parallel.tensor_parallel_size > 1
+            and not (shares_experts_over_a_transport(parallel) and parallel.all2all_backend == WITHOUT_NCCL)
+        ):
+            obstacles.append(
+                "tokens are sent to experts by NCCL, which would sum over tensor-parallel ranks in another stream at "
+                f"the same time; leave --tensor-parallel-size out, or give --all2all-backend {WITHOUT_NCCL} with "
+                "--enable-expert-parallel"
+            )
+        if parallel.worker_cls not in (*STOCK_WORKERS, WORKER):
+            obstacles.append(f"worker_cls is {parallel.worker_cls!r}, wanted vLLM's own; leave --worker-cls out")
+        return obstacles
+
+    def prepare_overlap(self, vllm_config: VllmConfig) -> None:
+        vllm_config.parallel_config.worker_cls = WORKER
 
     def implementations(self, config: LongcatConfig | None) -> list[Finding]:
         import torch
