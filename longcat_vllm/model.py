@@ -39,7 +39,7 @@ from longcat_core.weights.audit import CheckpointError
 from longcat_core.weights.blocks import FP8
 from longcat_core.weights.plan import Layout, Target, load_plan
 from longcat_core.weights.precision import dequantized, is_kept, require_precision
-from longcat_vllm import devices, dial, hooks, metrics, quantization, requested
+from longcat_vllm import devices, dial, hooks, metrics, placement, quantization, requested
 from longcat_vllm.adapters import AdapterNames
 from longcat_vllm.attention import LongcatAttention
 from longcat_vllm.ffn import LongcatFFN
@@ -194,6 +194,10 @@ class LongcatCausalLM(nn.Module):
         experts = (module for module in self.modules() if isinstance(module, ZeroExpertAwareExperts))
         self._experts_are_packed = any(devices.current().has_packed(module) for module in experts)
         try:
+            if hasattr(self.config, placement.FIELD) and any(parameter.is_meta for parameter in parameters.values()):
+                raise CheckpointError(
+                    "weights cannot be reloaded where a file places experts; restart the server with the new ones"
+                )
             audited = self._audited(weights, self.longcat, is_partial=self._loads_are_partial)
             kept = partial(is_kept, self._plan, parameters)
             for name, tensor in dequantized(audited, self.longcat, kept, logger):

@@ -150,7 +150,8 @@ OPTIONS: tuple[Option, ...] = (
         Outcome.SERVED,
         "Places of experts, redundant ones among them, as `longcat place` writes them, or counts, by which each expert "
         "is placed once ([more](placement.md)). With --enable-expert-parallel on several ranks. Refused with "
-        "--expert-placement-strategy round_robin, --enable-ep-weight-filter and --load-format sharded_state.",
+        "--expert-placement-strategy round_robin, --enable-ep-weight-filter and --load-format sharded_state; vLLM's "
+        "`reload_weights` is refused too.",
         "two ranks on a CPU, in the tests; no GPU has run it",
     ),
     Option(

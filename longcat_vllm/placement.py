@@ -16,6 +16,8 @@ from longcat_vllm import loading, requested
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
+FIELD = "longcat_places"
+"""Of the model's configuration, where a file says where experts are."""
 OPTION = requested.OPTIONS["init_expert_location"]
 
 
