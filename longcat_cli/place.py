@@ -17,7 +17,9 @@ def command(
     ],
     output: Annotated[Path, typer.Argument(metavar="FILE", help="What to write, .json.")],
     ranks: Annotated[int, typer.Option(min=2, help="Ranks that share the experts.")],
-    redundant: Annotated[int, typer.Option(min=0, help="Experts of each layer to have twice, or more often.")] = 0,
+    redundant: Annotated[
+        int, typer.Option(min=0, help="Places of a layer beyond one for each expert; replicas of the busiest get them.")
+    ] = 0,
     ranks_a_node: Annotated[
         int | None, typer.Option(min=1, help="Ranks of a machine, if there are several: replicas are spread over them.")
     ] = None,
@@ -32,6 +34,8 @@ def command(
         from longcat_core.parallel import location
         from longcat_core.parallel.placement import linear, place
     try:
+        if output.suffix != ".json":
+            raise ValueError(f"{output}: wanted a name that ends in .json, by which engines know it")
         rows = location.counts_of(location.read(str(counts), location.COUNTS)).numpy()
         _, layers, experts = rows.shape
         if (experts + redundant) % ranks:

@@ -56,7 +56,7 @@ class Dial:
             raise ValueError(f"a dial at {obstacles[0]}")
         self.target, self._top_k, self._experts = target, config.moe_topk, config.num_experts
         self._furthest = math.asinh(config.num_experts)  # a bias of 1, which is more than any score
-        self.settings = torch.zeros(layers, device=device)
+        self.settings = torch.zeros(layers, dtype=torch.float32, device=device)
         """fp32 [layers]: asinh of the bias, in units of the mean score."""
         self._is_zero_expert = (torch.arange(config.num_experts, device=device) >= config.n_routed_experts).float()
 
@@ -81,10 +81,6 @@ class Dial:
         taken = ((ids >= 0).sum(dim=-1) * is_real).sum(dim=-1)
         error = (taken - self.target * tokens) / (tokens + HALF_WEIGHT)
         self.settings.add_(error, alpha=GAIN / self._top_k).clamp_(-self._furthest, self._furthest)
-
-    def reset(self) -> None:
-        """Begin again, with the model as it is published."""
-        self.settings.zero_()
 
 
 # -- where a dial settles ------------------------------------------------------------------------------------

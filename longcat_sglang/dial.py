@@ -31,7 +31,11 @@ def obstacles(settings: Any, longcat: LongcatConfig, target: float) -> list[str]
 
 
 def of_layers(config: LongcatConfig, layers: Iterable[Any]) -> DialledRouters | None:
-    """None where none is requested. layers: decoder layers."""
+    """None where none is requested. layers: decoder layers.
+
+    Raises:
+        ValueError: for a target that no bias holds.
+    """
     target = requested.current().ffn_experts
     return None if target is None else DialledRouters(config, target, [layer.mlp.router for layer in layers])
 
@@ -47,6 +51,7 @@ class DialledRouters:
             router.dialled = torch.zeros_like(router.e_score_correction_bias)
 
     def begin_step(self) -> None:
+        """Write the biases that the routers are to choose by."""
         published = [router.e_score_correction_bias for router in self._routers]
         self.dial.begin_step(published, [router.bias for router in self._routers])
 

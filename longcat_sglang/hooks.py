@@ -178,7 +178,7 @@ HOOKS: tuple[Hook, ...] = (
         stage=Stage.MODEL,
         device="cpu",
         why="On a CPU three batches and a tree are built for a step in which chains are drafted and verified, which "
-        "takes longer than the models' passes, if these are small.",
+        "takes longer than the models' passes, if these are small. Spans of SGLang's profiler are not in it.",
         remove_when="As chains of drafts.",
     ),
     Wrapper(

@@ -77,7 +77,10 @@ WRONG: tuple[Rule, ...] = (
         "leave --tool-call-parser and --reasoning-parser out",
     ),
     Rule(
-        _refused("--ep-dispatch-algorithm lp", "SGLang's own router alone has it, as fake, and for other models"),
+        _refused(
+            "--ep-dispatch-algorithm lp",
+            "`lp` and `fake` are done by SGLang's own router, which LongCat-Flash does not use",
+        ),
         _is("ep_dispatch_algorithm", "lp", "fake"),
     ),
     Rule(

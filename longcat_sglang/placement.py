@@ -50,13 +50,14 @@ def problems(settings: Any, longcat: LongcatConfig) -> list[str]:
     where the places are not those of this model's experts, answer with other experts' outputs."""
     found, experts = list[str](), longcat.n_routed_experts
     given, redundant = settings.init_expert_location, settings.ep_num_redundant_experts
-    if (experts + redundant) % settings.ep_size:
+    # With an all-to-all, SGLang spreads experts over all ranks, whatever --ep-size says, and settles that later.
+    ranks = settings.ep_size if settings.moe_a2a_backend == "none" else settings.tp_size
+    if (experts + redundant) % ranks:
         of_which = f", of which {redundant} are redundant" if redundant else ""
         found.append(
-            f"ep_size: {settings.ep_size}, wanted a divisor of the {experts + redundant} FFN experts{of_which}; "
-            "give --ep-size one"
+            f"ep_size: {ranks}, wanted a divisor of the {experts + redundant} FFN experts{of_which}; give --ep-size one"
         )
-    if settings.ep_size == 1:
+    if ranks == 1:
         options = {
             "--enable-eplb": settings.enable_eplb,
             "--ep-num-redundant-experts": redundant,

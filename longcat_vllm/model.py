@@ -202,7 +202,7 @@ class LongcatCausalLM(nn.Module):
             kept = partial(is_kept, self._plan, parameters)
             for name, tensor in dequantized(audited, self.longcat, kept, logger):
                 loaded |= self._load(parameters, name, tensor)
-        except CheckpointError:
+        except Exception:  # of a file that cannot be read, too
             if any(parameter.is_meta for parameter in parameters.values()):
                 # vLLM has set the weights aside for a reload, and puts them back only if it succeeds.
                 finalize_layerwise_reload(self, self._model_config)

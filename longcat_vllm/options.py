@@ -157,7 +157,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "--enable-eplb",
         Outcome.REFUSED,
-        "vLLM hands the state of its balancing to routers of its own alone, and would balance nothing without a word. "
+        "vLLM hands the state of its balancing to routers of its own alone: nothing would be balanced, and no error. "
         "Experts are placed when they are loaded, by the option above.",
         f"the refusal in the tests; the reason {READ}",
     ),
@@ -170,7 +170,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "--enable-dbo",
         Outcome.UNTRIED,
-        "It needs DeepEP or NIXL, which need GPUs. Refused with the experts on a second stream.",
+        "It needs DeepEP or NIXL, which need GPUs. Refused with the experts on a second stream, and with the dial.",
         READ,
     ),
     # -- drafts
@@ -193,8 +193,8 @@ OPTIONS: tuple[Option, ...] = (
     Option("--enable-chunked-prefill", Outcome.SERVED, "On a CPU too, where vLLM turns it off for MLA.", TESTED),
     Option("--prefix-caching-hash-algo", Outcome.SERVED, "It is the scheduler's.", RUN),
     Option("--kv-transfer-config", Outcome.SERVED, "ExampleConnector; others are untried.", RUN),
-    Option("--kv-offloading-size", Outcome.UNTRIED, "vLLM has it on GPUs only.", RUN),
-    Option("--enable-sleep-mode", Outcome.UNTRIED, "vLLM has it on GPUs only.", RUN),
+    Option("--kv-offloading-size", Outcome.UNTRIED, "vLLM has it on GPUs only. Refused with the dial.", RUN),
+    Option("--enable-sleep-mode", Outcome.UNTRIED, "vLLM has it on GPUs only. Refused with the dial.", RUN),
     # -- parallelism
     Option("--tensor-parallel-size", Outcome.SERVED, "It splits heads, dense FFNs and experts.", TESTED),
     Option(

@@ -17,7 +17,8 @@ PLACES, COUNTS = "physical_to_logical_map", "logical_count"
 
 
 def read(given: str, *wanted: str) -> Mapping[str, Any]:
-    """
+    """What a file says of where experts are, or of how often they were chosen.
+
     given: a file, .json or .pt, or JSON itself, as SGLang's --init-expert-location takes it; wanted: `PLACES` or
     `COUNTS`, either if nothing is said.
 

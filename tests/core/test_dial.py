@@ -42,8 +42,26 @@ def test_a_step_worked_by_hand() -> None:
     torch.testing.assert_close(dial.bias(), torch.tensor([math.sinh(moved), -math.sinh(moved)]) / DEFAULT.num_experts)
     dial.end_step(IDS.int(), IS_REAL)
     torch.testing.assert_close(dial.settings, torch.tensor([2 * moved, -2 * moved]))
-    dial.reset()
-    assert not dial.settings.any()
+
+
+def test_the_smallest_steps_are_not_rounded_away_where_a_model_is_in_bf16() -> None:
+    """Engines build a model with its dtype as the default."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        dial = dial_at(2.0)
+    finally:
+        torch.set_default_dtype(default)
+    dial.settings.fill_(0.75)
+    for _ in range(10):
+        dial.end_step(IDS[:, :1].int(), IS_REAL[:1])
+    assert dial.settings.dtype == torch.float32
+    moved = dial.settings - 0.75
+    alone = dial_at(2.0)
+    for _ in range(10):
+        alone.end_step(IDS[:, :1].int(), IS_REAL[:1])
+    assert alone.settings.any()
+    torch.testing.assert_close(moved, alone.settings, rtol=1e-3, atol=1e-6)
 
 
 def test_a_step_without_tokens_moves_nothing() -> None:
@@ -114,9 +132,10 @@ def shaped(n_routed_experts: int, zero_expert_num: int, moe_topk: int) -> Longca
 
 @pytest.mark.parametrize("config", [DEFAULT, shaped(3, 9, 6), shaped(9, 3, 6), shaped(3, 3, 6), shaped(40, 20, 12)])
 def test_breaking_points_say_what_is_chosen_at_any_bias(config: LongcatConfig) -> None:
+    generator = torch.Generator().manual_seed(0)
     logits, published, n = (
-        torch.randn(200, config.num_experts),
-        torch.randn(config.num_experts),
+        torch.randn(200, config.num_experts, generator=generator),
+        torch.randn(config.num_experts, generator=generator),
         config.n_routed_experts,
     )
     published *= 0.5 / config.num_experts

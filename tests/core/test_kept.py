@@ -36,7 +36,11 @@ def test_it_is_made_once_until_it_is_forgotten(made: str | None) -> None:
 
 def test_a_module_that_somebody_watches_is_called() -> None:
     module = Module()
-    for register in (module.inner.register_forward_hook, module.register_forward_pre_hook):
+    first = module.inner.register_forward_hook(lambda *_: None)
+    assert kept(module, lambda _: "something") is None
+    first.remove()
+    every = nn.modules.module.register_module_forward_hook
+    for register in (module.inner.register_forward_hook, module.register_forward_pre_hook, every):
         assert kept(module, lambda _: "something") == "something"
         handle = register(lambda *_: None)
         assert kept(module, lambda _: "something") is None

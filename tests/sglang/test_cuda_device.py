@@ -137,8 +137,8 @@ def test_what_a_transport_has_brought_back_is_not_summed_again(
     layer = moe.LongcatMoE.__new__(moe.LongcatMoE)
     torch.nn.Module.__init__(layer)
     layer.config, layer.layer_id, layer.route = DEFAULT, 0, route
-    layer.router = torch.nn.Linear(DEFAULT.hidden_size, DEFAULT.num_experts)
-    layer.router.e_score_correction_bias = torch.zeros(DEFAULT.num_experts)
+    layer.router = torch.nn.Linear(DEFAULT.hidden_size, DEFAULT.num_experts, bias=False)
+    vars(layer.router)["bias"] = torch.zeros(DEFAULT.num_experts)
     layer.experts = lambda hidden_states, _: torch.ones_like(hidden_states)
     hidden_states = torch.randn(3, DEFAULT.hidden_size)
     with torch.no_grad():

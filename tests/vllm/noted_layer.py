@@ -94,7 +94,7 @@ def a_layer(recorder: LaneRecorder, mode: CUDAGraphMode, patch: pytest.MonkeyPat
     def router(rows: Tensor) -> Tensor:
         return cast(Tensor, recorder.note("router", rows))
 
-    router.e_score_correction_bias = None  # type: ignore[attr-defined]
+    router.bias = None  # type: ignore[attr-defined]
     runner = runner_of(lambda rows: recorder.note("experts", rows.clone()))
     routing = Routing(torch.zeros(3, 2, dtype=torch.int32), torch.ones(3, 2), torch.ones(3))
     experts = bare(
@@ -102,6 +102,7 @@ def a_layer(recorder: LaneRecorder, mode: CUDAGraphMode, patch: pytest.MonkeyPat
         config=DEFAULT,
         is_sequence_parallel=False,
         router=router,
+        placed=None,
         route=lambda *_, **__: routing,
         experts=runner,
         branch=SecondStream(runner),

@@ -57,6 +57,21 @@ def test_layers_that_adapters_change_are_called(passes: list[int]) -> None:
     assert not passes
 
 
+def test_a_cache_in_another_dtype_is_attended_to_by_vllms_layers(passes: list[int]) -> None:
+    with engine.serving(CHECKPOINT, **OPTIONS, kv_cache_dtype="float16", draft_tokens=2) as served:
+        assert [len(tokens) for tokens in served.greedy([PROMPT], NEW_TOKENS)] == [NEW_TOKENS]
+    assert not passes
+
+
+def test_drafts_of_greedy_requests_have_no_probabilities_of_those_that_sampled_before() -> None:
+    drafts = {"method": "mtp", "num_speculative_tokens": 2, "draft_sample_method": "probabilistic"}
+    with engine.serving(CHECKPOINT, **OPTIONS, speculative_config=drafts) as served:
+        short = [PROMPT[:10], PROMPT[:12]]  # with more tokens at once vLLM drafts the first, and forgets the others
+        first = served.greedy(short, NEW_TOKENS)
+        served.sampled(PROMPT, NEW_TOKENS, [1.0])
+        assert served.greedy(short, NEW_TOKENS) == first
+
+
 @pytest.mark.parametrize(
     ("change", "is_told"),
     [

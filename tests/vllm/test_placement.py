@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,10 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from longcat_core.parallel.location import COUNTS, PLACES
+from longcat_core.weights.audit import CheckpointError
+from longcat_vllm import model
 from longcat_vllm.moe import ZeroExpertAwareExperts
-from longcat_vllm.placement import Placed
+from longcat_vllm.placement import FIELD, Placed
 from tests.cases import CASES, Case
 
 CASE = CASES["default"]
@@ -84,6 +87,20 @@ def test_an_expert_is_written_wherever_it_is(monkeypatch: pytest.MonkeyPatch) ->
     assert written == [0, 8, 9]
     assert not ZeroExpertAwareExperts.weight_loader(experts, *given, 6, return_success=True)
     assert written == [0, 8, 9, 1]
+
+
+def test_weights_are_not_reloaded_where_replicas_would_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And vLLM is told to put those that it has set aside back."""
+    put_back: list[Any] = []
+    monkeypatch.setattr(model, "finalize_layerwise_reload", lambda causal, _: put_back.append(causal))
+    causal = object.__new__(model.LongcatCausalLM)
+    torch.nn.Module.__init__(causal)
+    causal.weight = torch.nn.Parameter(torch.empty(2, device="meta"))
+    causal.model, causal._model_config = torch.nn.Module(), None
+    causal.config = SimpleNamespace(**{FIELD: [REPLICATED]})
+    with pytest.raises(CheckpointError, match="cannot be reloaded where a file places experts; restart"):
+        causal.load_weights([])
+    assert put_back == [causal]
 
 
 def test_a_zero_expert_has_no_place() -> None:

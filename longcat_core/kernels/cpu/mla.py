@@ -97,8 +97,9 @@ class Mla:
         )
 
     def takes(self, tokens: int, cache: Tensor, batch: PagedBatch) -> bool:
-        """Whether a call on so many tokens returns something."""
-        return 0 < tokens <= FEW_ROWS and self._groups(cache, batch) is not None
+        """Whether a call on so many tokens returns something, with a cache of this dtype."""
+        is_taken = 0 < tokens <= FEW_ROWS and cache.dtype == torch.bfloat16
+        return is_taken and self._groups(cache, batch) is not None
 
     def __call__(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, new_slots: Tensor, batch: PagedBatch

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from sglang.srt.eplb.expert_distribution import get_global_expert_distribution_recorder
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.speculative.eagle_info import EagleDraftInput
+from sglang.srt.speculative.spec_utils import SIMULATE_ACC_LEN
 from sglang.srt.utils.async_probe import sanitize_nan_logits
 from torch import Tensor
 
@@ -92,7 +94,7 @@ def speculate(
 def _drafted(models: Models, given: EagleDraftInput, places: Places) -> Tensor:
     """int64 [R, width - 1]: the first one that was drafted before, and those after it."""
     drafts, hidden_states = [given.topk_index], given.hidden_states
-    assert hidden_states is not None, "an MTP layer reads them"
+    assert hidden_states is not None, "it was looked at"
     model = models.drafter.model
     cache, head = _cache(models), head_of(models.drafter)
     for step in range(places.slots.shape[1] - 2):
@@ -174,6 +176,8 @@ def _models(worker: EAGLEWorkerV2, batch: ScheduleBatch) -> Models | None:
         return None
     if batch.return_logprob or batch.return_hidden_states or batch.has_grammar or not _is_greedy(batch.sampling_info):
         return None
+    if get_global_expert_distribution_recorder().recording or SIMULATE_ACC_LEN > 0:
+        return None
     width, steps = worker.speculative_num_draft_tokens, worker.speculative_num_steps
     if steps < 1 or width != steps + 1 or worker.adaptive_controller is not None:
         return None
@@ -185,7 +189,9 @@ def _models(worker: EAGLEWorkerV2, batch: ScheduleBatch) -> Models | None:
     target, layers = runner.model, compiled_layers(runner.model.model)
     if layers is None or target.lm_head.weight.dtype != torch.bfloat16 or target.logits_processor.use_fp32_lm_head:
         return None
-    drafter = drafting.draft_runner
+    drafter, given = drafting.draft_runner, batch.spec_info.hidden_states
+    if given is None or given.dtype != torch.bfloat16 or _are_watched(target, drafter.model):
+        return None
     return Models(target, layers, runner.attn_backend, drafter.model, mtp, drafter.attn_backend)
 
 
@@ -201,6 +207,12 @@ def _is_greedy(sampling: Any) -> bool:
         and (penalties is None or not penalties.is_required)
         and sampling.sampling_mask_batch_indices is None
     )
+
+
+def _are_watched(*causal: Any) -> bool:
+    """Whether somebody has hooks on a model, or on what makes its logits; `kept` looks at what is between."""
+    modules = [module for each in causal for module in (each, each.logits_processor)]
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
 def _cache(models: Models) -> Tensor:

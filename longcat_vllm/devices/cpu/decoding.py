@@ -52,6 +52,8 @@ def decode(
     model: LongcatModel, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None
 ) -> tuple[Tensor, Tensor | None] | None:
     """As `devices.base.Device.decode`."""
+    if not isinstance(get_forward_context().attn_metadata, dict):  # as in a profiling run
+        return None
     layers = compiled_layers(model)
     if layers is None:
         return None
@@ -108,7 +110,7 @@ def _compiled_layer(layer: LongcatDecoderLayer) -> DecoderLayer | None:
         halves.append(Half(input_norm.weight, mla, ffn_norm.weight, dense))
     moe: Any = layer.mlp
     experts = experts_of(moe.experts)
-    if experts is None:
+    if experts is None or moe.placed is not None:
         return None
     config, router = moe.config, moe.router
     sizes = config.n_routed_experts, config.moe_topk, config.routed_scaling_factor

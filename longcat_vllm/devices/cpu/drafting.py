@@ -40,6 +40,9 @@ def draft_chain(original: Callable[..., Any], proposer: EagleProposer, *args: An
     rows = (batch.query_start_loc[1:] - 1 if rows is None else rows).long()
     causal: Any = proposer.model
     model, cache = causal.model, cache_of(causal.model.layers[0].self_attn.attn)
+    if cache.dtype != torch.bfloat16:
+        return original(proposer, *args, **kwargs)
+    proposer._last_draft_probs = None  # of requests that sampled, in a step before
     read = _read(layer, proposer, cache, rows, kwargs)
     hidden_states: Tensor | None
     if read is not None:

@@ -67,7 +67,8 @@ class SecondStream(Branch):
         return torch.ops.longcat.branch_end(computed, hidden_states, between, name)
 
     def fork(self, hidden_states: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """The FFN experts' share, [T, H], not to be read before `join`."""
+        """hidden_states: [T, H]; ids: int32 [T, K] and weights: fp32 [T, K], as in `Routing`. Returns the FFN experts'
+        share, [T, H], not to be read before `join`."""
         router: Any = self.experts.router
         packed = router.pack(weights, ids)
         with use_workspace_lane(LANE):
