@@ -288,13 +288,20 @@ def test_a_server_that_speaks_no_http_is_told_apart() -> None:
         assert_refused(run(f"127.0.0.1:{listening.getsockname()[1]}"), ".*: cannot be reached: .*")
 
 
+def _heed_interrupts() -> None:
+    """A shell has what it runs in the background ignore them, which is inherited."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Terminal:
     """A command in a terminal of its own, 120 columns wide."""
 
     def __init__(self, *command: str) -> None:
         self._ours, theirs = pty.openpty()
         environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120", "LINES": "50"}
-        self.process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+        self.process = subprocess.Popen(
+            command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, preexec_fn=_heed_interrupts
+        )
         os.close(theirs)
         self.text = ""
 
