@@ -57,12 +57,15 @@ def queries(rate_interval: str) -> list[Query]:
 class Prometheus:
     """Asked over its HTTP API."""
 
+    moment: float | None = None
+    """Of which it is asked, a time of `time.time()`, so that answers agree; now, if there is none."""
+
     def __init__(self, http: httpx.Client) -> None:
         self._http = http
 
     def ask(self, expression: str) -> list[Series]:
-        """Now."""
-        found = self._get("query", query=expression)["result"]
+        moment = time.time() if self.moment is None else self.moment
+        found = self._get("query", query=expression, time=moment)["result"]
         return [Series(each["metric"], [_point(each["value"])]) for each in found]
 
     def ask_range(self, expression: str, seconds: float, step: float = 1) -> list[Series]:
