@@ -105,8 +105,10 @@ class Notes:
     def watch(self, patch: pytest.MonkeyPatch) -> None:
         """The engine of this process, before it makes its model."""
         package = f"longcat_{ENGINE}"
-        model = import_module(f"{package}.model").LongcatModel
-        call = model.__call__  # in vLLM it chooses between the module and what it has compiled
+        models = import_module(f"{package}.model")
+        # In vLLM this one chooses between the layers, what is compiled of them, and core's.
+        model = models.LongcatFlashForCausalLM if ENGINE == "vllm" else models.LongcatModel
+        call = model.__call__
         patch.setattr(model, "__call__", lambda *args, **kwargs: self._noted(call, *args, **kwargs))
         if self.counts_experts:
             device = type(import_module(f"{package}.devices").current())
@@ -133,8 +135,8 @@ class Notes:
         self._ids = [] if self.counts_experts and not is_timed else None
         if tokens > MOST_REQUESTS and self._leaves_out.exists():
             self._fill_caches(model)
-            random = torch.randn(tokens, model.norm.weight.shape[0]).to(model.norm.weight.dtype)
-            states = (random, None) if ENGINE == "vllm" else random  # beside the choices, which are not counted here
+            norm = model.model.norm if ENGINE == "vllm" else model.norm
+            states = torch.randn(tokens, norm.weight.shape[0]).to(norm.weight.dtype)
         else:
             states = call(model, input_ids, *args, **kwargs)
         words: list[float] = [start, tokens, torch.get_num_threads(), rate]
