@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,6 +82,30 @@ class Dial:
         taken = ((ids >= 0).sum(dim=-1) * is_real).sum(dim=-1)
         error = (taken - self.target * tokens) / (tokens + HALF_WEIGHT)
         self.settings.add_(error, alpha=GAIN / self._top_k).clamp_(-self._furthest, self._furthest)
+
+
+class DialledRouters:
+    """The routers that a rank has and their dial. Ranks that have the same tokens make the same choices."""
+
+    def __init__(self, config: LongcatConfig, target: float, routers: Sequence[Any], device: torch.device) -> None:
+        """routers: an engine's, with `e_score_correction_bias`, and `dialled`, which is set here and replaces it.
+
+        Raises:
+            ValueError: for a target that no bias holds.
+        """
+        self.dial, self._routers = Dial(config, target, len(routers), device), routers
+        for router in routers:
+            router.dialled = torch.zeros_like(router.e_score_correction_bias)
+
+    def begin_step(self) -> None:
+        """Write the biases that the routers are to choose by."""
+        published = [router.e_score_correction_bias for router in self._routers]
+        self.dial.begin_step(published, [router.dialled for router in self._routers])
+
+    def end_step(self, ids: Tensor, is_real: Tensor | None) -> None:
+        """ids: int32 [layers, T, K]; is_real: int64 [T] or less, 1 for a token, or None where nothing is one."""
+        if is_real is not None:
+            self.dial.end_step(ids[:, : len(is_real)], is_real)
 
 
 # -- where a dial settles ------------------------------------------------------------------------------------

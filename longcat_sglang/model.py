@@ -27,6 +27,7 @@ from sglang.srt.utils import BumpAllocator, add_prefix
 from torch import Tensor, nn
 
 from longcat_core.config import LongcatConfig
+from longcat_core.dial import DialledRouters
 from longcat_core.layers import rotary
 from longcat_core.plugin.hooks import Stage
 from longcat_core.quantization import PUBLISHED_BLOCK
@@ -140,7 +141,7 @@ class LongcatDecoderLayer(nn.Module):
 
 class LongcatModel(nn.Module):
     counted: metrics.CountedChoices | None = None
-    dialled: dial.DialledRouters | None = None
+    dialled: DialledRouters | None = None
     compiled: Any = None
     """A device's own layers, once it has asked."""
 

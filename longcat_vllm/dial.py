@@ -3,21 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from longcat_core import spellings
 from longcat_core.config import LongcatConfig
-from longcat_core.dial import Dial, obstacles_to_dial
+from longcat_core.dial import DialledRouters, obstacles_to_dial
 from longcat_vllm import requested
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-    from longcat_vllm.moe import LongcatRouter
 
 
 def obstacles(vllm_config: VllmConfig, target: float) -> list[str]:
@@ -47,25 +44,6 @@ def of_layers(vllm_config: VllmConfig, config: LongcatConfig, layers: Iterable[A
         ValueError: for a target that no bias holds.
     """
     target = requested.of(vllm_config).ffn_experts
-    return None if target is None else DialledRouters(config, target, [layer.mlp.router for layer in layers])
-
-
-class DialledRouters:
-    """This rank's routers and their dial. Ranks of a tensor-parallel group have the same tokens, and so make the same
-    choices; a stage of a pipeline has a dial for its own layers."""
-
-    def __init__(self, config: LongcatConfig, target: float, routers: Sequence[LongcatRouter]) -> None:
-        self.dial = Dial(config, target, len(routers), torch.get_default_device())
-        self._routers = routers
-        for router in routers:
-            router.dialled = torch.zeros_like(router.e_score_correction_bias)
-
-    def begin_step(self) -> None:
-        """Write the biases that the routers are to choose by."""
-        published = [router.e_score_correction_bias for router in self._routers]
-        self.dial.begin_step(published, [router.bias for router in self._routers])
-
-    def end_step(self, ids: Tensor, is_real: Tensor | None) -> None:
-        """ids: int32 [layers, T, K]; is_real: as of `metrics.rows_that_are_tokens`."""
-        if is_real is not None:
-            self.dial.end_step(ids[:, : len(is_real)], is_real)
+    if target is None:
+        return None
+    return DialledRouters(config, target, [layer.mlp.router for layer in layers], torch.get_default_device())

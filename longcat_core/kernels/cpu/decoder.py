@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -62,6 +62,23 @@ class DecoderLayer:
         for half in halves:
             require_bf16(input_norm=half.input_norm, ffn_norm=half.ffn_norm)
         self._halves, self._epsilon, self._router, self._experts = halves, epsilon, router, experts
+
+    @classmethod
+    def of(
+        cls, layer: Any, parts: Iterable[tuple[Mla | None, CompiledFFN | None]], experts: Experts
+    ) -> DecoderLayer | None:
+        """layer: an engine's decoder layer, with modules named as published; parts: its attentions and dense FFNs. None
+        where one of these is."""
+        halves, moe = [], layer.mlp
+        norms = zip(layer.input_layernorm, layer.post_attention_layernorm, strict=True)
+        for (before_attention, before_ffn), (attention, ffn) in zip(norms, parts, strict=True):
+            if attention is None or ffn is None:
+                return None
+            halves.append(Half(before_attention.weight, attention, before_ffn.weight, ffn))
+        config, router = moe.config, moe.router
+        sizes = config.n_routed_experts, config.moe_topk, config.routed_scaling_factor
+        choice = Router(moe.route, router.forward, router.bias, *sizes)
+        return cls((halves[0], halves[1]), config.rms_norm_eps, choice, experts)
 
     def takes(self, tokens: int, cache: Tensor, batch: PagedBatch) -> bool:
         """Whether it is for so many tokens; a prompt's are for others."""

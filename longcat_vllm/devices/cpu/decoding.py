@@ -15,7 +15,7 @@ from vllm.distributed.kv_transfer import has_kv_transfer_group
 from vllm.forward_context import get_forward_context
 from vllm.lora.layers import BaseLayerWithLoRA
 
-from longcat_core.kernels.cpu.decoder import DecoderLayer, Half, Router
+from longcat_core.kernels.cpu.decoder import DecoderLayer
 from longcat_core.kernels.cpu.norm import add_rms_norm
 from longcat_core.layers import rotary
 from longcat_core.layers.latent_attention import PagedBatch
@@ -101,21 +101,13 @@ def _compiled(model: LongcatModel) -> list[DecoderLayer] | None:
 
 
 def _compiled_layer(layer: LongcatDecoderLayer) -> DecoderLayer | None:
-    parts: Any = zip(layer.input_layernorm, layer.self_attn, layer.post_attention_layernorm, layer.mlps, strict=True)
-    halves = []
-    for input_norm, attention, ffn_norm, ffn in parts:
-        mla, dense = compiled_mla(attention), compiled_ffn(ffn)
-        if mla is None or dense is None:
-            return None
-        halves.append(Half(input_norm.weight, mla, ffn_norm.weight, dense))
     moe: Any = layer.mlp
     experts = experts_of(moe.experts)
     if experts is None or moe.placed is not None:
         return None
-    config, router = moe.config, moe.router
-    sizes = config.n_routed_experts, config.moe_topk, config.routed_scaling_factor
-    choice = Router(moe.route, router.forward, router.bias, *sizes)
-    return DecoderLayer((halves[0], halves[1]), config.rms_norm_eps, choice, experts)
+    modules: Any = zip(layer.self_attn, layer.mlps, strict=True)
+    parts = ((compiled_mla(attention), compiled_ffn(ffn)) for attention, ffn in modules)
+    return DecoderLayer.of(layer, parts, experts)
 
 
 def _layers(model: LongcatModel) -> Any:
