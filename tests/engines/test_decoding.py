@@ -6,7 +6,6 @@ from __future__ import annotations
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import pytest
 from torch import Tensor
@@ -15,6 +14,7 @@ from longcat_core.kernels.cpu import library
 from longcat_core.kernels.cpu.decoder import DecoderLayer
 from longcat_nano import CHECKPOINT
 from tests.harness import engine
+from tests.noted_rows import note_rows
 
 pytestmark = pytest.mark.skipif(not library.is_available(), reason=library.description())
 NEW_TOKENS, LAYERS, VOCABULARY = 24, 2, 2048
@@ -27,14 +27,7 @@ WITHIN = {"vLLM": 0.9, "SGLang": 1.0}[engine.NAME]
 
 
 def _note_passes(noted: Path, is_compiled: bool, patch: pytest.MonkeyPatch) -> None:
-    call = DecoderLayer.__call__
-
-    def noting(layer: DecoderLayer, *args: Any) -> Any:
-        with noted.open("a") as lines:
-            lines.write(f"{len(args[0])}\n")
-        return call(layer, *args)
-
-    patch.setattr(DecoderLayer, "__call__", noting)
+    note_rows(DecoderLayer, noted, patch)
     if not is_compiled:
         patch.setattr(import_module(f"{engine.PACKAGE}.devices.cpu.decoding"), "_compiled", lambda _: None)
 

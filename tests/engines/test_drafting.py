@@ -6,7 +6,6 @@ from __future__ import annotations
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,6 +13,7 @@ from longcat_core.kernels.cpu import library
 from longcat_core.kernels.cpu.mtp import MtpLayer
 from longcat_nano import CHECKPOINT
 from tests.harness import engine
+from tests.noted_rows import note_rows
 from tests.speculation import Speculated
 
 pytestmark = pytest.mark.skipif(not library.is_available(), reason=library.description())
@@ -25,14 +25,7 @@ LAST_TOKENS = {"vLLM": 18, "SGLang": 14}[engine.NAME]
 
 
 def _note_passes(noted: Path, is_compiled: bool, patch: pytest.MonkeyPatch) -> None:
-    call = MtpLayer.__call__
-
-    def noting(layer: MtpLayer, *args: Any) -> Any:
-        with noted.open("a") as lines:
-            lines.write(f"{len(args[0])}\n")
-        return call(layer, *args)
-
-    patch.setattr(MtpLayer, "__call__", noting)
+    note_rows(MtpLayer, noted, patch)
     if not is_compiled:
         patch.setattr(import_module(f"{engine.PACKAGE}.devices.cpu.drafting"), "_compiled", lambda _: None)
 

@@ -1,0 +1,21 @@
+"""Notes how many rows each call of a class has, in a file, as the engine may run in another process than the test."""
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def note_rows(of: type[Any], noted: Path, patch: pytest.MonkeyPatch) -> None:
+    """of: a class whose instances are called with rows first."""
+    call = of.__call__
+
+    def noting(this: Any, *args: Any) -> Any:
+        with noted.open("a") as lines:
+            lines.write(f"{len(args[0])}\n")
+        return call(this, *args)
+
+    patch.setattr(of, "__call__", noting)
