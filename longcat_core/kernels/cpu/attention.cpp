@@ -10,9 +10,11 @@
 using namespace longcat;
 
 static constexpr long BLOCK = 64;  // rows of a weight, or slots of the cache; a multiple of GROUP
+static constexpr long ROWS = 64;   // of queries, one for each head, that a block of slots is read for at once
+static_assert(BLOCK == SLOTS, "a block is what `weigh` takes");
 
-// store(n, h, first, count, sums), with sums[i] = x(h)(n) w(h)[first + i], for each head h and each of `all` rows of x(h),
-// for a block of the weight's rows after the other; w: bf16 [heads, rows, k].
+// store(n, h, first, sums), with sums[i] = x(h)(n) w(h)[first + i], for each head h and each of `all` rows of x(h), for a
+// block of the weight's rows after the other; w: bf16 [heads, rows, k].
 template <class X, class Store>
 static void for_each_head(long heads, long all, X x, const bf16* w, long rows, long k, Store store) {
     const long blocks = (rows + BLOCK - 1) / BLOCK;
@@ -24,10 +26,185 @@ static void for_each_head(long heads, long all, X x, const bf16* w, long rows, l
     });
 }
 
-// How many parts the slots of a request are attended to in, each by one thread.
+// How many parts the slots of a request are attended to in, and how many heads at once, so that threads have enough to do.
 static long parts_of(const Attention& a) {
-    const long threads = omp_get_max_threads(), items = a.requests * ((a.heads + 3) / 4);
-    return std::max(1L, std::min((2 * threads + items - 1) / items, a.slots / 512));
+    return std::max(1L, std::min((2 * omp_get_max_threads() + a.requests - 1) / a.requests, a.slots / 512));
+}
+
+static long heads_at_once(const Attention& a, long parts) {
+    long heads = std::min(a.heads, ROWS);
+    while (heads > 4 && a.requests * parts * ((a.heads + heads - 1) / heads) < omp_get_max_threads()) heads = (heads + 1) / 2;
+    return heads;
+}
+
+// A query in latent space, as a product takes it.
+static void put_block(float* split, long first, long count, const float* made) {
+    for (long group = first; group < first + count; group += GROUP)
+        for (long i = 0; i < GROUP / 2; i++) {
+            split[group + i] = made[group - first + 2 * i];
+            split[group + GROUP / 2 + i] = made[group - first + 2 * i + 1];
+        }
+}
+
+static void put_block(bf16* row, long first, long count, const float* made) {
+    for (long i = 0; i < count; i++) row[first + i] = to_bf16(made[i]);
+}
+
+// Some queries, all with `heads` rows, and slots that all of them see, or those that `visible`, of a query `slots` after
+// the one before, says.
+struct Block {
+    long queries, heads, count;
+    Rows<bf16> keys;
+    const bool* visible;
+};
+
+// Adds the block to contexts, `kept` apart: [latent] numbers, split, then the greatest score and the sum of exponentials.
+static void add_block(const Attention& a, const float* q, long width, const Block& block, float* to, long kept) {
+    const Tiles& tile = tiles();
+    const long rows = block.queries * block.heads, count = block.count;
+    std::vector<float> weights(rows * BLOCK);
+    tile.dot({q, width, nullptr}, rows, block.keys, count, a.latent + a.rope, weights.data(), BLOCK);
+    for (long row = 0; row < rows; row++) {
+        float* const scores = weights.data() + row * BLOCK;
+        const bool* const visible = block.visible ? block.visible + row / block.heads * a.slots : nullptr;
+        for (long i = 0; i < count; i++) scores[i] = !visible || visible[i] ? scores[i] * a.scale : -INFINITY;
+        float* const context = to + row * kept;
+        float &greatest = context[a.latent], &total = context[a.latent + 1];
+        const float now = std::max(greatest, *std::max_element(scores, scores + count));
+        if (now == -INFINITY) {  // nothing is seen yet
+            std::fill_n(scores, count, 0.0f);
+            continue;
+        }
+        const float shrink = std::exp(greatest - now);
+        if (shrink != 1.0f)
+            for (long i = 0; i < a.latent; i++) context[i] *= shrink;
+        greatest = now;
+        total = total * shrink + tile.exponentials(scores, count, now);
+    }
+    tile.mix(weights.data(), BLOCK, rows, block.keys, count, a.latent, to, kept);
+}
+
+static void add_block(const Attention& a, const bf16* q, long width, const Block& block, float* to, long kept) {
+    const Tiles& tile = tiles();
+    const long rows = block.queries * block.heads;
+    std::vector<float> weights(rows * SLOTS);
+    std::vector<uint32_t> shares(rows * SLOTS / 2);
+    tile.dot_bf16({q, width, nullptr}, rows, block.keys, block.count, a.latent + a.rope, weights.data(), SLOTS);
+    for (long row = 0; row < rows; row++) {
+        float* const scores = weights.data() + row * SLOTS;
+        const bool* const visible = block.visible ? block.visible + row / block.heads * a.slots : nullptr;
+        if (visible)
+            for (long i = 0; i < block.count; i++)
+                if (!visible[i]) scores[i] = UNSEEN;
+        float* const context = to + row * kept;
+        tile.weigh(scores, block.count, a.scale, context[a.latent], context[a.latent + 1], shares.data() + row * SLOTS / 2,
+                   context, a.latent);
+    }
+    tile.mix_shares(shares.data(), rows, block.keys, block.count, a.latent, to, kept);
+}
+
+// Contexts of parts become one, of all slots, in the place of the first; a part is `part_stride` after the one before.
+static void join_parts(const Attention& a, float* contexts, long parts, long part_stride) {
+    float greatest = -INFINITY, total = 0.0f;
+    for (long part = 0; part < parts; part++) greatest = std::max(greatest, contexts[part * part_stride + a.latent]);
+    for (long part = 0; part < parts; part++) {
+        const float* const from = contexts + part * part_stride;
+        total += from[a.latent + 1] * std::exp(from[a.latent] - greatest);
+    }
+    for (long part = 0; part < parts; part++) {
+        const float* const from = contexts + part * part_stride;
+        const float share = std::exp(from[a.latent] - greatest) / total;
+        if (part == 0)
+            for (long i = 0; i < a.latent; i++) contexts[i] *= share;
+        else
+            for (long i = 0; i < a.latent; i++) contexts[i] += share * from[i];
+    }
+}
+
+// X: what queries and contexts are multiplied with weights and the cache as.
+template <class X>
+static void attend(const Attention& a, bf16* output, const bf16* query, const int64_t* rows, const bf16* cache,
+                   const int64_t* slots, const int64_t* positions, const bool* visible, const bf16* w_uk,
+                   const bf16* w_uv, float* scratch) {
+    constexpr bool IS_BF16 = sizeof(X) == sizeof(bf16);
+    const Tiles& tile = tiles();
+    const long all = a.requests * a.queries, width = padded(a.latent + a.rope), nope_width = padded(a.nope);
+    const long parts = parts_of(a), heads = heads_at_once(a, parts), head_blocks = (a.heads + heads - 1) / heads;
+    const long kept = a.latent + 2;  // a context with its greatest score and its sum of exponentials
+    const long part_stride = all * a.heads * kept;
+    float* const contexts = scratch;
+    X* const in_latent = reinterpret_cast<X*>(contexts + parts * part_stride);
+    X* const more = in_latent + all * a.heads * width;  // queries without their rotary part, or contexts
+
+    // Queries into latent space, a head at a time, for all requests.
+    for_each(all * a.heads, [=, &tile](long item) {
+        const long n = item / a.heads, h = item % a.heads;
+        const bf16* const from = query + rows[n] * a.query_stride + h * (a.nope + a.rope);
+        if constexpr (!IS_BF16) tile.split(from, a.nope, more + item * nope_width);
+        X* const to = in_latent + item * width;
+        for (long i = 0; i < a.rope; i++) put(to, a.latent + i, to_float(from[a.nope + i]));
+        for (long i = a.latent + a.rope; i < width; i++) put(to, i, 0.0f);
+    });
+    const auto queries_of = [=](long h) -> Rows<X> {
+        if constexpr (IS_BF16)
+            return {query + h * (a.nope + a.rope), a.query_stride, rows};
+        else
+            return {more + h * nope_width, a.heads * nope_width, nullptr};
+    };
+    const auto store = [=](long n, long h, long first, long count, const float* made) {
+        put_block(in_latent + (n * a.heads + h) * width, first, count, made);
+    };
+    for_each_head(a.heads, all, queries_of, w_uk, a.latent, a.nope, store);
+
+    // Contexts of some heads of a request over a part of its slots, a block of slots at a time.
+    const long part_slots = ((a.slots + parts - 1) / parts + BLOCK - 1) / BLOCK * BLOCK;
+    for_each(a.requests * parts * head_blocks, [=](long item) {
+        const long request = item / (parts * head_blocks), part = item / head_blocks % parts;
+        const long first_head = item % head_blocks * heads, some = std::min(heads, a.heads - first_head);
+        const long last = std::min(a.slots, (part + 1) * part_slots);
+        const long together = some == a.heads ? std::max(1L, ROWS / some) : 1;  // queries whose rows follow each other
+        const auto seen_by = [=](long n, long first, long count) {
+            return visible ? count : std::min(count, long(positions[n]) + 1 - first);
+        };
+        for (long q = 0; q < a.queries; q += together) {
+            const long n = request * a.queries + q, queries = std::min(together, a.queries - q);
+            const long row = n * a.heads + first_head;
+            float* const to = contexts + part * part_stride + row * kept;
+            for (long i = 0; i < queries * some; i++) {
+                std::fill_n(to + i * kept, a.latent, 0.0f);
+                to[i * kept + a.latent] = -INFINITY, to[i * kept + a.latent + 1] = 0.0f;
+            }
+            for (long first = part * part_slots; first < last; first += BLOCK) {
+                const long count = std::min(BLOCK, last - first);
+                for (long i = 0, next; i < queries; i = next) {
+                    const long seen = seen_by(n + i, first, count);
+                    for (next = i + 1; next < queries && seen_by(n + next, first, count) == seen;) next++;
+                    if (seen <= 0) continue;
+                    const Rows<bf16> keys = {cache, a.cache_stride, slots + request * a.slots + first};
+                    const bool* const of_these = visible ? visible + (n + i) * a.slots + first : nullptr;
+                    add_block(a, in_latent + (row + i * some) * width, width, {next - i, some, seen, keys, of_these},
+                              to + i * some * kept, kept);
+                }
+            }
+        }
+    });
+
+    // The parts put together, and values out of latent space, a head at a time, for all requests.
+    for_each(all * a.heads, [=, &tile](long item) {
+        join_parts(a, contexts + item * kept, parts, part_stride);
+        if constexpr (IS_BF16) tile.unsplit(contexts + item * kept, a.latent, more + item * a.latent);
+    });
+    const auto contexts_of = [=](long h) -> Rows<X> {
+        if constexpr (IS_BF16)
+            return {more + h * a.latent, a.heads * a.latent, nullptr};
+        else
+            return {contexts + h * kept, a.heads * kept, nullptr};
+    };
+    const auto store_values = [=](long n, long h, long first, long count, const float* made) {
+        bf16* const to = output + (rows[n] * a.heads + h) * a.value + first;
+        for (long i = 0; i < count; i++) to[i] = to_bf16(made[i]);
+    };
+    for_each_head(a.heads, all, contexts_of, w_uv, a.value, a.latent, store_values);
 }
 
 extern "C" {
@@ -35,125 +212,20 @@ extern "C" {
 // How many fp32 `longcat_attention` needs as its scratch.
 long longcat_attention_scratch(const Attention* a) {
     return a->requests * a->queries * a->heads *
-           (padded(a->latent + a->rope) + parts_of(*a) * (a->latent + 2) + padded(a->nope));
+           (parts_of(*a) * (a->latent + 2) + padded(a->latent + a->rope) + std::max(padded(a->nope), a->latent));
 }
 
 // output: bf16 [T, heads, value], of which rows `rows` are written; query: bf16 [T, heads, nope + rope]; rows: int64
 // [requests, queries]; cache: bf16 [slots of the cache, latent + rope]; slots: int64 [requests, slots]; positions: int64
 // [requests, queries], a query sees the slots up to its own; or `visible`, bool [requests, queries, slots], says which;
-// w_uk: bf16 [heads, latent, nope]; w_uv: bf16 [heads, value, latent]; latent is a multiple of 32. scratch: fp32
-// [N, heads, padded(latent + rope)], then [parts, N, heads, latent + 2], where N = requests queries, then
-// [N, heads, padded(nope)].
+// w_uk: bf16 [heads, latent, nope]; w_uv: bf16 [heads, value, latent]; latent is a multiple of 32. scratch: fp32, as
+// many as `longcat_attention_scratch` says. Where the processor has products in bf16, queries in latent space, what
+// softmax makes of scores, and contexts are rounded to bf16, as kernels for GPUs do; sums are fp32.
 void longcat_attention(const Attention* attention, bf16* output, const bf16* query, const int64_t* rows,
                        const bf16* cache, const int64_t* slots, const int64_t* positions, const bool* visible,
                        const bf16* w_uk, const bf16* w_uv, float* scratch) {
-    const Attention a = *attention;
-    const Tiles& tile = tiles();
-    const long all = a.requests * a.queries, width = padded(a.latent + a.rope), nope_width = padded(a.nope);
-    const long key = a.latent + a.rope, parts = parts_of(a);
-    const long kept = a.latent + 2;  // a context with its greatest score and its sum of exponentials
-    float* const in_latent = scratch;
-    float* const contexts = in_latent + all * a.heads * width;
-    float* const without_rope = contexts + parts * all * a.heads * kept;
-
-    // Queries into latent space, a head at a time, for all requests.
-    for_each(all * a.heads, [=, &tile](long item) {
-        const long n = item / a.heads, h = item % a.heads;
-        const bf16* const from = query + rows[n] * a.query_stride + h * (a.nope + a.rope);
-        if (!tile.dot_bf16) tile.split(from, a.nope, without_rope + item * nope_width);
-        float* const to = in_latent + item * width;
-        for (long i = 0; i < a.rope; i++) to[split_place(a.latent + i)] = to_float(from[a.nope + i]) * a.scale;
-        for (long i = key; i < width; i++) to[split_place(i)] = 0.0f;
-    });
-    const auto store = [=](long n, long h, long first, long count, const float* made) {
-        float* const to = in_latent + (n * a.heads + h) * width + first;
-        for (long group = 0; group < count; group += GROUP)
-            for (long i = 0; i < GROUP / 2; i++) {
-                to[group + i] = made[group + 2 * i] * a.scale;
-                to[group + GROUP / 2 + i] = made[group + 2 * i + 1] * a.scale;
-            }
-    };
-    const auto in_bf16 = [=](long h) { return Rows<bf16>{query + h * (a.nope + a.rope), a.query_stride, rows}; };
-    const auto in_fp32 = [=](long h) {
-        return Rows<float>{without_rope + h * nope_width, a.heads * nope_width, nullptr};
-    };
-    if (tile.dot_bf16)
-        for_each_head(a.heads, all, in_bf16, w_uk, a.latent, a.nope, store);
-    else
-        for_each_head(a.heads, all, in_fp32, w_uk, a.latent, a.nope, store);
-
-    // Scores, softmax and contexts of some heads of a request over a part of its slots, a block of slots at a time.
-    const long threads = omp_get_max_threads();
-    long heads = a.heads;
-    while (heads > 4 && a.requests * parts * ((a.heads + heads - 1) / heads) < 2 * threads) heads = (heads + 1) / 2;
-    const long head_blocks = (a.heads + heads - 1) / heads;
-    const long part_slots = ((a.slots + parts - 1) / parts + BLOCK - 1) / BLOCK * BLOCK;
-    for_each(a.requests * parts * head_blocks, [=, &tile](long item) {
-        const long request = item / (parts * head_blocks), part = item / head_blocks % parts;
-        const long first_head = item % head_blocks * heads, some = std::min(heads, a.heads - first_head);
-        const long last = std::min(a.slots, (part + 1) * part_slots);
-        std::vector<float> weights(some * BLOCK);
-        for (long q = 0; q < a.queries; q++) {
-            const long n = request * a.queries + q;
-            float* const to = contexts + ((part * all + n) * a.heads + first_head) * kept;
-            for (long h = 0; h < some; h++) {
-                std::fill_n(to + h * kept, a.latent, 0.0f);
-                to[h * kept + a.latent] = -INFINITY, to[h * kept + a.latent + 1] = 0.0f;
-            }
-            const long end = visible ? last : std::min(last, long(positions[n]) + 1);
-            for (long first = part * part_slots; first < end; first += BLOCK) {
-                const long count = std::min(BLOCK, end - first);
-                const Rows<bf16> keys = {cache, a.cache_stride, slots + request * a.slots + first};
-                tile.dot({in_latent + (n * a.heads + first_head) * width, width, nullptr}, some, keys, count, key,
-                         weights.data(), BLOCK);
-                for (long h = 0; h < some; h++) {
-                    float* const scores = weights.data() + h * BLOCK;
-                    if (visible)
-                        for (long i = 0; i < count; i++)
-                            if (!visible[n * a.slots + first + i]) scores[i] = -INFINITY;
-                    float& greatest = to[h * kept + a.latent];
-                    const float now = std::max(greatest, *std::max_element(scores, scores + count));
-                    if (now == -INFINITY) {  // nothing is seen yet
-                        std::fill_n(scores, count, 0.0f);
-                        continue;
-                    }
-                    const float shrink = std::exp(greatest - now);
-                    if (shrink != 1.0f)
-                        for (long i = 0; i < a.latent; i++) to[h * kept + i] *= shrink;
-                    greatest = now;
-                    float& total = to[h * kept + a.latent + 1];
-                    total = total * shrink + tile.exponentials(scores, count, now);
-                }
-                tile.mix(weights.data(), BLOCK, some, keys, count, a.latent, to, kept);
-            }
-        }
-    });
-
-    // The parts put together, and values out of latent space, a head at a time, for all requests.
-    for_each(all * a.heads, [=](long item) {
-        float* const first = contexts + item * kept;
-        float greatest = -INFINITY, total = 0.0f;
-        for (long part = 0; part < parts; part++)
-            greatest = std::max(greatest, first[part * all * a.heads * kept + a.latent]);
-        for (long part = 0; part < parts; part++) {
-            const float* const from = first + part * all * a.heads * kept;
-            total += from[a.latent + 1] * std::exp(from[a.latent] - greatest);
-        }
-        for (long part = parts; part-- > 0;) {  // the first one last, as the sum takes its place
-            const float* const from = first + part * all * a.heads * kept;
-            const float share = std::exp(from[a.latent] - greatest) / total;
-            float* const sum = parts > 1 ? in_latent + item * width : first;
-            for (long i = 0; i < a.latent; i++) sum[i] = (part + 1 < parts ? sum[i] : 0.0f) + share * from[i];
-        }
-    });
-    const float* const found = parts > 1 ? in_latent : contexts;
-    const long stride = parts > 1 ? width : kept;
-    const auto contexts_of = [=](long h) { return Rows<float>{found + h * stride, a.heads * stride, nullptr}; };
-    const auto store_values = [=](long n, long h, long first, long count, const float* made) {
-        bf16* const to = output + (rows[n] * a.heads + h) * a.value + first;
-        for (long i = 0; i < count; i++) to[i] = to_bf16(made[i]);
-    };
-    for_each_head(a.heads, all, contexts_of, w_uv, a.value, a.latent, store_values);
+    (tiles().dot_bf16 ? attend<bf16> : attend<float>)(*attention, output, query, rows, cache, slots, positions, visible,
+                                                      w_uk, w_uv, scratch);
 }
 
 // cache: bf16 [slots of the cache, latent + rope], cache_stride apart; latents: bf16 [tokens, latent], latent_stride apart;

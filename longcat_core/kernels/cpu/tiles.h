@@ -60,6 +60,7 @@ struct Rows {
 // Blocks of the attention of a prompt: how many queries there are of a head at once, and how many slots, or numbers of a
 // value. Pairs of numbers in bf16 are one word, so that a product takes two columns of a query, or two slots, at once.
 constexpr long QUERIES = 48, SLOTS = 64;
+constexpr float UNSEEN = -1e30f;  // a score, less than any of a slot that is seen; its exponential is 0
 
 struct Tiles {
     // out[t * out_stride + n] = sum over k of x(t)[k] w(n)[k]; x is split.
@@ -84,6 +85,15 @@ struct Tiles {
     // q: [QUERIES, pairs]; keys: [slots / SLOTS, pairs, SLOTS]; values: [slots / SLOTS, blocks, SLOTS / 2, SLOTS].
     void (*attend)(const uint32_t* q, long pairs, const uint32_t* keys, const uint32_t* values, long blocks, long slots,
                    long first, float scale, float* out);
+    // The following are null as well where `attend` is.
+    // Scores of a query for SLOTS slots, of which it sees the first `seen`, become exponentials, `shares`, in bf16 [SLOTS];
+    // what was summed before, `total` and out [width], is brought to the greatest score so far.
+    void (*weigh)(float* scores, long seen, float scale, float& greatest, float& total, uint32_t* shares, float* out,
+                  long width);
+    // As `mix`, with shares in bf16, [tokens, SLOTS], that are 0 from `rows` on.
+    void (*mix_shares)(const uint32_t* shares, long tokens, Rows<bf16> w, long rows, long k, float* out, long out_stride);
+    // out: in bf16, count numbers, whole groups, that were split.
+    void (*unsplit)(const float* split, long count, bf16* out);
     const char* name;
 };
 
