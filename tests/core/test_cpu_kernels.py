@@ -18,6 +18,7 @@ from torch import Tensor
 from longcat_core.kernels.cpu import attention, library, rotary, routing
 from longcat_core.kernels.cpu import experts as compiled
 from longcat_core.kernels.cpu.experts import CompiledFFN, routed_experts
+from longcat_core.kernels.cpu.half import Half
 from longcat_core.kernels.cpu.mla import Mla
 from longcat_core.kernels.cpu.mtp import MtpLayer, Norms
 from longcat_core.kernels.cpu.norm import add_rms_norm, rms_norm, takes
@@ -442,20 +443,72 @@ def test_an_mla_whose_sizes_do_not_fit_is_refused() -> None:
         Mla(**weights | {"q_b": Projection(weights["q_b"].weight.float())})
 
 
+def a_projection(generator: torch.Generator, *shape: int) -> Projection:
+    return Projection((torch.randn(shape, generator=generator) * shape[-1] ** -0.5).bfloat16())
+
+
+def an_ffn(generator: torch.Generator) -> CompiledFFN:
+    return CompiledFFN(a_projection(generator, 2 * 24, HIDDEN), a_projection(generator, HIDDEN, 24))
+
+
+def two_tokens(generator: torch.Generator) -> tuple[Any, ...]:
+    """As an `Mla` takes them."""
+    batch = PagedBatch.build([0, 1, 2], [5, 7], torch.arange(14).view(2, 7), 1)
+    angles, slots = torch.rand(2, 1, ROPE // 2, generator=generator), torch.tensor([4, 13])
+    cache = torch.randn(14, LATENT + ROPE, generator=generator).bfloat16()
+    return angles.cos(), angles.sin(), cache, slots, batch
+
+
+@pytest.mark.parametrize("has_residual", [False, True])
+@pytest.mark.parametrize("is_fp8", [False, True])
+def test_half_of_a_layer_is_its_kernels_one_after_the_other(has_residual: bool, is_fp8: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    mla, ffn = Mla(**mla_weights(generator, is_fp8)), an_ffn(generator)
+    if is_fp8:
+        weights = (torch.randn(2 * 128, HIDDEN, generator=generator), torch.randn(HIDDEN, 128, generator=generator))
+        ffn = CompiledFFN(*(Projection(*quantize_blocks(weight * 0.1)) for weight in weights))
+    norms = [torch.rand(HIDDEN, generator=generator).bfloat16() for _ in range(2)]
+    both = torch.randn(2, 2, HIDDEN, generator=generator).bfloat16()
+    x, residual = both[:, 0], both[:, 1]  # rows that do not follow each other
+    where = two_tokens(generator)
+    half = Half(norms[0], mla, norms[1], ffn, 1e-5)
+    made = half(x, residual if has_residual else None, *where)
+
+    normed, total = add_rms_norm(x, residual, norms[0], 1e-5) if has_residual else (rms_norm(x, norms[0], 1e-5), x)
+    attended = mla(normed, *where)
+    assert attended is not None
+    inputs, total = add_rms_norm(attended, total, norms[1], 1e-5)
+    assert made is not None
+    assert torch.equal(made.inputs, inputs)
+    assert torch.equal(made.residual, total)
+    wanted = ffn(inputs)
+    assert wanted is not None
+    assert torch.equal(made.outputs, wanted)
+
+
+def test_half_of_a_layer_whose_sizes_do_not_fit_is_refused() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mla, ffn = Mla(**mla_weights(generator, is_fp8=False)), an_ffn(generator)
+    norm = torch.rand(HIDDEN, generator=generator).bfloat16()
+    half = Half(norm, mla, norm, ffn, 1e-5)
+    where, x = two_tokens(generator), torch.zeros(2, HIDDEN).bfloat16()
+    with pytest.raises(ValueError, match=r"residual: \[1, 40\], wanted \[2, 40\]"):
+        half(x, x[:1], *where)
+    with pytest.raises(ValueError, match=r"norms and projections of the FFN \(39, 40, .* wanted \(40, 40, "):
+        Half(norm[1:], mla, norm, ffn, 1e-5)
+    with pytest.raises(ValueError, match=r"norms and eh_proj: .* wanted"):
+        MtpLayer(Norms(*[norm] * len(Norms._fields)), 1e-5, a_projection(generator, HIDDEN, HIDDEN), mla, ffn)
+    many = torch.zeros(FEW_ROWS + 1, HIDDEN).bfloat16()
+    assert half(many, None, *where) is None
+
+
 def test_an_mtp_layer_is_its_modules_one_after_the_other() -> None:
     generator = torch.Generator().manual_seed(0)
     mla = Mla(**mla_weights(generator, is_fp8=False))
     norms = Norms(*(torch.rand(HIDDEN, generator=generator).bfloat16() for _ in Norms._fields))
-
-    def projection(*shape: int) -> Projection:
-        return Projection((torch.randn(shape, generator=generator) * shape[-1] ** -0.5).bfloat16())
-
-    eh_proj, ffn = projection(HIDDEN, 2 * HIDDEN), CompiledFFN(projection(2 * 24, HIDDEN), projection(HIDDEN, 24))
+    eh_proj, ffn = a_projection(generator, HIDDEN, 2 * HIDDEN), an_ffn(generator)
     embedded, hidden = (torch.randn(2, HIDDEN, generator=generator).bfloat16() for _ in range(2))
-    batch = PagedBatch.build([0, 1, 2], [5, 7], torch.arange(14).view(2, 7), 1)
-    angles, slots = torch.rand(2, 1, ROPE // 2, generator=generator), torch.tensor([4, 13])
-    cache = torch.randn(14, LATENT + ROPE, generator=generator).bfloat16()
-    where = angles.cos(), angles.sin(), cache, slots, batch
+    where = two_tokens(generator)
     layer = MtpLayer(norms, 1e-5, eh_proj, mla, ffn)
     ours = layer(embedded, hidden, *where)
 

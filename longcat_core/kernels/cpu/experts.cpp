@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "kernels.h"
 #include "parallel.h"
-#include "tiles.h"
 
 using namespace longcat;
 

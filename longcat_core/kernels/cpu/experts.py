@@ -43,6 +43,7 @@ class CompiledFFN:
 
     def __init__(self, gate_up: Projection, down: Projection) -> None:
         """gate_up: [2 I, H], gate above up; down: [H, I]."""
+        self.gate_up, self.down = gate_up, down
         self._weights = gate_up.weight.unsqueeze(0), down.weight.unsqueeze(0)
         self._scales = [None if each.scales is None else each.scales.unsqueeze(0) for each in (gate_up, down)]
         self._ids = torch.zeros(FEW_ROWS, 1, dtype=torch.int32)

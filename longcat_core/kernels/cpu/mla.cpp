@@ -7,28 +7,6 @@
 
 using namespace longcat;
 
-namespace {
-
-struct Projection {  // [rows, columns], contiguous, in bf16, or in FP8 if there are scales
-    const void* weight;
-    const float* scales;
-    long rows, columns;
-};
-
-struct Mla {
-    Projection qkv_a, q_b, o;
-    const bf16 *q_norm, *kv_norm, *w_uk, *w_uv;
-    float epsilon;
-};
-
-struct Group {  // requests that are attended to at once
-    Attention attention;
-    const int64_t *rows, *slots, *positions;
-    const bool* visible;
-};
-
-}  // namespace
-
 extern "C" {
 
 // output: bf16 [tokens, o.rows]; x: bf16 [tokens, qkv_a.columns], rows x_stride apart; cos and sin: fp32 [tokens, rope / 2];

@@ -18,8 +18,8 @@ from longcat_core.kernels.cpu.product import FEW_ROWS, Projection
 from longcat_core.layers.latent_attention import PagedBatch, UpProjection
 
 
-class _Projection(ctypes.Structure):
-    """`Projection` of mla.cpp."""
+class ProjectionFields(ctypes.Structure):
+    """`Projection` of kernels.h."""
 
     _fields_: ClassVar[Any] = [
         ("weight", ctypes.c_void_p),
@@ -28,19 +28,31 @@ class _Projection(ctypes.Structure):
         ("columns", ctypes.c_long),
     ]
 
+    @classmethod
+    def of(cls, name: str, projection: Projection) -> ProjectionFields:
+        """They do not keep the tensors alive.
+
+        Raises:
+            ValueError: for dtypes or strides that the kernels do not take.
+        """
+        require_weight(name, *projection)
+        if not projection.weight.is_contiguous():
+            raise ValueError(f"{name}: strides {projection.weight.stride()}, wanted contiguous rows")
+        return cls(projection.weight.data_ptr(), address_of(projection.scales), *projection.weight.shape)
+
 
 class _Mla(ctypes.Structure):
-    """`Mla` of mla.cpp."""
+    """`Mla` of kernels.h."""
 
     _fields_: ClassVar[Any] = [
-        *((name, _Projection) for name in ("qkv_a", "q_b", "o")),
+        *((name, ProjectionFields) for name in ("qkv_a", "q_b", "o")),
         *((name, ctypes.c_void_p) for name in ("q_norm", "kv_norm", "w_uk", "w_uv")),
         ("epsilon", ctypes.c_float),
     ]
 
 
 class _Group(ctypes.Structure):
-    """`Group` of mla.cpp."""
+    """`Group` of kernels.h."""
 
     _fields_: ClassVar[Any] = [
         ("attention", Sizes),
@@ -79,19 +91,15 @@ class Mla:
         )
         if found != wanted or rope < 2 or rope % 2 or latent % GROUP:
             raise ValueError(f"projections and the latents' norm {found}, wanted {wanted}, and a multiple of {GROUP}")
-        for name, projection in (("qkv_a", qkv_a), ("q_b", q_b), ("o", o)):
-            require_weight(name, *projection)
-            if not projection.weight.is_contiguous():
-                raise ValueError(f"{name}: strides {projection.weight.stride()}, wanted contiguous rows")
         w_uk, w_uv = up.w_uk.transpose(1, 2), up.w_uv
         require_bf16(q_norm=q_norm, kv_norm=kv_norm, w_uk=w_uk, w_uv=w_uv)
         if not w_uk.is_contiguous() or not w_uv.is_contiguous():
             raise ValueError("w_uk, w_uv: not contiguous, wanted as `UpProjection.of` lays them out")
-        self._up, self._rope, self._scale, self._hidden = up, rope, softmax_scale, hidden
+        self._up, self._rope, self._scale, self.hidden = up, rope, softmax_scale, hidden
         weights = (*qkv_a, *q_b, *o, q_norm, kv_norm)
         self._storages = [None if each is None else each.detach() for each in weights]  # which it keeps alive
-        self._mla = _Mla(
-            *(_Projection(p.weight.data_ptr(), address_of(p.scales), *p.weight.shape) for p in (qkv_a, q_b, o)),
+        self.fields = _Mla(
+            *(ProjectionFields.of(*each) for each in {"qkv_a": qkv_a, "q_b": q_b, "o": o}.items()),
             *(tensor.data_ptr() for tensor in (q_norm, kv_norm, w_uk, w_uv)),
             epsilon,
         )
@@ -110,39 +118,52 @@ class Mla:
         Raises:
             ValueError: for other dtypes or sizes, or rows that are not contiguous.
         """
+        where = self.where(x, cos, sin, cache, new_slots, batch)
+        if where is None:
+            return None
+        output = x.new_empty(len(x), self.hidden)
+        library().longcat_mla(
+            ctypes.byref(self.fields), output.data_ptr(), x.data_ptr(), x.stride(0), *where.arguments()
+        )
+        return output
+
+    def where(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, new_slots: Tensor, batch: PagedBatch
+    ) -> Where | None:
+        """What a call on these has as its last arguments; None, or raises, as the call."""
         if not self.takes(len(x), cache, batch):
             return None
         tokens, width = len(x), self._up.w_uk.shape[2] + self._rope
         require_bf16(x=x, cache=cache)
         angles = tokens * self._rope // 2
         are_angles = all(each.dtype == torch.float32 and each.numel() == angles for each in (cos, sin))
-        if x.shape[1] != self._hidden or cache.shape[1] != width or len(new_slots) != tokens or not are_angles:
+        if x.shape[1] != self.hidden or cache.shape[1] != width or len(new_slots) != tokens or not are_angles:
             raise ValueError(
                 f"x {[*x.shape]}, cos {cos.dtype} {[*cos.shape]}, sin {sin.dtype} {[*sin.shape]}, cache "
-                f"{[*cache.shape]} and {len(new_slots)} slots, wanted [T, {self._hidden}], torch.float32 [T, 1, "
+                f"{[*cache.shape]} and {len(new_slots)} slots, wanted [T, {self.hidden}], torch.float32 [T, 1, "
                 f"{self._rope // 2}] twice, [S, {width}] and T"
             )
-        new_slots, cos, sin = new_slots.long().contiguous(), cos.contiguous(), sin.contiguous()
         groups = self._groups(cache, batch)
         assert groups is not None, "as it takes them"
-        output = x.new_empty(tokens, self._hidden)
-        library().longcat_mla(
-            ctypes.byref(self._mla),
-            output.data_ptr(),
-            x.data_ptr(),
-            x.stride(0),
-            cos.data_ptr(),
-            sin.data_ptr(),
-            cache.data_ptr(),
-            new_slots.data_ptr(),
-            groups.array,
-            len(groups.cases),
-            tokens,
-        )
-        return output
+        return Where(cos.contiguous(), sin.contiguous(), cache, new_slots.long().contiguous(), groups)
 
     def _groups(self, cache: Tensor, batch: PagedBatch) -> _Groups | None:
         return _groups(batch, self._up, cache, self._rope, self._scale)
+
+
+class Where(NamedTuple):
+    """New tokens: their angles, and where they are in the cache."""
+
+    cos: Tensor
+    sin: Tensor
+    cache: Tensor
+    new_slots: Tensor
+    groups: _Groups
+
+    def arguments(self) -> tuple[Any, ...]:
+        """The last ones of `longcat_mla`."""
+        tensors = (self.cos, self.sin, self.cache, self.new_slots)
+        return *(each.data_ptr() for each in tensors), self.groups.array, len(self.groups.cases), len(self.new_slots)
 
 
 class _Groups(NamedTuple):

@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import ctypes
+from collections.abc import Iterator
+from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 
 from longcat_core.kernels.cpu.experts import CompiledFFN
-from longcat_core.kernels.cpu.library import require_bf16
-from longcat_core.kernels.cpu.mla import Mla
-from longcat_core.kernels.cpu.norm import add_rms_norm, rms_norm
-from longcat_core.kernels.cpu.product import Projection, product
-from longcat_core.layers.latent_attention import PagedBatch
+from longcat_core.kernels.cpu.half import Half
+from longcat_core.kernels.cpu.library import library, require_bf16
+from longcat_core.kernels.cpu.mla import Mla, ProjectionFields
+from longcat_core.kernels.cpu.product import Projection
+from longcat_core.layers.latent_attention import PagedBatch, RequestGroup
 
 
 class Norms(NamedTuple):
@@ -32,17 +33,37 @@ class Norms(NamedTuple):
         return cls(*(norm.weight for norm in norms))
 
 
+class _Mtp(ctypes.Structure):
+    """`Mtp` of half.cpp."""
+
+    _fields_: ClassVar[Any] = [
+        *((name, ctypes.c_void_p) for name in ("embedded_norm", "hidden_norm", "last_norm")),
+        ("eh_proj", ProjectionFields),
+        ("half", ctypes.c_void_p),
+    ]
+
+
 class MtpLayer:
     """`eh_proj([norm(embedding of the next token), norm(hidden)])`, an attention, a dense FFN and the last norm, of one
-    rank that has all of it.
+    rank that has all of it, in one call.
 
     Raises:
-        ValueError: for norms in another dtype.
+        ValueError: for dtypes or strides that the kernels do not take, or sizes that do not fit.
     """
 
     def __init__(self, norms: Norms, epsilon: float, eh_proj: Projection, mla: Mla, ffn: CompiledFFN) -> None:
         require_bf16(**norms._asdict())
-        self._norms, self._epsilon, self._eh_proj, self._mla, self._ffn = norms, epsilon, eh_proj, mla, ffn
+        self._half = Half(norms.attention, mla, norms.ffn, ffn, epsilon)
+        found = [*(len(norm) for norm in norms), *eh_proj.weight.shape]
+        wanted = [*[mla.hidden] * len(norms), mla.hidden, 2 * mla.hidden]
+        if found != wanted:
+            raise ValueError(f"norms and eh_proj: {found}, wanted {wanted}")
+        self._alive = [tensor.detach() for tensor in (*norms, *eh_proj) if tensor is not None]
+        self._fields = _Mtp(
+            *(norm.data_ptr() for norm in (norms.embedded, norms.hidden, norms.last)),
+            ProjectionFields.of("eh_proj", eh_proj),
+            ctypes.addressof(self._half.fields),
+        )
 
     def __call__(
         self,
@@ -54,16 +75,35 @@ class MtpLayer:
         slots: Tensor,
         batch: PagedBatch,
     ) -> Tensor | None:
-        """embedded and hidden_states: bf16 [T, H]; the rest as of `Mla`. Returns bf16 [T, H], the `hidden_states` of
-        the next step; None where `Mla` returns it."""
-        if not self._mla.takes(len(embedded), cache, batch):
+        """embedded and hidden_states: bf16 [T, H]; the rest, and what is raised, as of `Mla`. Returns bf16 [T, H], the
+        `hidden_states` of the next step; None where `Mla` returns it."""
+        where = self._half.attention.where(embedded, cos, sin, cache, slots, batch)
+        if where is None:
             return None
-        norms, epsilon = self._norms, self._epsilon
-        parts = rms_norm(embedded, norms.embedded, epsilon), rms_norm(hidden_states, norms.hidden, epsilon)
-        residual = product(torch.cat(parts, dim=-1), *self._eh_proj)
-        attended = self._mla(rms_norm(residual, norms.attention, epsilon), cos, sin, cache, slots, batch)
-        assert attended is not None, "as it takes them"
-        inputs, residual = add_rms_norm(attended, residual, norms.ffn, epsilon)
-        outputs = self._ffn(inputs)
-        assert outputs is not None, "as few rows as attention took"
-        return add_rms_norm(outputs, residual, norms.last, epsilon)[0]
+        require_bf16(hidden_states=hidden_states)
+        if hidden_states.shape != embedded.shape:
+            raise ValueError(f"hidden_states: {[*hidden_states.shape]}, wanted {[*embedded.shape]} as embedded has")
+        output = embedded.new_empty(embedded.shape)
+        library().longcat_mtp(
+            ctypes.byref(self._fields),
+            output.data_ptr(),
+            embedded.data_ptr(),
+            embedded.stride(0),
+            hidden_states.data_ptr(),
+            hidden_states.stride(0),
+            *where.arguments(),
+        )
+        return output
+
+
+def passes_of_chain(batch: PagedBatch, positions: Tensor) -> Iterator[PagedBatch]:
+    """Of a chain of drafts, one token of each request in each pass; built at once. For kernels of this folder alone, as
+    they read no slot beyond a position.
+
+    batch: of R requests with equally many new tokens, whose contexts are as long as any in the chain; positions: int64
+    [steps, R].
+    """
+    rows = [group.queries[:, :1] // group.queries.shape[1] for group in batch.groups]
+    for each in positions:
+        groups = zip(batch.groups, rows, strict=True)
+        yield PagedBatch(tuple(RequestGroup(of, group.slots, each[of], False, False) for group, of in groups))

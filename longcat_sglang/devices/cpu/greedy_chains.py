@@ -22,7 +22,7 @@ from sglang.srt.utils.async_probe import sanitize_nan_logits
 from torch import Tensor
 
 from longcat_core.kernels.cpu.decoder import DecoderLayer
-from longcat_core.kernels.cpu.mtp import MtpLayer
+from longcat_core.kernels.cpu.mtp import MtpLayer, passes_of_chain
 from longcat_core.kernels.cpu.product import product
 from longcat_core.layers import rotary
 from longcat_core.layers.latent_attention import PagedBatch
@@ -60,9 +60,9 @@ class Places(NamedTuple):
     lengths: list[int]
     """Of the contexts before them."""
 
-    def batch(self, start: int, width: int) -> PagedBatch:
-        """So many tokens of each request, of which the first is the one with this number."""
-        ends = [length + start + width for length in self.lengths]
+    def batch(self) -> PagedBatch:
+        width = self.positions.shape[1]
+        ends = [length + width for length in self.lengths]
         starts = range(0, (len(ends) + 1) * width, width)
         return PagedBatch.build(starts, ends, self.table, block_size=1, table_rows=self.rows)
 
@@ -77,11 +77,11 @@ def speculate(
     width, given = worker.speculative_num_draft_tokens, batch.spec_info
     assert isinstance(given, EagleDraftInput)
     places = _places(worker, batch, models, width)
-    read = places.batch(0, width)
+    read = places.batch()
     cache = models.backend.cache_of(models.target.model.layers[0].self_attn[0].attn_mqa)
     if not models.layers[0].takes(places.slots.numel(), cache, read):
         return original(worker, batch, on_publish, **kwargs)
-    drafts = _drafted(models, given, places)
+    drafts = _drafted(models, given, places, read)
     tokens = torch.cat((given.bonus_tokens.unsqueeze(1).long(), drafts), dim=1)
     hidden_states, logits = _verified(models, tokens, places, read)
     predicted = logits.argmax(dim=-1).view(tokens.shape)
@@ -91,17 +91,16 @@ def speculate(
     return _result(models, batch, places, read, hidden_states, logits, predicted, accepted)
 
 
-def _drafted(models: Models, given: EagleDraftInput, places: Places) -> Tensor:
+def _drafted(models: Models, given: EagleDraftInput, places: Places, read: PagedBatch) -> Tensor:
     """int64 [R, width - 1]: the first one that was drafted before, and those after it."""
     drafts, hidden_states = [given.topk_index], given.hidden_states
     assert hidden_states is not None, "it was looked at"
     model = models.drafter.model
     cache, head = _cache(models), head_of(models.drafter)
-    for step in range(places.slots.shape[1] - 2):
+    for step, where in enumerate(passes_of_chain(read, places.positions.T[:-2])):
         embedded = F.embedding(drafts[-1].flatten(), model.embed_tokens.weight)
         angles = places.cos[:, step], places.sin[:, step]
-        slots, where = places.slots[:, step], places.batch(step, width=1)
-        made = models.mtp(embedded, hidden_states, *angles, cache, slots, where)
+        made = models.mtp(embedded, hidden_states, *angles, cache, places.slots[:, step], where)
         assert made is not None, "decode steps of few requests"
         hidden_states = made
         drafts.append(product(made, head).argmax(dim=-1, keepdim=True))

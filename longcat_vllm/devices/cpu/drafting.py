@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from vllm.distributed.kv_transfer import has_kv_transfer_group
 
-from longcat_core.kernels.cpu.mtp import MtpLayer, Norms
+from longcat_core.kernels.cpu.mtp import MtpLayer, Norms, passes_of_chain
 from longcat_core.kernels.cpu.product import FEW_ROWS
 from longcat_core.layers import rotary
 from longcat_core.layers.latent_attention import PagedBatch
@@ -56,13 +56,15 @@ def draft_chain(original: Callable[..., Any], proposer: EagleProposer, *args: An
         hidden_states = causal.drafted_from
     proposer.num_speculative_tokens = drafts
     assert hidden_states is not None, "the first drafts were chosen from logits"
+    if drafts == 1:
+        return tokens[0]
     steps = torch.arange(1, drafts).unsqueeze(1)
     positions, slots = _places(kwargs["target_positions"][rows] + steps, batch.block_table_tensor, proposer)
     cos, sin = rotary.cos_sin(positions.unsqueeze(-1), model.inverse_frequencies, model.attention_factor)
-    starts = range(len(rows) + 1)
-    for step, lengths in enumerate((positions + 1).tolist()):
+    lengths = (positions.amax(dim=0) + 1).tolist()
+    whole = PagedBatch.build(range(len(lengths) + 1), lengths, batch.block_table_tensor, proposer.block_size)
+    for step, where in enumerate(passes_of_chain(whole, positions)):
         embedded = F.embedding(tokens[-1].flatten(), model.embed_tokens.weight)
-        where = PagedBatch.build(starts, lengths, batch.block_table_tensor, proposer.block_size)
         hidden_states = layer(embedded, hidden_states, cos[step], sin[step], cache, slots[step], where)
         assert hidden_states is not None, "one token of few requests"
         tokens.append(causal.compute_logits(hidden_states).argmax(dim=-1, keepdim=True))
