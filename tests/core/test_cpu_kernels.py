@@ -153,10 +153,13 @@ def test_experts_in_fp8_are_the_reference(seed: int, tokens: int, hidden: int, i
         assert relative_error(ours, reference.routed_experts(x.double(), ids, shares.double(), ffn)) < EXPERTS_ROUNDING
 
 
-def test_many_rows_of_one_expert_are_the_reference() -> None:
+@pytest.mark.parametrize(("hidden", "inner"), [(64, 48), (1102, 34), (70, 1100), (33, 35)])
+def test_many_rows_of_one_expert_are_the_reference(hidden: int, inner: int) -> None:
+    """300 rows of one expert, 150 of another, none of the third."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(300, 64, generator=generator).bfloat16()
-    w13, w2 = (torch.randn(shape, generator=generator).bfloat16() * 0.1 for shape in ((3, 96, 64), (3, 64, 48)))
+    x = torch.randn(300, hidden, generator=generator).bfloat16()
+    shapes = (3, 2 * inner, hidden), (3, hidden, inner)
+    w13, w2 = (torch.randn(shape, generator=generator).bfloat16() * 0.1 for shape in shapes)
     ids = torch.tensor([[2, -1], [2, 0]], dtype=torch.int32).repeat(150, 1)
     weights = torch.rand(300, 2, generator=generator)
     truth = reference.routed_experts(

@@ -8,7 +8,11 @@
 
 using namespace longcat;
 
-static constexpr long BLOCK = 32, AT_ONCE = 64;  // rows of a weight, and of tokens, in a product
+static constexpr long BLOCK = 32;     // rows of a weight in a product
+static constexpr long AT_ONCE = 192;  // rows of an expert in a product
+static constexpr long MANY = 48;      // from so many on, packing a weight's rows takes less time than it saves
+static constexpr long PAIRS = 512;    // of columns of a weight that are packed at once, and stay in a cache
+static_assert(2 * BLOCK == SLOTS, "two blocks are packed beside each other");
 
 namespace {
 struct Part {  // an expert's rows, a few of them at a time, so that many rows are shared among threads
@@ -24,6 +28,34 @@ static Weight<bf16> nth(Weight<bf16> first, long n, long rows) {
 static Weight<fp8> nth(Weight<fp8> first, long n, long rows) {
     return {first.data + n * rows * first.stride, first.stride,
             first.scales + n * ((rows + SCALED - 1) / SCALED) * first.scale_stride, first.scale_stride};
+}
+
+template <class W>
+struct Block {
+    Weight<W> weight;
+    long first, count;  // of its rows, at most BLOCK
+};
+
+// out [tokens, 2 BLOCK]: products with rows of a weight, and beside them those with rows of another.
+template <class X, class W>
+static void dot_both(Rows<X> x, long tokens, Block<W> a, Block<W> b, long k, float* out) {
+    dot(tiles(), x, tokens, a.weight, a.first, a.count, k, out, 2 * BLOCK);
+    dot(tiles(), x, tokens, b.weight, b.first, b.count, k, out + BLOCK, 2 * BLOCK);
+}
+
+static void dot_both(Rows<bf16> x, long tokens, Block<bf16> a, Block<bf16> b, long k, float* out) {
+    const Tiles& tile = tiles();
+    if (!tile.pack || tokens < MANY || k % 2 || b.count == 0) return dot_both<bf16, bf16>(x, tokens, a, b, k, out);
+    std::vector<uint32_t> packed(std::min(PAIRS, k / 2) * SLOTS);
+    std::fill_n(out, tokens * SLOTS, 0.0f);
+    for (long first = 0; first < k; first += 2 * PAIRS) {
+        const long pairs = std::min(PAIRS, (k - first) / 2);
+        for (const Block<bf16>* each : {&a, &b}) {
+            const Rows<bf16> rows = {each->weight.data + each->first * each->weight.stride + first, each->weight.stride, nullptr};
+            tile.pack(rows, each->count, BLOCK, pairs, packed.data() + (each == &b ? BLOCK : 0));
+        }
+        tile.add_packed({x.data + first, x.stride, x.index}, tokens, packed.data(), pairs, out, SLOTS);
+    }
 }
 
 // x: rows that a product takes; acted: [the rows of all experts, padded(inner)].
@@ -47,38 +79,44 @@ static void all_experts(bf16* output, Rows<X> x, X* acted, const int32_t* ids, c
         }
     std::vector<Part> parts;
     for (long e = 0; e < experts; e++)
-        for (long row = starts[e]; row < starts[e + 1]; row += AT_ONCE)
-            parts.push_back({e, row, std::min(AT_ONCE, starts[e + 1] - row)});
+        for (long row = starts[e], left; (left = starts[e + 1] - row) > 0;) {
+            const long count = (left + AT_ONCE - 1) / AT_ONCE, some = (left + count - 1) / count;  // all of like size
+            parts.push_back({e, row, some});
+            row += some;
+        }
 
     const long inner_blocks = (inner + BLOCK - 1) / BLOCK;
     for_each(long(parts.size()) * inner_blocks, [&, acted](long item) {
         const Part part = parts[item / inner_blocks];
         const long first = item % inner_blocks * BLOCK, count = std::min(BLOCK, inner - first);
         const Rows<X> rows = {x.data, x.stride, token.data() + part.first};
-        float gates[AT_ONCE * BLOCK], ups[AT_ONCE * BLOCK];
-        dot(tile, rows, part.count, nth(w13, 2 * part.expert, inner), first, count, hidden, gates, BLOCK);
-        dot(tile, rows, part.count, nth(w13, 2 * part.expert + 1, inner), first, count, hidden, ups, BLOCK);
+        float both[AT_ONCE * 2 * BLOCK];  // gates and ups
+        dot_both(rows, part.count, Block<W>{nth(w13, 2 * part.expert, inner), first, count},
+                 Block<W>{nth(w13, 2 * part.expert + 1, inner), first, count}, hidden, both);
         for (long i = 0; i < part.count; i++) {
-            tile.silu_and_multiply(gates + i * BLOCK, ups + i * BLOCK, count);
+            float* const gates = both + i * 2 * BLOCK;
+            tile.silu_and_multiply(gates, gates + BLOCK, count);
             X* const row = acted + (part.first + i) * inner_width;
-            for (long n = 0; n < BLOCK && first + n < inner_width; n++)
-                put(row, first + n, n < count ? gates[i * BLOCK + n] : 0.0f);
+            for (long n = 0; n < BLOCK && first + n < inner_width; n++) put(row, first + n, n < count ? gates[n] : 0.0f);
         }
     });
-    for_each((hidden + BLOCK - 1) / BLOCK, [&, acted](long item) {
-        const long first = item * BLOCK, count = std::min(BLOCK, hidden - first);
-        std::vector<float> sums(tokens * BLOCK);
-        float rows[AT_ONCE * BLOCK];
+    const long width = tokens > AT_ONCE ? 2 * BLOCK : BLOCK;  // few tokens have few items to share among threads
+    for_each((hidden + width - 1) / width, [&, acted](long item) {
+        const long first = item * width, count = std::min(width, hidden - first);
+        const long here = std::min(BLOCK, count);
+        std::vector<float> sums(tokens * width);
+        float rows[AT_ONCE * 2 * BLOCK];
         for (const Part& part : parts) {
-            dot(tile, Rows<X>{acted + part.first * inner_width, inner_width, nullptr}, part.count, nth(w2, part.expert, hidden),
-                first, count, inner, rows, BLOCK);
+            const Weight<W> weight = nth(w2, part.expert, hidden);
+            dot_both(Rows<X>{acted + part.first * inner_width, inner_width, nullptr}, part.count,
+                     Block<W>{weight, first, here}, Block<W>{weight, first + here, count - here}, inner, rows);
             for (long i = 0; i < part.count; i++) {
-                float* const sum = sums.data() + token[part.first + i] * BLOCK;
-                for (long n = 0; n < count; n++) sum[n] += share[part.first + i] * rows[i * BLOCK + n];
+                float* const sum = sums.data() + token[part.first + i] * width;
+                for (long n = 0; n < count; n++) sum[n] += share[part.first + i] * rows[i * 2 * BLOCK + n];
             }
         }
         for (long t = 0; t < tokens; t++)
-            for (long n = 0; n < count; n++) output[t * hidden + first + n] = to_bf16(sums[t * BLOCK + n]);
+            for (long n = 0; n < count; n++) output[t * hidden + first + n] = to_bf16(sums[t * width + n]);
     });
 }
 

@@ -12,11 +12,7 @@ using namespace longcat;
 static long blocks_of(long count) { return (count + SLOTS - 1) / SLOTS; }
 static long pairs_of(const Prompt& p) { return (p.nope + p.rope) / 2; }
 
-static uint32_t pair_at(const bf16* from) {
-    uint32_t pair;
-    std::memcpy(&pair, from, sizeof(pair));
-    return pair;
-}
+static constexpr bf16 ZEROS[SLOTS] = {};
 
 extern "C" {
 
@@ -43,20 +39,18 @@ void longcat_prompt(const Prompt* prompt, bf16* output, const bf16* query, const
         const long h = item / blocks, first = item % blocks * SLOTS, count = std::min(SLOTS, p.slots - first);
         const bf16* const from = expanded + first * row + h * (p.nope + p.value);
         uint32_t* const keys = all_keys + item * keys_of_block;
-        for (long pair = 0; pair < pairs; pair++) {
-            const bool is_rope = pair >= p.nope / 2;
-            const bf16* const column = is_rope ? rope_keys + first * p.rope_stride + 2 * pair - p.nope : from + 2 * pair;
-            const long stride = is_rope ? p.rope_stride : row;
-            for (long i = 0; i < count; i++) keys[pair * SLOTS + i] = pair_at(column + i * stride);
-            std::fill_n(keys + pair * SLOTS + count, SLOTS - count, 0u);
-        }
+        tiles().pack({from, row, nullptr}, count, SLOTS, p.nope / 2, keys);
+        tiles().pack({rope_keys + first * p.rope_stride, p.rope_stride, nullptr}, count, SLOTS, p.rope / 2,
+                     keys + p.nope / 2 * SLOTS);
         for (long block = 0; block < value_blocks; block++) {
             uint32_t* const values = all_values + item * values_of_block + block * SLOTS * SLOTS / 2;
             const long columns = std::min(SLOTS, p.value - block * SLOTS);
             std::fill_n(values, SLOTS * SLOTS / 2, 0u);
-            for (long i = 0; i < count; i++) {
-                const bf16* const value = from + i * row + p.nope + block * SLOTS;
-                for (long j = 0; j < columns; j++) values[i / 2 * SLOTS + j] |= uint32_t(value[j]) << (i % 2 * 16);
+            for (long i = 0; i < count; i += 2) {
+                const bf16* const first_value = from + i * row + p.nope + block * SLOTS;
+                const bf16* const second_value = i + 1 < count ? first_value + row : ZEROS;
+                uint32_t* const to = values + i / 2 * SLOTS;
+                for (long j = 0; j < columns; j++) to[j] = first_value[j] | uint32_t(second_value[j]) << 16;
             }
         }
     });

@@ -94,6 +94,11 @@ struct Tiles {
     void (*mix_shares)(const uint32_t* shares, long tokens, Rows<bf16> w, long rows, long k, float* out, long out_stride);
     // out: in bf16, count numbers, whole groups, that were split.
     void (*unsplit)(const float* split, long count, bf16* out);
+    // out [pairs, SLOTS], of which the first `columns`, a multiple of 32, are written: pairs of numbers of rows of w,
+    // beside each other; zeros where there is no row.
+    void (*pack)(Rows<bf16> w, long rows, long columns, long pairs, uint32_t* out);
+    // out[t * out_stride + n] += sum over pairs of x(t)[pair] packed[pair][n], n < SLOTS.
+    void (*add_packed)(Rows<bf16> x, long tokens, const uint32_t* packed, long pairs, float* out, long out_stride);
     const char* name;
 };
 
