@@ -110,6 +110,11 @@ def processes_of(server: subprocess.Popen[bytes]) -> list[int]:
     return [process for process in numbered if _running_group(process) == server.pid]
 
 
+def title(process: int) -> str:
+    """What it is called, or its command."""
+    return Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+
+
 def free_port() -> int:
     """Of 127.0.0.1."""
     with socket.socket() as probe:

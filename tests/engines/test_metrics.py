@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
@@ -20,7 +24,7 @@ from longcat_core.reference import LongcatForCausalLM
 from tests.harness import engine
 from tests.prometheus import needs_prometheus, queries, scraping
 from tests.requests import CASE, COMPLETIONS, MODEL
-from tests.server import Server, serving, wait_until
+from tests.server import Server, processes_of, serving, title, wait_until
 
 NEW_TOKENS = 12
 FIRST_PROMPT, *PROMPTS = [CASE.prompts(1, length, seed=length)[0] for length in (2, 1, 20, 33)]
@@ -154,3 +158,20 @@ def test_the_dashboard_shows_the_busiest_rank(server_of_ranks: Server, tmp_path:
     with scraping(server_of_ranks, tmp_path) as prometheus:
         answer(server_of_ranks, PROMPTS[-1])
         wait_until(lambda: [1 < series.points[0][1] < RANKS for series in prometheus.ask(query.expression)] == [True])
+
+
+# -- the end: the module's server of ranks is gone after this ---------------------------------------------
+
+
+def test_a_rank_that_dies_ends_the_server_and_the_requests_that_run(server_of_ranks: Server) -> None:
+    """By itself, without a process left behind."""
+    server = server_of_ranks
+    (rank,) = (process for process in processes_of(server.process) if title(process).endswith("_TP1_EP1"))
+    asked = {"model": MODEL, "prompt": PROMPTS[0], "max_tokens": 200, "ignore_eos": True, "stream": True}
+    with suppress(httpx.TransportError), server.http.stream("POST", COMPLETIONS, json=asked) as response:
+        for line in response.iter_lines():
+            if line.startswith("data: ") and rank in processes_of(server.process):
+                os.kill(rank, signal.SIGKILL)
+    assert server.process.wait(60) != 0
+    wait_until(lambda: not processes_of(server.process))
+    assert engine.SAYS_THAT_RANK_1_DIED in server.log.read_text(errors="replace")

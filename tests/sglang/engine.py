@@ -187,6 +187,10 @@ def expert_parallel_flags(ranks: int) -> list[str]:
     return ["--tp-size", str(ranks), "--ep-size", str(ranks)]
 
 
+SAYS_THAT_RANK_1_DIED = "Connection reset by peer"
+"""Said by the others: SGLang names no rank that was killed."""
+
+
 def placed(file: Path, redundant: int) -> dict[str, Any]:
     """Engine arguments: where experts are, as a file says, so many redundant ones among them."""
     return {"init_expert_location": str(file), "ep_num_redundant_experts": redundant}

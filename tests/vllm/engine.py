@@ -166,6 +166,9 @@ def expert_parallel_flags(ranks: int) -> list[str]:
     return ["--tensor-parallel-size", str(ranks), "--enable-expert-parallel", "--api-server-count", "2"]
 
 
+SAYS_THAT_RANK_1_DIED = "Worker proc VllmWorker-1 died unexpectedly"
+
+
 def placed(file: Path, redundant: int) -> dict[str, Any]:
     """Engine arguments: where experts are, as a file says, in which redundant ones are seen."""
     return {"additional_config": {"longcat": {"init_expert_location": str(file)}}}
