@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -18,9 +19,9 @@ from torch import Tensor
 from longcat_core.kernels.cpu import attention, library, rotary, routing
 from longcat_core.kernels.cpu import experts as compiled
 from longcat_core.kernels.cpu.experts import CompiledFFN, routed_experts
-from longcat_core.kernels.cpu.half import Half
+from longcat_core.kernels.cpu.half_layer import HalfLayer
 from longcat_core.kernels.cpu.mla import Mla
-from longcat_core.kernels.cpu.mtp import MtpLayer, Norms
+from longcat_core.kernels.cpu.mtp import MtpLayer, Norms, passes_of_chain
 from longcat_core.kernels.cpu.norm import add_rms_norm, rms_norm, takes
 from longcat_core.kernels.cpu.product import FEW_ROWS, Projection, product
 from longcat_core.kernels.cpu.prompt import attend_to_expanded
@@ -199,6 +200,16 @@ def test_a_choice_of_no_expert_is_no_row() -> None:
     assert (outputs[0] > 0).all()
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 # The compiled kernel wants latents of whole groups.
 attention_steps = st.builds(
     step,
@@ -222,12 +233,8 @@ def test_attention_is_dense_attention(case: Step) -> None:
 @pytest.mark.parametrize("requests", [[(2000, 1)], [(1500, 3)], [(700, 2), (900, 2)]])
 def test_a_long_context_in_parts_is_dense_attention(requests: list[tuple[int, int]]) -> None:
     case = step(requests, sizes=(3, 16, 8, 32, 16)).to(torch.bfloat16)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(4)
-    try:
+    with threads(4):
         assert relative_error(case.run(attention.paged_attention), case.truth()) < 2 * ROUNDING
-    finally:
-        torch.set_num_threads(threads)
 
 
 def test_prompts_and_what_the_kernel_does_not_take_are_left_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,6 +318,16 @@ def test_where_the_processor_multiplies_in_bf16_no_prompt_of_even_sizes_is_left_
 
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=4), st.integers(1, 8), seeds)
 def test_a_node_of_a_tree_attends_to_its_path(lengths: list[int], nodes: int, seed: int) -> None:
+    assert_attends_to_paths(lengths, nodes, seed)
+
+
+def test_a_part_of_which_a_node_sees_nothing_adds_nothing() -> None:
+    """Of contexts of one bucket, the last part is beyond the shorter one."""
+    with threads(4):
+        assert_attends_to_paths([1030, 2000], 3, seed=0)
+
+
+def assert_attends_to_paths(lengths: list[int], nodes: int, seed: int) -> None:
     heads, nope, rope, rank, value = 3, 30, 4, 32, 35  # so wide that no tree is attended to as a prompt is
     generator = torch.Generator().manual_seed(seed)
 
@@ -434,8 +451,9 @@ def test_an_mla_whose_sizes_do_not_fit_is_refused() -> None:
         (x, angles, angles.double(), cache, slot, batch),
         (x, angles, angles, cache[:, 1:], slot, batch),
         (x, angles, angles, cache, slot[1:], batch),
+        (torch.cat([x, x]), torch.cat([angles, angles]), torch.cat([angles, angles]), cache, torch.zeros(2), batch),
     ):
-        with pytest.raises(ValueError, match=r"x \[.* slots, wanted \[T, 40\]"):
+        with pytest.raises(ValueError, match=r"x \[.* slots and a batch of .*, wanted \[T, 40\]"):
             Mla(**weights)(*wrong)
     with pytest.raises(ValueError, match=r"o: strides .* wanted contiguous"):
         Mla(**weights | {"o": Projection(torch.zeros(HIDDEN, HEADS * VALUE + 1).bfloat16()[:, 1:])})
@@ -474,7 +492,7 @@ def test_half_of_a_layer_is_its_kernels_one_after_the_other(has_residual: bool, 
     both = torch.randn(2, 2, HIDDEN, generator=generator).bfloat16()
     x, residual = both[:, 0], both[:, 1]  # rows that do not follow each other
     where = two_tokens(generator)
-    half = Half(norms[0], mla, norms[1], ffn, 1e-5)
+    half = HalfLayer(norms[0], mla, norms[1], ffn, 1e-5)
     made = half(x, residual if has_residual else None, *where)
 
     normed, total = add_rms_norm(x, residual, norms[0], 1e-5) if has_residual else (rms_norm(x, norms[0], 1e-5), x)
@@ -493,16 +511,39 @@ def test_half_of_a_layer_whose_sizes_do_not_fit_is_refused() -> None:
     generator = torch.Generator().manual_seed(0)
     mla, ffn = Mla(**mla_weights(generator, is_fp8=False)), an_ffn(generator)
     norm = torch.rand(HIDDEN, generator=generator).bfloat16()
-    half = Half(norm, mla, norm, ffn, 1e-5)
+    half = HalfLayer(norm, mla, norm, ffn, 1e-5)
     where, x = two_tokens(generator), torch.zeros(2, HIDDEN).bfloat16()
     with pytest.raises(ValueError, match=r"residual: \[1, 40\], wanted \[2, 40\]"):
         half(x, x[:1], *where)
     with pytest.raises(ValueError, match=r"norms and projections of the FFN \(39, 40, .* wanted \(40, 40, "):
-        Half(norm[1:], mla, norm, ffn, 1e-5)
+        HalfLayer(norm[1:], mla, norm, ffn, 1e-5)
     with pytest.raises(ValueError, match=r"norms and eh_proj: .* wanted"):
         MtpLayer(Norms(*[norm] * len(Norms._fields)), 1e-5, a_projection(generator, HIDDEN, HIDDEN), mla, ffn)
     many = torch.zeros(FEW_ROWS + 1, HIDDEN).bfloat16()
     assert half(many, None, *where) is None
+
+
+def test_passes_of_a_chain_are_those_of_batches_of_their_own() -> None:
+    """Of which a slot beyond a position is not read: it holds NaN."""
+    generator = torch.Generator().manual_seed(0)
+    mla, lengths, width = Mla(**mla_weights(generator, is_fp8=False)), [3, 70, 40], 3
+    table = torch.arange(3 * 80).view(3, 80)
+    whole = PagedBatch.build(range(0, 10, width), [length + width for length in lengths], table, 1)
+    positions = torch.tensor(lengths) + torch.arange(width).unsqueeze(1)
+    positions[-1, 1] = 0  # as of a request at the longest context
+    for each, batch in zip(positions, passes_of_chain(whole, positions), strict=True):
+        cache = torch.randn(3 * 80, LATENT + ROPE, generator=generator).bfloat16()
+        for row, position in zip(table, each.tolist(), strict=True):
+            cache[row[position + 1 :]] = float("nan")
+        slots = table.gather(1, each.unsqueeze(1)).flatten()
+        angles = torch.rand(3, 1, ROPE // 2, generator=generator)
+        x = torch.randn(3, HIDDEN, generator=generator).bfloat16()
+        alone = PagedBatch.build(range(4), (each + 1).tolist(), table, 1)
+        found, wanted = (mla(x, angles.cos(), angles.sin(), cache, slots, of) for of in (batch, alone))
+        assert found is not None
+        assert wanted is not None
+        assert torch.equal(found, wanted)
+        assert found.isfinite().all()
 
 
 def test_an_mtp_layer_is_its_modules_one_after_the_other() -> None:
@@ -556,13 +597,18 @@ def test_a_dense_ffn_of_many_tokens_or_of_blocks_that_are_cut_is_left_to_other_k
     assert ffn(torch.zeros(FEW_ROWS + 1, 64).bfloat16()) is None
     cut = [quantize_blocks(weight) for weight in (torch.zeros(192, 64), torch.zeros(64, 96))]
     assert CompiledFFN.of(*(Projection(*each) for each in cut)) is None
+    with pytest.raises(ValueError, match="wanted a multiple of 128"):
+        CompiledFFN(*(Projection(*each) for each in cut))
 
 
 def test_a_weight_in_fp8_beside_one_in_bf16_is_no_single_call() -> None:
     gate_up, down = torch.zeros(256, 64), torch.zeros(64, 128)
     in_bf16 = Projection(gate_up.bfloat16()), Projection(down.bfloat16())
     in_fp8 = Projection(*quantize_blocks(gate_up)), Projection(*quantize_blocks(down))
-    assert CompiledFFN.of(in_bf16[0], in_fp8[1]) is CompiledFFN.of(in_fp8[0], in_bf16[1]) is None
+    for mixed in ((in_bf16[0], in_fp8[1]), (in_fp8[0], in_bf16[1])):
+        assert CompiledFFN.of(*mixed) is None
+        with pytest.raises(ValueError, match="one has scales, wanted both or none"):
+            CompiledFFN(*mixed)
     x, ids, shares = torch.zeros(1, 64).bfloat16(), torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1)
     for (w13, w13_scales), (w2, w2_scales) in ((in_bf16[0], in_fp8[1]), (in_fp8[0], in_bf16[1])):
         scales = [None if each is None else each.unsqueeze(0) for each in (w13_scales, w2_scales)]

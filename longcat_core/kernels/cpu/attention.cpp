@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <vector>
 
 #include "kernels.h"
@@ -50,6 +51,7 @@ static void put_block(bf16* row, long first, long count, const float* made) {
     for (long i = 0; i < count; i++) row[first + i] = to_bf16(made[i]);
 }
 
+namespace {
 // Some queries, all with `heads` rows, and slots that all of them see, or those that `visible`, of a query `slots` after
 // the one before, says.
 struct Block {
@@ -57,15 +59,16 @@ struct Block {
     Rows<bf16> keys;
     const bool* visible;
 };
+}  // namespace
 
 // Adds the block to contexts, `kept` apart: [latent] numbers, split, then the greatest score and the sum of exponentials.
 static void add_block(const Attention& a, const float* q, long width, const Block& block, float* to, long kept) {
     const Tiles& tile = tiles();
     const long rows = block.queries * block.heads, count = block.count;
-    std::vector<float> weights(rows * BLOCK);
-    tile.dot({q, width, nullptr}, rows, block.keys, count, a.latent + a.rope, weights.data(), BLOCK);
+    const std::unique_ptr<float[]> weights(new float[rows * BLOCK]);
+    tile.dot({q, width, nullptr}, rows, block.keys, count, a.latent + a.rope, weights.get(), BLOCK);
     for (long row = 0; row < rows; row++) {
-        float* const scores = weights.data() + row * BLOCK;
+        float* const scores = weights.get() + row * BLOCK;
         const bool* const visible = block.visible ? block.visible + row / block.heads * a.slots : nullptr;
         for (long i = 0; i < count; i++) scores[i] = !visible || visible[i] ? scores[i] * a.scale : -INFINITY;
         float* const context = to + row * kept;
@@ -81,26 +84,31 @@ static void add_block(const Attention& a, const float* q, long width, const Bloc
         greatest = now;
         total = total * shrink + tile.exponentials(scores, count, now);
     }
-    tile.mix(weights.data(), BLOCK, rows, block.keys, count, a.latent, to, kept);
+    tile.mix(weights.get(), BLOCK, rows, block.keys, count, a.latent, to, kept);
 }
 
 static void add_block(const Attention& a, const bf16* q, long width, const Block& block, float* to, long kept) {
     const Tiles& tile = tiles();
     const long rows = block.queries * block.heads;
-    std::vector<float> weights(rows * SLOTS);
-    std::vector<uint32_t> shares(rows * SLOTS / 2);
-    tile.dot_bf16({q, width, nullptr}, rows, block.keys, block.count, a.latent + a.rope, weights.data(), SLOTS);
+    const std::unique_ptr<float[]> weights(new float[rows * SLOTS]);
+    const std::unique_ptr<uint32_t[]> shares(new uint32_t[rows * SLOTS / 2]);
+    tile.dot_bf16({q, width, nullptr}, rows, block.keys, block.count, a.latent + a.rope, weights.get(), SLOTS);
     for (long row = 0; row < rows; row++) {
-        float* const scores = weights.data() + row * SLOTS;
-        const bool* const visible = block.visible ? block.visible + row / block.heads * a.slots : nullptr;
-        if (visible)
+        float* const scores = weights.get() + row * SLOTS;
+        uint32_t* const of_row = shares.get() + row * SLOTS / 2;
+        float* const context = to + row * kept;
+        if (block.visible) {
+            const bool* const visible = block.visible + row / block.heads * a.slots;
+            if (std::none_of(visible, visible + block.count, [](bool is_visible) { return is_visible; })) {
+                std::fill_n(of_row, SLOTS / 2, 0u);
+                continue;
+            }
             for (long i = 0; i < block.count; i++)
                 if (!visible[i]) scores[i] = UNSEEN;
-        float* const context = to + row * kept;
-        tile.weigh(scores, block.count, a.scale, context[a.latent], context[a.latent + 1], shares.data() + row * SLOTS / 2,
-                   context, a.latent);
+        }
+        tile.weigh(scores, block.count, a.scale, context[a.latent], context[a.latent + 1], of_row, context, a.latent);
     }
-    tile.mix_shares(shares.data(), rows, block.keys, block.count, a.latent, to, kept);
+    tile.mix_shares(shares.get(), rows, block.keys, block.count, a.latent, to, kept);
 }
 
 // Contexts of parts become one, of all slots, in the place of the first; a part is `part_stride` after the one before.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from longcat_core.kernels.cpu.experts import CompiledFFN
-from longcat_core.kernels.cpu.half import Half
+from longcat_core.kernels.cpu.half_layer import HalfLayer
 from longcat_core.kernels.cpu.mla import Mla
 from longcat_core.layers.experts import identity_share
 from longcat_core.layers.latent_attention import PagedBatch
@@ -42,7 +42,7 @@ class Output(NamedTuple):
 class DecoderLayer:
     """A whole layer of one rank that has all of it."""
 
-    def __init__(self, halves: tuple[Half, Half], router: Router, experts: Experts) -> None:
+    def __init__(self, halves: tuple[HalfLayer, HalfLayer], router: Router, experts: Experts) -> None:
         """experts: from hidden states bf16 [T, H], and ids and weights [T, K] as of `Routing`, to bf16 [T, H]."""
         self._halves, self._router, self._experts = halves, router, experts
 
@@ -57,7 +57,7 @@ class DecoderLayer:
         for (before_attention, before_ffn), (attention, ffn) in zip(norms, parts, strict=True):
             if attention is None or ffn is None:
                 return None
-            halves.append(Half(before_attention.weight, attention, before_ffn.weight, ffn, config.rms_norm_eps))
+            halves.append(HalfLayer(before_attention.weight, attention, before_ffn.weight, ffn, config.rms_norm_eps))
         router = moe.router
         sizes = config.n_routed_experts, config.moe_topk, config.routed_scaling_factor
         choice = Router(moe.route, router.forward, router.bias, *sizes)

@@ -1,6 +1,7 @@
 // All FFN experts of a layer for all tokens, each with the rows that chose it, in two passes over the weights.
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "kernels.h"
@@ -9,8 +10,8 @@
 using namespace longcat;
 
 static constexpr long BLOCK = 32;     // rows of a weight in a product
-static constexpr long AT_ONCE = 192;  // rows of an expert in a product
-static constexpr long MANY = 48;      // from so many on, packing a weight's rows takes less time than it saves
+static constexpr long MANY = 48;      // rows of an expert from which on packing a weight's takes less time than it saves
+static constexpr long AT_ONCE = 192, AT_ONCE_UNPACKED = 64;  // rows of an expert in a product
 static constexpr long PAIRS = 512;    // of columns of a weight that are packed at once, and stay in a cache
 static_assert(2 * BLOCK == SLOTS, "two blocks are packed beside each other");
 
@@ -30,11 +31,13 @@ static Weight<fp8> nth(Weight<fp8> first, long n, long rows) {
             first.scales + n * ((rows + SCALED - 1) / SCALED) * first.scale_stride, first.scale_stride};
 }
 
+namespace {
 template <class W>
 struct Block {
     Weight<W> weight;
     long first, count;  // of its rows, at most BLOCK
 };
+}  // namespace
 
 // out [tokens, 2 BLOCK]: products with rows of a weight, and beside them those with rows of another.
 template <class X, class W>
@@ -45,16 +48,16 @@ static void dot_both(Rows<X> x, long tokens, Block<W> a, Block<W> b, long k, flo
 
 static void dot_both(Rows<bf16> x, long tokens, Block<bf16> a, Block<bf16> b, long k, float* out) {
     const Tiles& tile = tiles();
-    if (!tile.pack || tokens < MANY || k % 2 || b.count == 0) return dot_both<bf16, bf16>(x, tokens, a, b, k, out);
-    std::vector<uint32_t> packed(std::min(PAIRS, k / 2) * SLOTS);
+    if (!tile.pack || tokens < MANY || k % 2) return dot_both<bf16, bf16>(x, tokens, a, b, k, out);
+    const std::unique_ptr<uint32_t[]> packed(new uint32_t[std::min(PAIRS, k / 2) * SLOTS]);
     std::fill_n(out, tokens * SLOTS, 0.0f);
     for (long first = 0; first < k; first += 2 * PAIRS) {
         const long pairs = std::min(PAIRS, (k - first) / 2);
         for (const Block<bf16>* each : {&a, &b}) {
             const Rows<bf16> rows = {each->weight.data + each->first * each->weight.stride + first, each->weight.stride, nullptr};
-            tile.pack(rows, each->count, BLOCK, pairs, packed.data() + (each == &b ? BLOCK : 0));
+            tile.pack(rows, each->count, BLOCK, pairs, packed.get() + (each == &b ? BLOCK : 0));
         }
-        tile.add_packed({x.data + first, x.stride, x.index}, tokens, packed.data(), pairs, out, SLOTS);
+        tile.add_packed({x.data + first, x.stride, x.index}, tokens, packed.get(), pairs, out, SLOTS);
     }
 }
 
@@ -77,10 +80,12 @@ static void all_experts(bf16* output, Rows<X> x, X* acted, const int32_t* ids, c
             const long row = filled[ids[i]]++;
             token[row] = i / top_k, share[row] = weights[i];
         }
+    const bool can_pack = tile.pack && sizeof(X) == sizeof(bf16) && sizeof(W) == sizeof(bf16);
+    const long most = can_pack ? AT_ONCE : AT_ONCE_UNPACKED;
     std::vector<Part> parts;
     for (long e = 0; e < experts; e++)
         for (long row = starts[e], left; (left = starts[e + 1] - row) > 0;) {
-            const long count = (left + AT_ONCE - 1) / AT_ONCE, some = (left + count - 1) / count;  // all of like size
+            const long count = (left + most - 1) / most, some = (left + count - 1) / count;  // all of like size
             parts.push_back({e, row, some});
             row += some;
         }
@@ -100,7 +105,8 @@ static void all_experts(bf16* output, Rows<X> x, X* acted, const int32_t* ids, c
             for (long n = 0; n < BLOCK && first + n < inner_width; n++) put(row, first + n, n < count ? gates[n] : 0.0f);
         }
     });
-    const long width = tokens > AT_ONCE ? 2 * BLOCK : BLOCK;  // few tokens have few items to share among threads
+    const bool is_packed = can_pack && std::any_of(parts.begin(), parts.end(), [](const Part& part) { return part.count >= MANY; });
+    const long width = is_packed ? 2 * BLOCK : BLOCK;  // few tokens have few items to share among threads
     for_each((hidden + width - 1) / width, [&, acted](long item) {
         const long first = item * width, count = std::min(width, hidden - first);
         const long here = std::min(BLOCK, count);

@@ -42,7 +42,13 @@ class CompiledFFN:
     """A dense SwiGLU: the only expert, which every token has, with all of it."""
 
     def __init__(self, gate_up: Projection, down: Projection) -> None:
-        """gate_up: [2 I, H], gate above up; down: [H, I]."""
+        """gate_up: [2 I, H], gate above up; down: [H, I].
+
+        Raises:
+            ValueError: for what `of` returns None for.
+        """
+        if self._obstacle(gate_up, down):
+            raise ValueError(f"weights of a dense FFN: {self._obstacle(gate_up, down)}")
         self.gate_up, self.down = gate_up, down
         self._weights = gate_up.weight.unsqueeze(0), down.weight.unsqueeze(0)
         self._scales = [None if each.scales is None else each.scales.unsqueeze(0) for each in (gate_up, down)]
@@ -53,9 +59,16 @@ class CompiledFFN:
     def of(cls, gate_up: Projection, down: Projection) -> CompiledFFN | None:
         """None where one weight is in FP8 and the other is not, or where a block of scales would have rows of both gate
         and up."""
-        is_mixed = (gate_up.scales is None) != (down.scales is None)
-        is_cut = gate_up.scales is not None and down.weight.shape[1] % PUBLISHED_BLOCK[0] != 0
-        return None if is_mixed or is_cut else cls(gate_up, down)
+        return None if cls._obstacle(gate_up, down) else cls(gate_up, down)
+
+    @staticmethod
+    def _obstacle(gate_up: Projection, down: Projection) -> str:
+        if (gate_up.scales is None) != (down.scales is None):
+            return "one has scales, wanted both or none"
+        inner, rows = down.weight.shape[1], PUBLISHED_BLOCK[0]
+        if gate_up.scales is not None and inner % rows:
+            return f"scales of an inner size of {inner}, wanted a multiple of {rows}"
+        return ""
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """bf16 [T, H] -> [T, H], or None where two products are quicker, with many tokens."""

@@ -137,14 +137,15 @@ class Mla:
         require_bf16(x=x, cache=cache)
         angles = tokens * self._rope // 2
         are_angles = all(each.dtype == torch.float32 and each.numel() == angles for each in (cos, sin))
-        if x.shape[1] != self.hidden or cache.shape[1] != width or len(new_slots) != tokens or not are_angles:
-            raise ValueError(
-                f"x {[*x.shape]}, cos {cos.dtype} {[*cos.shape]}, sin {sin.dtype} {[*sin.shape]}, cache "
-                f"{[*cache.shape]} and {len(new_slots)} slots, wanted [T, {self.hidden}], torch.float32 [T, 1, "
-                f"{self._rope // 2}] twice, [S, {width}] and T"
-            )
         groups = self._groups(cache, batch)
         assert groups is not None, "as it takes them"
+        fits = x.shape[1] == self.hidden and cache.shape[1] == width and len(new_slots) == groups.tokens == tokens
+        if not fits or not are_angles:
+            raise ValueError(
+                f"x {[*x.shape]}, cos {cos.dtype} {[*cos.shape]}, sin {sin.dtype} {[*sin.shape]}, cache "
+                f"{[*cache.shape]}, {len(new_slots)} slots and a batch of {groups.tokens}, wanted [T, {self.hidden}], "
+                f"torch.float32 [T, 1, {self._rope // 2}] twice, [S, {width}], T and T"
+            )
         return Where(cos.contiguous(), sin.contiguous(), cache, new_slots.long().contiguous(), groups)
 
     def _groups(self, cache: Tensor, batch: PagedBatch) -> _Groups | None:
@@ -170,6 +171,7 @@ class _Groups(NamedTuple):
     array: ctypes.Array[_Group]
     cases: list[Case]
     """Which the array points into."""
+    tokens: int
 
 
 _last: tuple[PagedBatch, tuple[Any, ...], _Groups | None] | None = None
@@ -186,6 +188,10 @@ def _groups(batch: PagedBatch, up: UpProjection, cache: Tensor, rope: int, scale
             pointers = (
                 (case.sizes, *map(address_of, (case.rows, case.slots, case.positions, case.visible))) for case in cases
             )
-            groups = _Groups((_Group * len(cases))(*(_Group(*each) for each in pointers)), cases)
+            groups = _Groups(
+                (_Group * len(cases))(*(_Group(*each) for each in pointers)),
+                cases,
+                sum(case.rows.numel() for case in cases),
+            )
         _last = last = batch, key, groups
     return last[2]

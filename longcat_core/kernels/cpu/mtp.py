@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from longcat_core.kernels.cpu.experts import CompiledFFN
-from longcat_core.kernels.cpu.half import Half
+from longcat_core.kernels.cpu.half_layer import HalfLayer
 from longcat_core.kernels.cpu.library import library, require_bf16
 from longcat_core.kernels.cpu.mla import Mla, ProjectionFields
 from longcat_core.kernels.cpu.product import Projection
@@ -34,7 +34,7 @@ class Norms(NamedTuple):
 
 
 class _Mtp(ctypes.Structure):
-    """`Mtp` of half.cpp."""
+    """`Mtp` of half_layer.cpp."""
 
     _fields_: ClassVar[Any] = [
         *((name, ctypes.c_void_p) for name in ("embedded_norm", "hidden_norm", "last_norm")),
@@ -53,12 +53,13 @@ class MtpLayer:
 
     def __init__(self, norms: Norms, epsilon: float, eh_proj: Projection, mla: Mla, ffn: CompiledFFN) -> None:
         require_bf16(**norms._asdict())
-        self._half = Half(norms.attention, mla, norms.ffn, ffn, epsilon)
+        self._half = HalfLayer(norms.attention, mla, norms.ffn, ffn, epsilon)
         found = [*(len(norm) for norm in norms), *eh_proj.weight.shape]
         wanted = [*[mla.hidden] * len(norms), mla.hidden, 2 * mla.hidden]
         if found != wanted:
             raise ValueError(f"norms and eh_proj: {found}, wanted {wanted}")
-        self._alive = [tensor.detach() for tensor in (*norms, *eh_proj) if tensor is not None]
+        weights = *norms, *eh_proj
+        self._storages = [None if each is None else each.detach() for each in weights]  # which it keeps alive
         self._fields = _Mtp(
             *(norm.data_ptr() for norm in (norms.embedded, norms.hidden, norms.last)),
             ProjectionFields.of("eh_proj", eh_proj),
@@ -97,11 +98,11 @@ class MtpLayer:
 
 
 def passes_of_chain(batch: PagedBatch, positions: Tensor) -> Iterator[PagedBatch]:
-    """Of a chain of drafts, one token of each request in each pass; built at once. For kernels of this folder alone, as
-    they read no slot beyond a position.
+    """Of a chain of drafts, one token of each request in each pass, with one table of slots for all. For kernels of
+    this folder alone, as they read no slot beyond a position.
 
-    batch: of R requests with equally many new tokens, whose contexts are as long as any in the chain; positions: int64
-    [steps, R].
+    batch: of R requests with Q new tokens each, in order, whose contexts are as long as any in the chain; positions:
+    int64 [steps, R].
     """
     rows = [group.queries[:, :1] // group.queries.shape[1] for group in batch.groups]
     for each in positions:

@@ -57,8 +57,8 @@ struct Rows {
     const T* operator()(long i) const { return data + (index ? index[i] : i) * stride; }
 };
 
-// Blocks of the attention of a prompt: how many queries there are of a head at once, and how many slots, or numbers of a
-// value. Pairs of numbers in bf16 are one word, so that a product takes two columns of a query, or two slots, at once.
+// Of a product of packed pairs: how many queries of a prompt there are of a head at once, and how many slots of the cache,
+// numbers of a value, or rows of a weight are beside each other. Pairs of numbers in bf16 are one word, so that a product takes two columns of a query, or two slots, at once.
 constexpr long QUERIES = 48, SLOTS = 64;
 constexpr float UNSEEN = -1e30f;  // a score, less than any of a slot that is seen; its exponential is 0
 

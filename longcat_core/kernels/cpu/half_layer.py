@@ -17,8 +17,8 @@ from longcat_core.kernels.cpu.mla import Mla, ProjectionFields
 from longcat_core.layers.latent_attention import PagedBatch
 
 
-class _Half(ctypes.Structure):
-    """`Half` of half.cpp."""
+class _HalfLayer(ctypes.Structure):
+    """`HalfLayer` of half_layer.cpp."""
 
     _fields_: ClassVar[Any] = [
         *((name, ctypes.c_void_p) for name in ("input_norm", "attention", "ffn_norm")),
@@ -27,7 +27,7 @@ class _Half(ctypes.Structure):
     ]
 
 
-class HalfOutput(NamedTuple):
+class HalfLayerOutput(NamedTuple):
     """bf16 [T, H] each."""
 
     outputs: Tensor
@@ -37,7 +37,7 @@ class HalfOutput(NamedTuple):
     residual: Tensor
 
 
-class Half:
+class HalfLayer:
     """Weights are read where they are, as of `Mla`.
 
     Raises:
@@ -52,9 +52,10 @@ class Half:
         wanted = hidden, hidden, [2 * inner, hidden], [hidden, inner]
         if found != wanted:
             raise ValueError(f"norms and projections of the FFN {found}, wanted {wanted}")
-        self.attention, self.epsilon = attention, epsilon
-        self._alive = input_norm.detach(), ffn_norm.detach(), ffn
-        self.fields = _Half(
+        self.attention = attention
+        weights = input_norm, ffn_norm, *ffn.gate_up, *ffn.down
+        self._storages = [None if each is None else each.detach() for each in weights]  # which it keeps alive
+        self.fields = _HalfLayer(
             input_norm.data_ptr(),
             ctypes.addressof(attention.fields),
             ffn_norm.data_ptr(),
@@ -72,7 +73,7 @@ class Half:
         cache: Tensor,
         slots: Tensor,
         batch: PagedBatch,
-    ) -> HalfOutput | None:
+    ) -> HalfLayerOutput | None:
         """x: bf16 [T, H]; residual: bf16 [T, H], to which x is to be added, or None where x is the residual; the rest,
         and what is raised, as of `Mla`. None where that returns it."""
         where = self.attention.where(x, cos, sin, cache, slots, batch)
@@ -82,8 +83,8 @@ class Half:
             require_bf16(residual=residual)
             if residual.shape != x.shape:
                 raise ValueError(f"residual: {[*residual.shape]}, wanted {[*x.shape]} as x has")
-        made = HalfOutput(*x.new_empty(3, *x.shape).unbind())
-        library().longcat_half(
+        made = HalfLayerOutput(*x.new_empty(3, *x.shape).unbind())
+        library().longcat_half_layer(
             ctypes.byref(self.fields),
             *(each.data_ptr() for each in made),
             x.data_ptr(),

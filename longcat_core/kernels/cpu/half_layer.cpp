@@ -10,7 +10,7 @@ using namespace longcat;
 
 namespace {
 
-struct Half {
+struct HalfLayer {
     const bf16* input_norm;
     const Mla* attention;
     const bf16* ffn_norm;
@@ -21,7 +21,7 @@ struct Half {
 struct Mtp {
     const bf16 *embedded_norm, *hidden_norm, *last_norm;
     Projection eh_proj;
-    const Half* half;
+    const HalfLayer* half;
 };
 
 }  // namespace
@@ -31,7 +31,7 @@ extern "C" {
 // outputs, of the FFN, and inputs, of the FFN, and sum, to which the outputs are to be added: bf16 [tokens, hidden]; x: bf16
 // [tokens, hidden], rows x_stride apart; residual: null, or bf16 [tokens, hidden], to which x is added first, of rows
 // residual_stride apart; the rest as of `longcat_mla`.
-void longcat_half(const Half* half, bf16* outputs, bf16* inputs, bf16* sum, const bf16* x, long x_stride,
+void longcat_half_layer(const HalfLayer* half, bf16* outputs, bf16* inputs, bf16* sum, const bf16* x, long x_stride,
                   const bf16* residual, long residual_stride, const float* cos, const float* sin, bf16* cache,
                   const int64_t* new_slots, const Group* groups, long group_count, long tokens) {
     const long hidden = half->down.rows, inner = half->down.columns;
@@ -70,7 +70,7 @@ void longcat_mtp(const Mtp* mtp, bf16* output, const bf16* embedded, long embedd
     }
     longcat_product(x.get(), both.get(), by.columns, by.weight, by.columns, by.scales, scratch.get(), tokens, hidden,
                     by.columns);
-    longcat_half(mtp->half, outputs.get(), inputs.get(), sum.get(), x.get(), hidden, nullptr, 0, cos, sin, cache, new_slots,
+    longcat_half_layer(mtp->half, outputs.get(), inputs.get(), sum.get(), x.get(), hidden, nullptr, 0, cos, sin, cache, new_slots,
                  groups, group_count, tokens);
     longcat_rms_norm(output, last_sum.get(), outputs.get(), hidden, sum.get(), hidden, mtp->last_norm, mtp->half->epsilon,
                      tokens, hidden);
