@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from longcat_core.kernels.cpu import choices
+
 
 def ranks_of_experts(n_routed_experts: int, ranks: int) -> Tensor:
     """int64 [n_routed_experts]: the rank that has each FFN expert, laid out in order, as evenly as can be."""
@@ -80,8 +82,11 @@ class ExpertChoices:
         self._sums = Sums(*(torch.zeros(size, dtype=torch.int64, device=device) for size in sizes))
 
     def add(self, ids: Tensor, is_real: Tensor) -> None:
-        """A step's, see `add_step`."""
-        add_step(self._sums, ids, is_real, self.n_routed_experts, self._rank_of_expert, self.ranks)
+        """A step's, see `add_step`; on a CPU by the compiled kernel, if it is there."""
+        if choices.takes(ids, is_real):
+            choices.add_step(*self._sums, ids, is_real, self._rank_of_expert, self.ranks)
+        else:
+            add_step(self._sums, ids, is_real, self.n_routed_experts, self._rank_of_expert, self.ranks)
 
     def totals(self) -> list[LayerTotals]:
         """By layer. Waits for the device, so not to be called by what makes the steps."""

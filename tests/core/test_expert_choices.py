@@ -11,6 +11,8 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.multiprocess import MultiProcessCollector
 from torch import Tensor
 
+from longcat_core.kernels.cpu import choices as compiled_choices
+from longcat_core.kernels.cpu import library
 from longcat_core.layers.routing import expert_rows, rank_imbalance
 from longcat_core.observation.expert_choices import ExpertChoices, LayerTotals, ranks_of_experts
 from longcat_core.observation.publication import Publication, samples
@@ -25,6 +27,14 @@ STEP = torch.tensor(
 )
 """Two layers, four rows, three choices of five FFN experts (0 to 4) or a zero expert."""
 IS_REAL = torch.tensor([1, 1, 1, 0])
+
+
+@pytest.fixture(autouse=True, params=["compiled kernel", "torch"])
+def _by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "torch":
+        monkeypatch.setattr(compiled_choices, "takes", lambda *_: False)
+    elif not library.is_available():
+        pytest.skip(library.description())
 
 
 def counted(ids: Tensor, is_real: Tensor, ranks: int = 2, experts: int = 5) -> list[list[int]]:
