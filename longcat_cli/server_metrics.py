@@ -20,6 +20,7 @@ EXPERTS_A_TOKEN = "longcat:ffn_experts_per_token"
 CHOICES = "longcat:expert_choices_total"
 BUSIEST_EXPERT, MEAN_EXPERT = "longcat:busiest_expert_tokens_total", "longcat:mean_expert_tokens_total"
 BUSIEST_RANK, MEAN_RANK = "longcat:busiest_rank_rows_total", "longcat:mean_rank_rows_total"
+TARGET = "longcat:ffn_experts_target"
 
 
 class Names(NamedTuple):

@@ -24,6 +24,7 @@ from longcat_cli.server_metrics import (
     EXPERTS_A_TOKEN,
     MEAN_EXPERT,
     MEAN_RANK,
+    TARGET,
     MetricsError,
     Names,
     Reading,
@@ -82,6 +83,7 @@ def view(now: Reading, before: Reading | None = None) -> RenderableType:
     title = Text.assemble(
         (f"{printable(now.model)} in {now.names.engine}", "bold"),
         f"; requests: {running:g} running, {waiting:g} waiting",
+        f"; the dial's target: {now.samples.sum(TARGET):g} FFN experts a token" if now.samples.has(TARGET) else "",
     )
     columns = {"since the start": summary(now.names, now.samples)}
     of_layers, period = now.samples, "since the start"

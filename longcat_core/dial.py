@@ -66,6 +66,10 @@ class Dial:
         it is in units of what it is already: hence the sinh."""
         return self.settings.sinh() / self._experts
 
+    def biases(self) -> list[float]:
+        """The same as numbers. Waits for the device, so not to be called by what makes the steps."""
+        return self.bias().tolist()
+
     def begin_step(self, published: Sequence[Tensor], chosen_by: Sequence[Tensor]) -> None:
         """Write what the layers' routers are to choose by, before each step, as weights can be loaded anew.
 

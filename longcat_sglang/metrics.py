@@ -1,4 +1,4 @@
-"""What SGLang's `/metrics` show of LongCat's own: the experts that tokens take, and accepted drafts by position."""
+"""What SGLang's `/metrics` show of LongCat's own: experts that tokens take, the dial, accepted drafts by position."""
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from sglang.srt.runtime_context import get_parallel, get_server_args
 from torch import Tensor
 
 from longcat_core.config import LongcatConfig
+from longcat_core.dial import DialledRouters
 from longcat_core.observation.expert_choices import ExpertChoices
 from longcat_core.observation.publication import Publication
 from longcat_sglang import placement
@@ -55,15 +56,16 @@ def rows_that_are_tokens(slots: Tensor) -> Tensor:
 
 
 class CountedChoices:
-    """The choices of this rank's layers, from the batch of each step."""
+    """The choices of this rank's layers, from the batch of each step; and their dial, if they have one."""
 
-    def __init__(self, config: LongcatConfig) -> None:
+    def __init__(self, config: LongcatConfig, dialled: DialledRouters | None = None) -> None:
         ranks = get_parallel().moe_ep_size
         device = torch.get_default_device()
         layers = range(config.num_layers)
         self._choices = ExpertChoices(layers, config.moe_topk, placement.num_places(config), ranks, device)
         directory = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])  # which --enable-metrics sets in all processes
-        self.publication = Publication(self._choices, directory, _labels())
+        dial = None if dialled is None else dialled.dial
+        self.publication = Publication(self._choices, directory, _labels(), dial)
 
     def add(self, choices: list[Tensor], slots: Tensor) -> None:
         """choices: int32 [T, K] of each layer, by place; slots: as of `rows_that_are_tokens`."""

@@ -163,9 +163,9 @@ class LongcatModel(nn.Module):
         self.inverse_frequencies: Tensor
         self.register_buffer("inverse_frequencies", rotary.inverse_frequencies(config), persistent=False)
         self.attention_factor = rotary.attention_factor(config.rope)
-        if metrics.are_counted_here():
-            self.counted = metrics.CountedChoices(config)
         self.dialled = dial.of_layers(config, self.layers)
+        if metrics.are_counted_here():
+            self.counted = metrics.CountedChoices(config, self.dialled)
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, forward_batch: ForwardBatch, input_embeds: Tensor | None = None

@@ -1,4 +1,4 @@
-"""What vLLM's `/metrics` show of LongCat's own: the experts that tokens take; where processes share their counters."""
+"""What vLLM's `/metrics` show of LongCat's own: experts that tokens take, the dial; where processes share counters."""
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from vllm.logger import init_logger
 
 from longcat_core.config import LongcatConfig
+from longcat_core.dial import DialledRouters
 from longcat_core.observation.expert_choices import ExpertChoices
 from longcat_core.observation.publication import Publication
 from longcat_vllm import placement
@@ -92,9 +93,11 @@ def rows_that_are_tokens() -> Tensor | None:
 
 
 class CountedChoices:
-    """The choices of this rank's layers, from the forward context of each step."""
+    """The choices of this rank's layers, from the forward context of each step; and their dial, if they have one."""
 
-    def __init__(self, vllm_config: VllmConfig, config: LongcatConfig, layers: range) -> None:
+    def __init__(
+        self, vllm_config: VllmConfig, config: LongcatConfig, layers: range, dialled: DialledRouters | None = None
+    ) -> None:
         from vllm.distributed import get_ep_group
 
         parallel = vllm_config.parallel_config
@@ -108,7 +111,8 @@ class CountedChoices:
         directory = shared_directory()
         assert directory is not None, "are_counted_here has seen it"
         labels = {"model_name": served_name, "engine": str(parallel.data_parallel_index)}
-        self.publication = Publication(self._choices, directory, labels)
+        dial = None if dialled is None else dialled.dial
+        self.publication = Publication(self._choices, directory, labels, dial)
 
     def add(self, ids: Tensor, rows: int) -> None:
         """ids: int32 [layers, T, K], by place, where T is `rows`, or this rank's share of them."""

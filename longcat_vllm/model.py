@@ -262,9 +262,9 @@ class LongcatFlashForCausalLM(LongcatCausalLM, SupportsLoRA, SupportsPP):
         devices.current().choose_kernels(self)
         self.counted: metrics.CountedChoices | None = None
         layers = range(self.model.start_layer, self.model.end_layer)
-        if self.model.is_counted:
-            self.counted = metrics.CountedChoices(vllm_config, config, layers)
         self.dialled = dial.of_layers(vllm_config, config, [self.model.layers[n] for n in layers])
+        if self.model.is_counted:
+            self.counted = metrics.CountedChoices(vllm_config, config, layers, self.dialled)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         return self.model.embed_input_ids(input_ids)

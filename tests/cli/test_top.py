@@ -179,6 +179,18 @@ def test_without_ranks_drafts_and_gate_nothing_is_said_of_them() -> None:
         said = run(shown.url).stdout
     assert "rank" not in said
     assert "draft" not in said
+    assert "dial" not in said
+
+
+def test_the_target_of_a_dial_is_shown_as_it_is_now() -> None:
+    target = '# TYPE longcat:ffn_experts_target gauge\nlongcat:ffn_experts_target{{model_name="nano"}} {}\n'
+    with server(VLLM + LAYERS + target.format(3)) as shown:
+        before = read(f"{shown.url}/metrics")
+        shown.text = VLLM + LAYERS + target.format(2.5)
+        now = read(f"{shown.url}/metrics")
+    heading = "nano in vLLM; requests: 3 running, 1 waiting; the dial's target: {} FFN experts a token\n"
+    assert printed(view(before)).startswith(heading.format(3))
+    assert printed(view(now, before)).startswith(heading.format(2.5))
 
 
 def test_before_the_first_token_there_are_no_figures() -> None:

@@ -11,11 +11,13 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.multiprocess import MultiProcessCollector
 from torch import Tensor
 
+from longcat_core.dial import Dial
 from longcat_core.kernels.cpu import choices as compiled_choices
 from longcat_core.kernels.cpu import library
 from longcat_core.layers.routing import expert_rows, rank_imbalance
 from longcat_core.observation.expert_choices import ExpertChoices, LayerTotals, ranks_of_experts
 from longcat_core.observation.publication import Publication, samples
+from tests.cases import DEFAULT
 
 CPU = torch.device("cpu")
 STEP = torch.tensor(
@@ -123,3 +125,34 @@ def test_a_servers_metrics_are_sums_over_its_processes(tmp_path: Path) -> None:
     for file in list(tmp_path.iterdir()):
         (tmp_path / file.name.replace("choices-", "choices-1")).write_bytes(file.read_bytes())
     assert shown("longcat:ffn_experts_per_token_count") == 6
+
+
+def test_what_a_dial_is_at_is_shown_once_whatever_the_number_of_processes(tmp_path: Path) -> None:
+    """Stages of a pipeline have dials of their own layers, at the same target."""
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, str(tmp_path))
+    stages = []
+    for first in (0, 2):
+        choices = ExpertChoices(range(first, first + 2), DEFAULT.moe_topk, DEFAULT.n_routed_experts, 1, CPU)
+        dial = Dial(DEFAULT, 2.5, 2, CPU)
+        stages.append((dial, Publication(choices, tmp_path, {"model_name": "longcat"}, dial)))
+        for file in list(tmp_path.glob("*choices-*")):  # as of a process of its own
+            file.rename(tmp_path / file.name.replace("choices-", f"stage{first}-"))
+
+    def shown(name: str, **labels: str) -> float | None:
+        return registry.get_sample_value(name, {"model_name": "longcat", **labels})
+
+    assert shown("longcat:ffn_experts_target") == 2.5
+    assert [shown("longcat:zero_expert_bias", layer=str(layer)) for layer in range(4)] == [0] * 4
+    for dial, publication in stages:
+        dial.settings.copy_(torch.tensor([0.5, -0.25]))
+        publication.show()
+    biases = stages[0][0].bias().tolist()
+    assert [shown("longcat:zero_expert_bias", layer=str(layer)) for layer in range(4)] == [*biases, *biases]
+    assert shown("longcat:ffn_experts_target") == 2.5
+
+
+def test_without_a_dial_nothing_is_shown_of_one(tmp_path: Path) -> None:
+    choices = ExpertChoices(range(2), top_k=3, n_routed_experts=5, ranks=1, device=CPU)
+    Publication(choices, tmp_path, {"model_name": "longcat"})
+    assert not list(tmp_path.glob("gauge*"))

@@ -177,6 +177,11 @@ def held_at(ffn_experts: Any) -> dict[str, Any]:
     return {"json_model_override_args": json.dumps({"longcat_ffn_experts": ffn_experts})}
 
 
+def dial_flags(ffn_experts: float) -> list[str]:
+    """What a user types for that."""
+    return ["--json-model-override-args", held_at(ffn_experts)["json_model_override_args"]]
+
+
 def speculation_flags(draft_tokens: int) -> list[str]:
     """What a user types for that."""
     return ["--speculative-algorithm", "NEXTN", "--speculative-num-steps", str(draft_tokens)]

@@ -156,6 +156,11 @@ def held_at(ffn_experts: Any) -> dict[str, Any]:
     return {"additional_config": {"longcat": {"ffn_experts": ffn_experts}}}
 
 
+def dial_flags(ffn_experts: float) -> list[str]:
+    """What a user types for that."""
+    return ["--additional-config", json.dumps(held_at(ffn_experts)["additional_config"])]
+
+
 def speculation_flags(draft_tokens: int) -> list[str]:
     """What a user types for that."""
     return ["--speculative-config", json.dumps(speculation(draft_tokens)["speculative_config"])]

@@ -1,0 +1,77 @@
+"""The dial of a stock server of LongCat-Nano: what `/metrics` say of it while the mean of FFN experts comes to it."""
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from longcat_core.observation.publication import INTERVAL_S
+from longcat_nano import CHECKPOINT
+from tests.harness import engine
+from tests.prometheus import needs_prometheus, queries, scraping
+from tests.requests import COMPLETIONS, MODEL
+from tests.server import Server, serving, wait_until
+
+TARGET, BIAS, TAKEN = "longcat:ffn_experts_target", "longcat:zero_expert_bias", "longcat:ffn_experts_per_token"
+LOWER = 2.5
+TEXT = Path(argparse.__file__).read_text(encoding="utf-8")
+AT_ONCE, NEW_TOKENS = 16, 96
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    command = [*engine.command(CHECKPOINT, served_name=MODEL, cache_tokens=8192), *engine.dial_flags(LOWER)]
+    with serving(command, tmp_path_factory.mktemp("dialled") / "server.log") as server:
+        yield server
+
+
+def tokens_of_layers(server: Server) -> list[tuple[float, float]]:
+    """Tokens, and the FFN experts that they took, in each layer."""
+    labels = [f'{{layer="{layer}"}}' for layer in range(2)]
+    return [(server.metric(f"{TAKEN}_count{label}"), server.metric(f"{TAKEN}_sum{label}")) for label in labels]
+
+
+def biases(server: Server) -> list[float]:
+    return [server.metric(f'{BIAS}{{layer="{layer}"}}') for layer in range(2)]
+
+
+def load(server: Server, rounds: int) -> None:
+    """So many times so many requests at once."""
+
+    def ask(start: int) -> None:
+        request = {"model": MODEL, "prompt": TEXT[start : start + 64], "max_tokens": NEW_TOKENS, "ignore_eos": True}
+        server.http.post(COMPLETIONS, json={**request, "temperature": 0.8, "seed": start}).raise_for_status()
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(ask, range(0, 100 * AT_ONCE * rounds, 100)))
+
+
+def means_of(server: Server, rounds: int) -> list[float]:
+    """FFN experts a token in each layer, of what is loaded now."""
+    before = tokens_of_layers(server)
+    load(server, rounds)
+    time.sleep(2 * INTERVAL_S)
+    after = tokens_of_layers(server)
+    return [(taken - was) / (tokens - had) for (tokens, taken), (had, was) in zip(after, before, strict=True)]
+
+
+def test_the_mean_comes_to_the_target_that_metrics_show(server: Server) -> None:
+    assert server.metric(TARGET) == LOWER
+    assert min(means_of(server, rounds=1)) > LOWER + 0.3, "it begins with the model as published, which takes 4"
+    load(server, rounds=8)
+    assert means_of(server, rounds=4) == pytest.approx([LOWER] * 2, rel=0.06)
+    assert min(biases(server)) > 0
+
+
+@needs_prometheus
+def test_the_dashboard_shows_the_target(server: Server, tmp_path: Path) -> None:
+    """The line that `test_dashboard.py` leaves out, as its server has no dial."""
+    (query,) = (query for query in queries(rate_interval="5m") if "target" in query.legend)
+    with scraping(server, tmp_path) as prometheus:
+        wait_until(lambda: [series.points[0][1] for series in prometheus.ask(query.expression)] == [LOWER])
