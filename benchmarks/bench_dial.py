@@ -82,7 +82,7 @@ def response(model: LongcatForCausalLM, streams: dict[str, Tensor]) -> list[list
     means: list[list[float]] = []
     dial = Dial(model.config, PARTS[0][1], model.config.num_layers, CPU)
     for part, (traffic, target) in enumerate(PARTS):
-        dial.target = target
+        dial.turn(target)
         ids, cache = windows(streams[traffic], REQUESTS, STEPS, first=part), None
         with turned(model, dial) as chosen:
             for step in range(STEPS):

@@ -53,13 +53,34 @@ class Dial:
         Raises:
             ValueError: for a target that no bias holds.
         """
-        if obstacles := obstacles_to_dial(config, target):
-            raise ValueError(f"a dial at {obstacles[0]}")
-        self.target, self._top_k, self._experts = target, config.moe_topk, config.num_experts
+        self._config, self._experts = config, config.num_experts
+        self._target_on_device = torch.zeros((), dtype=torch.float32, device=device)
+        self.turn(target)
         self._furthest = math.asinh(config.num_experts)  # a bias of 1, which is more than any score
         self.settings = torch.zeros(layers, dtype=torch.float32, device=device)
         """fp32 [layers]: asinh of the bias, in units of the mean score."""
         self._is_zero_expert = (torch.arange(config.num_experts, device=device) >= config.n_routed_experts).float()
+
+    @property
+    def target(self) -> float:
+        """FFN experts a token."""
+        return self._target
+
+    def turn(self, target: float) -> None:
+        """Hold another mean from the next step on; settings begin where they are. Called where steps are launched, so
+        that a device does it between two of them; ranks of a group between the same two.
+
+        Raises:
+            ValueError: for a target that no bias holds. The dial is then as it was.
+        """
+        if obstacles := obstacles_to_dial(self._config, target):
+            raise ValueError(f"a dial at {obstacles[0]}")
+        self._target = target
+        self._target_on_device.fill_(target)  # where a captured step reads it
+
+    def reset(self) -> None:
+        """Begin anew with the model as published, at the same target. Called as `turn`."""
+        self.settings.zero_()
 
     def bias(self) -> Tensor:
         """fp32 [layers], of a zero expert. Where scores are far apart, and a bias has to be large to change a choice,
@@ -84,8 +105,8 @@ class Dial:
         token, 0 for a row that only pads the step. Without tokens nothing moves."""
         tokens = is_real.sum()
         taken = ((ids >= 0).sum(dim=-1) * is_real).sum(dim=-1)
-        error = (taken - self.target * tokens) / (tokens + HALF_WEIGHT)
-        self.settings.add_(error, alpha=GAIN / self._top_k).clamp_(-self._furthest, self._furthest)
+        error = (taken - self._target_on_device * tokens) / (tokens + HALF_WEIGHT)
+        self.settings.add_(error, alpha=GAIN / self._config.moe_topk).clamp_(-self._furthest, self._furthest)
 
 
 class DialledRouters:

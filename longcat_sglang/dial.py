@@ -3,14 +3,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import logging
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from longcat_core.config import LongcatConfig
 from longcat_core.dial import DialledRouters, obstacles_to_dial
 from longcat_sglang import requested
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.io_struct import SetInternalStateReq
+    from sglang.srt.managers.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+TARGET, RESET = "longcat_ffn_experts", "longcat_reset_dial"
+"""Fields of /set_internal_state: another target; whether to begin anew with the model as published."""
 
 
 def obstacles(settings: Any, longcat: LongcatConfig, target: float) -> list[str]:
@@ -36,3 +45,30 @@ def of_layers(config: LongcatConfig, layers: Iterable[Any]) -> DialledRouters | 
     if target is None:
         return None
     return DialledRouters(config, target, [layer.mlp.router for layer in layers], torch.get_default_device())
+
+
+def turn_where_asked(original: Callable[..., Any], scheduler: Scheduler, request: SetInternalStateReq) -> Any:
+    """Turn the dial by /set_internal_state, which every rank gets between the same two steps. SGLang answers whether a
+    change was made, and has in its log why not."""
+    from sglang.srt.managers.io_struct import SetInternalStateReqOutput
+
+    given = request.server_args
+    if TARGET not in given and RESET not in given:
+        return original(scheduler, request)
+    runner: Any = scheduler.tp_worker.model_runner
+    dialled: DialledRouters | None = runner.model.model.dialled
+    try:
+        if others := given.keys() - {TARGET, RESET}:
+            raise ValueError(f"{', '.join(sorted(others))} beside the dial; change it in a request of its own")
+        if dialled is None:
+            raise ValueError(f"there is no dial; start the server with {requested.OPTIONS['ffn_experts']}")
+        scheduler.device_module.synchronize()  # all steps before have read the old target, on every rank
+        if TARGET in given:
+            dialled.dial.turn(given[TARGET])
+        if given.get(RESET):
+            dialled.dial.reset()
+    except ValueError as error:
+        logger.warning("/set_internal_state: %s", error)
+        return SetInternalStateReqOutput(updated=False)
+    logger.info("The dial's target is %g FFN experts a token.", dialled.dial.target)
+    return SetInternalStateReqOutput(updated=True)

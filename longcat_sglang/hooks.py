@@ -322,6 +322,15 @@ HOOKS: tuple[Hook, ...] = (
         remove_when="A model can add statistics of its own.",
     ),
     Wrapper(
+        name="turns of the dial",
+        target="sglang.srt.managers.scheduler.Scheduler.set_internal_state",
+        around="longcat_sglang.dial:turn_where_asked",
+        concerns="longcat_sglang.engine:schedules_longcat",
+        stage=Stage.MODEL,
+        why="`/set_internal_state` has a fixed list of fields, and refuses those of the dial.",
+        remove_when="A model can add fields of its own.",
+    ),
+    Wrapper(
         name="accepted drafts",
         target="sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
         "._resolve_spec_v2_tokens",

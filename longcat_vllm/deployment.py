@@ -46,6 +46,8 @@ def check(vllm_config: VllmConfig) -> None:
     loading.check(vllm_config, config)
     _tell_of_overrides_that_nothing_reads(model)
     _settle_overlap(vllm_config)
+    if asked.ffn_experts is not None:
+        dial.add_to_workers(vllm_config)
     if (speculation := mtp_speculation(vllm_config)) is not None:
         _give_drafts_the_targets_context(speculation, model)
     obstacles, directory = obstacles_to_gate(vllm_config), Path(model.model) if speculation is not None else None

@@ -3,18 +3,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.logger import init_logger
 
 from longcat_core import spellings
 from longcat_core.config import LongcatConfig
-from longcat_core.dial import DialledRouters, obstacles_to_dial
+from longcat_core.dial import Dial, DialledRouters, obstacles_to_dial
 from longcat_vllm import requested
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+logger = init_logger(f"vllm.{__name__}")
+WORKER_EXTENSION = f"{__name__}.DialOfWorker"
 
 
 def obstacles(vllm_config: VllmConfig, target: float) -> list[str]:
@@ -47,3 +51,49 @@ def of_layers(vllm_config: VllmConfig, config: LongcatConfig, layers: Iterable[A
     if target is None:
         return None
     return DialledRouters(config, target, [layer.mlp.router for layer in layers], torch.get_default_device())
+
+
+def add_to_workers(vllm_config: VllmConfig) -> None:
+    """Let vLLM's /collective_rpc turn the dial."""
+    parallel = vllm_config.parallel_config
+    if parallel.worker_extension_cls in ("", WORKER_EXTENSION):
+        parallel.worker_extension_cls = WORKER_EXTENSION
+    else:
+        logger.warning("The dial stays at its target: --worker-extension-cls has the place of what would turn it.")
+
+
+class DialOfWorker:
+    """What vLLM adds to the methods of a worker, for /collective_rpc. Every rank runs them between the same two steps.
+
+    They raise nothing: of ranks that raise, vLLM reads the first one's answer, and takes what the others have said for
+    answers to the next call (`MultiprocExecutor.collective_rpc`).
+    """
+
+    get_model: Callable[[], Any]
+
+    def set_ffn_experts(self, target: Any = None) -> dict[str, Any]:
+        """Hold another mean of FFN experts a token. target: a number, as text too.
+
+        Returns the target of the dial, and why it has not changed, if it has not.
+        """
+        dial: Dial = self.get_model().dialled.dial
+        try:
+            dial.turn(_number(target))
+        except ValueError as error:
+            return {"ffn_experts": dial.target, "error": str(error)}
+        logger.info("The dial's target is %g FFN experts a token.", dial.target)
+        return {"ffn_experts": dial.target}
+
+    def reset_dial(self) -> dict[str, Any]:
+        """Begin anew with the model as published, at the same target, which is returned."""
+        dial: Dial = self.get_model().dialled.dial
+        dial.reset()
+        logger.info("The dial begins anew, at %g FFN experts a token.", dial.target)
+        return {"ffn_experts": dial.target}
+
+
+def _number(given: Any) -> float:
+    try:
+        return float(str(given))
+    except ValueError:
+        raise ValueError(f"a dial at {given!r}, wanted a number") from None

@@ -95,6 +95,40 @@ def test_a_compiled_step_moves_the_settings_each_time_it_runs() -> None:
         assert torch.equal(first.settings, second.settings)
 
 
+def test_another_target_is_held_from_the_next_step_on_by_a_compiled_one_too() -> None:
+    """From where the settings are. A captured step reads the target on the device."""
+    dial, alone = dial_at(2.0), dial_at(1.0)
+    compiled = torch.compile(dial.end_step, backend="aot_eager", fullgraph=True)
+    compiled(IDS.int(), IS_REAL)
+    before = dial.settings.clone()
+    dial.turn(1.0)
+    compiled(IDS.int(), IS_REAL)
+    alone.end_step(IDS.int(), IS_REAL)
+    torch.testing.assert_close(dial.settings - before, alone.settings)
+    assert dial.target == 1.0
+
+
+def test_a_target_that_no_bias_holds_leaves_the_dial_as_it_was() -> None:
+    dial, alone = dial_at(2.5), dial_at(2.5)
+    for target in (0.0, 4.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="wanted more than 0 and less than 4"):
+            dial.turn(target)
+    for each in (dial, alone):
+        each.end_step(IDS.int(), IS_REAL)
+    assert dial.target == 2.5
+    assert torch.equal(dial.settings, alone.settings)
+
+
+def test_a_reset_begins_with_the_model_as_published_at_the_same_target() -> None:
+    dial = dial_at(2.5)
+    dial.end_step(IDS.int(), IS_REAL)
+    moved = dial.settings.clone()
+    dial.reset()
+    assert dial.biases() == [0, 0]
+    dial.end_step(IDS.int(), IS_REAL)
+    assert torch.equal(dial.settings, moved)
+
+
 def test_no_bias_is_more_than_a_score_can_be() -> None:
     dial = dial_at(1.0)
     for _ in range(10_000):

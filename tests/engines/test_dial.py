@@ -23,10 +23,19 @@ from tests.dialled import CPU, turned
 from tests.engines.test_bad_checkpoints import refusal
 from tests.harness import engine
 
-CASE, TARGET, NEW_TOKENS = CASES["default"], 1.2, 24
+CASE, TARGET, ANOTHER_TARGET, NEW_TOKENS = CASES["default"], 1.2, 3.4, 24
 PROMPTS = [CASE.prompts(1, length, seed=length)[0] for length in (150, 1, 180, 200, 40)]
 """No two begin alike, so that none is found in the prefix cache."""
+RESET_BEFORE, ANOTHER_FROM = 2, 3
+"""Prompts before which an administrator turns the dial."""
 TEXT = Path(argparse.__file__)
+
+
+def turn(prompt: int, to_target: Callable[[float], None], to_the_beginning: Callable[[], None]) -> None:
+    if prompt == RESET_BEFORE:
+        to_the_beginning()
+    if prompt == ANOTHER_FROM:
+        to_target(ANOTHER_TARGET)
 
 
 @torch.no_grad()
@@ -34,9 +43,10 @@ def answers_of_the_reference(directory: Path) -> tuple[list[list[int]], list[lis
     """With the dial, one request after the other, a prompt in one step; and without it."""
     model = LongcatForCausalLM.from_checkpoint(directory)
     without = [model.generate(prompt, NEW_TOKENS) for prompt in PROMPTS]
-    answers = []
-    with turned(model, Dial(CASE.config, TARGET, CASE.config.num_layers, CPU)):
-        for prompt in PROMPTS:
+    answers, dial = [], Dial(CASE.config, TARGET, CASE.config.num_layers, CPU)
+    with turned(model, dial):
+        for number, prompt in enumerate(PROMPTS):
+            turn(number, dial.turn, dial.reset)
             logits, _, cache = model(torch.tensor([prompt]))
             tokens = [int(logits[0, -1].argmax())]
             while len(tokens) < NEW_TOKENS + engine.STEPS_BEHIND_THE_END:
@@ -57,8 +67,12 @@ def test_answers_are_those_of_a_dial_on_the_reference(
     directory = checkpoint_of(CASE)
     wanted, without = answers_of_the_reference(directory)
     assert wanted != without, "what it does shows"
+    answers = []
     with engine.serving(directory, max_model_len=256, **engine.held_at(TARGET), **options) as served:
-        assert [served.greedy([prompt], NEW_TOKENS)[0] for prompt in PROMPTS] == wanted
+        for number, prompt in enumerate(PROMPTS):
+            turn(number, served.turn_dial, served.reset_dial)
+            answers += served.greedy([prompt], NEW_TOKENS)
+    assert answers == wanted
 
 
 def note_choices(file: Path, patch: pytest.MonkeyPatch) -> None:

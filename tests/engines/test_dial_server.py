@@ -1,4 +1,4 @@
-"""The dial of a stock server of LongCat-Nano: what `/metrics` say of it while the mean of FFN experts comes to it."""
+"""The dial of a stock server of LongCat-Nano: `/metrics` say where it is, and the engine's own route turns it."""
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,9 +27,14 @@ AT_ONCE, NEW_TOKENS = 16, 96
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    command = [*engine.command(CHECKPOINT, served_name=MODEL, cache_tokens=8192), *engine.dial_flags(LOWER)]
-    with serving(command, tmp_path_factory.mktemp("dialled") / "server.log") as server:
-        yield server
+    """Of two ranks, which have one dial; and in vLLM with two servers of the API."""
+    command = [*engine.command(CHECKPOINT, served_name=MODEL, cache_tokens=8192), *engine.expert_parallel_flags(2)]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (engine.ADMIN_ENVIRONMENT | engine.environment_of_ranks(2)).items():
+            patch.setenv(name, value)
+        log = tmp_path_factory.mktemp("dialled") / "server.log"
+        with serving([*command, *engine.dial_flags(LOWER)], log) as server:
+            yield server
 
 
 def tokens_of_layers(server: Server) -> list[tuple[float, float]]:
@@ -75,3 +81,24 @@ def test_the_dashboard_shows_the_target(server: Server, tmp_path: Path) -> None:
     (query,) = (query for query in queries(rate_interval="5m") if "target" in query.legend)
     with scraping(server, tmp_path) as prometheus:
         wait_until(lambda: [series.points[0][1] for series in prometheus.ask(query.expression)] == [LOWER])
+
+
+def test_its_administrator_turns_it_and_lets_it_begin_anew(server: Server) -> None:
+    assert engine.turn_dial(server, 5) == ""
+    wait_until(lambda: server.metric(TARGET) == 5)
+    held = biases(server)
+    load(server, rounds=1)
+    wait_until(lambda: all(now < before - 1e-4 for now, before in zip(biases(server), held, strict=True)))
+    engine.reset_dial(server)
+    wait_until(lambda: biases(server) == [0, 0])
+    assert server.metric(TARGET) == 5
+
+
+@pytest.mark.parametrize("target", [6, 0, -1, 1e9, "many", None])
+def test_what_cannot_be_held_is_refused_and_the_server_goes_on(target: Any, server: Server) -> None:
+    assert engine.turn_dial(server, LOWER) == ""
+    assert engine.turn_dial(server, target) != ""
+    request = {"model": MODEL, "prompt": TEXT[:64], "max_tokens": 4}
+    server.http.post(COMPLETIONS, json=request).raise_for_status()
+    time.sleep(INTERVAL_S + 0.5)
+    assert server.metric(TARGET) == LOWER

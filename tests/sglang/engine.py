@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -28,6 +28,9 @@ from longcat_sglang.engine import SGLANG
 from tests.collectives import note
 from tests.metrics import Metrics
 from tests.speculation import Speculated, accepted_by_position
+
+if TYPE_CHECKING:
+    from tests.server import Server
 
 NAME, PACKAGE, RECORD = "SGLang", "longcat_sglang", SGLANG
 UNSUPPORTED, SUPPORTED = ("0.5.20", "0.5.22", "0.6.0"), ("0.5.21", "0.5.21.post1")
@@ -128,6 +131,20 @@ class Engine:
         assert not succeeded
         return message
 
+    def turn_dial(self, ffn_experts: float) -> None:
+        """Give the dial another target."""
+        self._set(longcat_ffn_experts=ffn_experts)
+
+    def reset_dial(self) -> None:
+        self._set(longcat_reset_dial=1)
+
+    def _set(self, **state: float) -> None:
+        from sglang.srt.managers.io_struct import SetInternalStateReq
+
+        manager = self.sglang.tokenizer_manager
+        request = SetInternalStateReq(server_args=state)
+        assert self.sglang.loop.run_until_complete(manager.set_internal_state(request)) == [True]
+
     def _update(self, tensors: dict[str, Tensor]) -> tuple[bool, str]:
         self.sglang.begin_weight_update()
         try:
@@ -180,6 +197,28 @@ def held_at(ffn_experts: Any) -> dict[str, Any]:
 def dial_flags(ffn_experts: float) -> list[str]:
     """What a user types for that."""
     return ["--json-model-override-args", held_at(ffn_experts)["json_model_override_args"]]
+
+
+ADMIN_ENVIRONMENT: dict[str, str] = {}
+"""With which a server has the routes of its administrator."""
+
+
+def turn_dial(server: Server, ffn_experts: Any) -> str:
+    """Give a server's dial another target; what it says against that, which is in its log or its answer."""
+    return _set(server, longcat_ffn_experts=ffn_experts)
+
+
+def reset_dial(server: Server) -> None:
+    assert not _set(server, longcat_reset_dial=1)
+
+
+def _set(server: Server, **state: Any) -> str:
+    answer = server.http.post("/set_internal_state", json={"server_args": state})
+    if answer.is_client_error:
+        return answer.text
+    if answer.raise_for_status().json() == [True]:
+        return ""
+    return server.log.read_text().rpartition("/set_internal_state: ")[2]
 
 
 def speculation_flags(draft_tokens: int) -> list[str]:

@@ -1,15 +1,19 @@
-"""Where SGLang's options leave no mean to be held; `engines/test_dial.py` has what a dial does."""
+"""Where SGLang's options leave no mean to be held, and what turns a dial; `engines/test_dial.py` has what it does."""
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sglang.srt.managers.io_struct import SetInternalStateReq, SetInternalStateReqOutput
 
+from longcat_core.dial import Dial
 from longcat_sglang import dial
 from tests.cases import DEFAULT
+from tests.dialled import CPU
 
 
 @pytest.mark.parametrize(
@@ -28,3 +32,71 @@ def test_ranks_with_other_tokens_and_memory_that_comes_and_goes_have_no_dial(
     vars(settings).update(given)
     (found,) = dial.obstacles(settings, DEFAULT, 2.5)
     assert found.startswith(obstacle)
+
+
+class Scheduler:
+    """With a dial at 2.5, or without one."""
+
+    def __init__(self, has_dial: bool = True) -> None:
+        self.events: list[str] = []
+        self.dial = Dial(DEFAULT, 2.5, DEFAULT.num_layers, CPU)
+        dialled = SimpleNamespace(dial=self.dial) if has_dial else None
+        model = SimpleNamespace(model=SimpleNamespace(dialled=dialled))
+        self.tp_worker = SimpleNamespace(model_runner=SimpleNamespace(model=model))
+        self.device_module = SimpleNamespace(synchronize=lambda: self.events.append("steps are done"))
+
+    def set(self, **state: float) -> bool:
+        return dial.turn_where_asked(self._sglangs_own, self, SetInternalStateReq(server_args=state)).updated
+
+    def _sglangs_own(self, _: object, request: SetInternalStateReq) -> SetInternalStateReqOutput:
+        self.events.append(f"{request.server_args}")
+        return SetInternalStateReqOutput(updated=True)
+
+
+def test_an_administrator_turns_the_dial_behind_the_steps_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = Scheduler()
+    monkeypatch.setattr(scheduler.dial, "reset", lambda: scheduler.events.append("reset"))
+    assert scheduler.set(longcat_ffn_experts=3)
+    assert scheduler.dial.target == 3
+    assert scheduler.set(longcat_reset_dial=0)
+    assert scheduler.events == ["steps are done"] * 2
+    assert scheduler.set(longcat_ffn_experts=1.5, longcat_reset_dial=1)
+    assert scheduler.dial.target == 1.5
+    assert scheduler.events == ["steps are done"] * 3 + ["reset"]
+
+
+@pytest.mark.parametrize(
+    ("has_dial", "state", "complaint"),
+    [
+        (True, {"longcat_ffn_experts": 4, "longcat_reset_dial": 1}, "a dial at 4, wanted more than 0 and less than 4"),
+        (True, {"longcat_ffn_experts": 3, "pp_max_micro_batch_size": 8}, "pp_max_micro_batch_size beside the dial"),
+        (False, {"longcat_ffn_experts": 3}, "there is no dial; start the server with --json-model-override-args"),
+        (False, {"longcat_reset_dial": 1}, "there is no dial"),
+    ],
+)
+def test_what_turns_no_dial_is_said_in_the_log(
+    has_dial: bool, state: dict[str, float], complaint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []  # an engine that ran in this process before may have turned loggers off
+    monkeypatch.setattr(dial.logger, "warning", lambda text, *values: said.append(text % values))
+    scheduler = Scheduler(has_dial)
+    scheduler.dial.settings.fill_(0.5)
+    assert not scheduler.set(**state)
+    assert said[0].startswith(f"/set_internal_state: {complaint}")
+    assert scheduler.dial.target == 2.5
+    assert bool((scheduler.dial.settings == 0.5).all())
+
+
+def test_sglang_still_refuses_fields_that_it_does_not_know() -> None:
+    """If this fails, it may have a way for those of a model, and the hook can go."""
+    from sglang.srt.managers.scheduler import Scheduler as SGLangs
+
+    request = SetInternalStateReq(server_args={dial.TARGET: 3})
+    original: Any = inspect.unwrap(SGLangs.set_internal_state)
+    assert not original(SimpleNamespace(), request).updated
+
+
+def test_other_fields_are_sglangs() -> None:
+    scheduler = Scheduler()
+    assert scheduler.set(pp_max_micro_batch_size=8)
+    assert scheduler.events == ["{'pp_max_micro_batch_size': 8}"]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -26,6 +26,9 @@ from longcat_vllm.engine import VLLM
 from tests.cases import DEFAULT
 from tests.metrics import Metrics
 from tests.speculation import Speculated, accepted_by_position
+
+if TYPE_CHECKING:
+    from tests.server import Server
 
 # Engines in this process take 2 s each; one of processes of its own takes 20.
 OURS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
@@ -131,6 +134,14 @@ class Engine:
         """Load these into the running model."""
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors.items()})
 
+    def turn_dial(self, ffn_experts: float) -> None:
+        """Give the dial another target."""
+        said = self.llm.collective_rpc("set_ffn_experts", args=(ffn_experts,))
+        assert said == [{"ffn_experts": ffn_experts}] * len(said)
+
+    def reset_dial(self) -> None:
+        self.llm.collective_rpc("reset_dial")
+
     @property
     def model(self) -> torch.nn.Module:
         """The model itself, where the engine runs in this process."""
@@ -159,6 +170,25 @@ def held_at(ffn_experts: Any) -> dict[str, Any]:
 def dial_flags(ffn_experts: float) -> list[str]:
     """What a user types for that."""
     return ["--additional-config", json.dumps(held_at(ffn_experts)["additional_config"])]
+
+
+ADMIN_ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1"}
+"""With which a server has the routes of its administrator."""
+
+
+def turn_dial(server: Server, ffn_experts: Any) -> str:
+    """Give a server's dial another target; what it says against that."""
+    (said,) = {answer.get("error", "") for answer in _call_workers(server, "set_ffn_experts", ffn_experts)}
+    return said
+
+
+def reset_dial(server: Server) -> None:
+    _call_workers(server, "reset_dial")
+
+
+def _call_workers(server: Server, method: str, *arguments: Any) -> list[dict[str, Any]]:
+    answer = server.http.post("/collective_rpc", json={"method": method, "args": arguments})
+    return answer.raise_for_status().json()["results"]
 
 
 def speculation_flags(draft_tokens: int) -> list[str]:
