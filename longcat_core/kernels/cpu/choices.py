@@ -27,8 +27,8 @@ def add_step(
     rank_of_expert: Tensor,
     ranks: int,
 ) -> None:
-    """As the reference, whose arguments these are: ids int32 [L, T, K], of any stride but in the last dimension, each less
-    than len(rank_of_expert)."""
+    """As the reference, whose arguments these are. ids: int32 [L, T, K], of any stride but in the last dimension, each
+    less than len(rank_of_expert)."""
     layers, rows, top_k = ids.shape
     library().longcat_count_choices(
         *(each.data_ptr() for each in (tokens, busiest_expert, busiest_rank, ids)),
