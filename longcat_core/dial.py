@@ -31,8 +31,23 @@ def possible_targets(config: LongcatConfig) -> tuple[float, float]:
     return float(config.moe_topk - min(config.moe_topk, config.zero_expert_num)), float(most)
 
 
+def as_number(given: object) -> float:
+    """given: of a user; an integer that no fp64 has is infinite.
+
+    Raises:
+        ValueError: if it is no number, nor text that is one.
+    """
+    try:
+        return float(given) if isinstance(given, int | float) and not isinstance(given, bool) else float(str(given))
+    except OverflowError:
+        return math.inf
+    except ValueError:
+        raise ValueError(f"{given!r}, wanted a number") from None
+
+
 def obstacles_to_dial(config: LongcatConfig, target: float) -> list[str]:
     """Why the mean of FFN experts a token cannot be held at `target`."""
+    target = as_number(target)
     fewest, most = possible_targets(config)
     if fewest < target < most:
         return []
@@ -71,8 +86,9 @@ class Dial:
         that a device does it between two of them; ranks of a group between the same two.
 
         Raises:
-            ValueError: for a target that no bias holds. The dial is then as it was.
+            ValueError: for a target that no bias holds, or that is no number. The dial is then as it was.
         """
+        target = as_number(target)
         if obstacles := obstacles_to_dial(self._config, target):
             raise ValueError(f"a dial at {obstacles[0]}")
         self._target = target

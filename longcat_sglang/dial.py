@@ -28,6 +28,8 @@ def obstacles(settings: Any, longcat: LongcatConfig, target: float) -> list[str]
     others = "is given, and ranks with other tokens would turn their dials apart; leave it out"
     if settings.enable_dp_attention:
         found.append(f"--enable-dp-attention {others}")
+    if settings.dp_size > 1:
+        found.append(f"--dp-size {others}")
     if settings.moe_a2a_backend != "none":
         found.append(f"--moe-a2a-backend {others}")
     if settings.enable_memory_saver:
@@ -60,6 +62,8 @@ def turn_where_asked(original: Callable[..., Any], scheduler: Scheduler, request
     try:
         if others := given.keys() - {TARGET, RESET}:
             raise ValueError(f"{', '.join(sorted(others))} beside the dial; change it in a request of its own")
+        if TARGET not in given and not given[RESET]:
+            raise ValueError(f"{RESET} is {given[RESET]}, wanted 1")
         if dialled is None:
             raise ValueError(f"there is no dial; start the server with {requested.OPTIONS['ffn_experts']}")
         scheduler.device_module.synchronize()  # all steps before have read the old target, on every rank

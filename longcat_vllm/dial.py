@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 logger = init_logger(f"vllm.{__name__}")
 WORKER_EXTENSION = f"{__name__}.DialOfWorker"
+NO_DIAL = {"error": f"there is no dial; start the server with {requested.OPTIONS['ffn_experts']}"}
 
 
 def obstacles(vllm_config: VllmConfig, target: float) -> list[str]:
@@ -71,29 +72,31 @@ class DialOfWorker:
 
     get_model: Callable[[], Any]
 
-    def set_ffn_experts(self, target: Any = None) -> dict[str, Any]:
-        """Hold another mean of FFN experts a token. target: a number, as text too.
+    def set_ffn_experts(self, target: Any = None, *_: Any, **others: Any) -> dict[str, Any]:
+        """Hold another mean of FFN experts a token. target: a number, as text too; others are of no use.
 
         Returns the target of the dial, and why it has not changed, if it has not.
         """
-        dial: Dial = self.get_model().dialled.dial
+        dial = self._dial()
+        if dial is None:
+            return NO_DIAL
         try:
-            dial.turn(_number(target))
+            dial.turn(target)
         except ValueError as error:
             return {"ffn_experts": dial.target, "error": str(error)}
         logger.info("The dial's target is %g FFN experts a token.", dial.target)
         return {"ffn_experts": dial.target}
 
-    def reset_dial(self) -> dict[str, Any]:
-        """Begin anew with the model as published, at the same target, which is returned."""
-        dial: Dial = self.get_model().dialled.dial
+    def reset_dial(self, *_: Any, **others: Any) -> dict[str, Any]:
+        """Begin anew with the model as published, at the same target, which is returned. Arguments are of no use."""
+        dial = self._dial()
+        if dial is None:
+            return NO_DIAL
         dial.reset()
         logger.info("The dial begins anew, at %g FFN experts a token.", dial.target)
         return {"ffn_experts": dial.target}
 
-
-def _number(given: Any) -> float:
-    try:
-        return float(str(given))
-    except ValueError:
-        raise ValueError(f"a dial at {given!r}, wanted a number") from None
+    def _dial(self) -> Dial | None:
+        """None of a model without one, as vLLM keeps an extension for the models that a process has later."""
+        dialled: DialledRouters | None = getattr(self.get_model(), "dialled", None)
+        return None if dialled is None else dialled.dial

@@ -20,6 +20,7 @@ from tests.dialled import CPU
     ("given", "obstacle"),
     [
         ({"enable_dp_attention": True}, "--enable-dp-attention is given, and ranks with other tokens would turn their"),
+        ({"dp_size": 2}, "--dp-size is given, and ranks with other tokens would turn their"),
         ({"moe_a2a_backend": "deepep"}, "--moe-a2a-backend is given, and ranks with other tokens would turn their"),
         ({"enable_memory_saver": True}, "with --enable-memory-saver its memory comes and goes"),
     ],
@@ -27,7 +28,7 @@ from tests.dialled import CPU
 def test_ranks_with_other_tokens_and_memory_that_comes_and_goes_have_no_dial(
     given: dict[str, Any], obstacle: str
 ) -> None:
-    settings = SimpleNamespace(enable_dp_attention=False, moe_a2a_backend="none", enable_memory_saver=False)
+    settings = SimpleNamespace(dp_size=1, enable_dp_attention=False, moe_a2a_backend="none", enable_memory_saver=False)
     assert dial.obstacles(settings, DEFAULT, 2.5) == []
     vars(settings).update(given)
     (found,) = dial.obstacles(settings, DEFAULT, 2.5)
@@ -45,7 +46,7 @@ class Scheduler:
         self.tp_worker = SimpleNamespace(model_runner=SimpleNamespace(model=model))
         self.device_module = SimpleNamespace(synchronize=lambda: self.events.append("steps are done"))
 
-    def set(self, **state: float) -> bool:
+    def set(self, **state: Any) -> bool:
         return dial.turn_where_asked(self._sglangs_own, self, SetInternalStateReq(server_args=state)).updated
 
     def _sglangs_own(self, _: object, request: SetInternalStateReq) -> SetInternalStateReqOutput:
@@ -58,24 +59,26 @@ def test_an_administrator_turns_the_dial_behind_the_steps_before(monkeypatch: py
     monkeypatch.setattr(scheduler.dial, "reset", lambda: scheduler.events.append("reset"))
     assert scheduler.set(longcat_ffn_experts=3)
     assert scheduler.dial.target == 3
-    assert scheduler.set(longcat_reset_dial=0)
-    assert scheduler.events == ["steps are done"] * 2
+    assert scheduler.events == ["steps are done"]
     assert scheduler.set(longcat_ffn_experts=1.5, longcat_reset_dial=1)
     assert scheduler.dial.target == 1.5
-    assert scheduler.events == ["steps are done"] * 3 + ["reset"]
+    assert scheduler.events == ["steps are done"] * 2 + ["reset"]
 
 
 @pytest.mark.parametrize(
     ("has_dial", "state", "complaint"),
     [
         (True, {"longcat_ffn_experts": 4, "longcat_reset_dial": 1}, "a dial at 4, wanted more than 0 and less than 4"),
+        (True, {"longcat_ffn_experts": 10**400}, "a dial at inf, wanted more than 0"),
+        (True, {"longcat_ffn_experts": None}, "None, wanted a number"),
+        (True, {"longcat_reset_dial": 0}, "longcat_reset_dial is 0, wanted 1"),
         (True, {"longcat_ffn_experts": 3, "pp_max_micro_batch_size": 8}, "pp_max_micro_batch_size beside the dial"),
         (False, {"longcat_ffn_experts": 3}, "there is no dial; start the server with --json-model-override-args"),
         (False, {"longcat_reset_dial": 1}, "there is no dial"),
     ],
 )
 def test_what_turns_no_dial_is_said_in_the_log(
-    has_dial: bool, state: dict[str, float], complaint: str, monkeypatch: pytest.MonkeyPatch
+    has_dial: bool, state: dict[str, Any], complaint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []  # an engine that ran in this process before may have turned loggers off
     monkeypatch.setattr(dial.logger, "warning", lambda text, *values: said.append(text % values))

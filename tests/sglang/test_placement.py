@@ -140,9 +140,10 @@ def problems(
     ranks: int = 2,
     load_format: str = "auto",
     balances: bool = False,
+    all_to_all: str = "none",
 ) -> list[str]:
-    settings = SimpleNamespace(ep_num_redundant_experts=redundant, ep_size=ranks, load_format=load_format)
-    settings.init_expert_location, settings.enable_eplb = given, balances
+    settings = SimpleNamespace(ep_num_redundant_experts=redundant, ep_size=ranks, tp_size=4, load_format=load_format)
+    settings.init_expert_location, settings.enable_eplb, settings.moe_a2a_backend = given, balances, all_to_all
     return placement.problems(settings, DEFAULT)
 
 
@@ -163,6 +164,11 @@ def of(places: list[int]) -> str:
 )
 def test_what_fits_the_model_is_served(given: str, redundant: int) -> None:
     assert problems(given, redundant) == []
+
+
+def test_an_all_to_all_has_experts_on_all_ranks() -> None:
+    """SGLang sets --ep-size to that later."""
+    assert problems(of(IN_ORDER), ranks=1, all_to_all="deepep") == []
 
 
 @pytest.mark.parametrize(

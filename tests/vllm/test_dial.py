@@ -88,8 +88,14 @@ def test_a_worker_turns_its_dial_by_what_can_come_over_http(worker: dial.DialOfW
     assert not worker.get_model().dialled.dial.settings.any()
 
 
-@pytest.mark.parametrize("target", ["many", None, True, [3], 4, "0", "nan", "inf"])
+@pytest.mark.parametrize("target", ["many", None, True, [3], 4, "0", "nan", "inf", 10**400])
 def test_a_worker_says_what_is_wrong_and_raises_nothing(target: Any, worker: dial.DialOfWorker) -> None:
     said = worker.set_ffn_experts(target)
     assert said["ffn_experts"] == 2.5
     assert "wanted " in said["error"]
+
+
+def test_a_worker_of_another_model_says_that_there_is_no_dial(worker: dial.DialOfWorker) -> None:
+    worker.get_model = lambda: SimpleNamespace()
+    for said in (worker.set_ffn_experts("3", "4", other=5), worker.reset_dial("3")):
+        assert said["error"].startswith("there is no dial; start the server with --additional-config")

@@ -20,7 +20,7 @@ void longcat_count_choices(int64_t* tokens, int64_t* busiest_expert, int64_t* bu
             const int32_t* const chosen = ids + layer * layer_stride + row * row_stride;
             long taken = 0;
             for (long k = 0; k < top_k; k++)
-                if (chosen[k] >= 0) taken++, of_expert[chosen[k]]++;
+                if (chosen[k] >= 0 && chosen[k] < experts) taken++, of_expert[chosen[k]]++;
             tokens[layer * (top_k + 1) + taken]++;
         }
         busiest_expert[layer] += *std::max_element(of_expert.begin(), of_expert.end());

@@ -28,8 +28,15 @@ def add_step(
     ranks: int,
 ) -> None:
     """As the reference, whose arguments these are. ids: int32 [L, T, K], of any stride but in the last dimension, each
-    less than len(rank_of_expert)."""
-    layers, rows, top_k = ids.shape
+    less than len(rank_of_expert).
+
+    Raises:
+        ValueError: for ids of other sizes than the sums and the rows have.
+    """
+    wanted = len(tokens), len(is_real), tokens.shape[1] - 1
+    if ids.shape != wanted:
+        raise ValueError(f"ids: {[*ids.shape]}, wanted {[*wanted]}")
+    layers, rows, top_k = wanted
     library().longcat_count_choices(
         *(each.data_ptr() for each in (tokens, busiest_expert, busiest_rank, ids)),
         ids.stride(0),

@@ -150,6 +150,8 @@ def _found() -> tuple[ctypes.CDLL | None, str]:
         ("longcat_route", (*[pointer] * 5, real, *[number] * 4), None),
     )
     for name, arguments, result in signatures:
-        function = getattr(found, name)
+        function = getattr(found, name, None)
+        if function is None:
+            return None, f"{spec.origin} is of another version, without {name}; install longcat-serving again"
         function.argtypes, function.restype = arguments, result
     return found, ""
