@@ -31,8 +31,8 @@ def possible_targets(config: LongcatConfig) -> tuple[float, float]:
     return float(config.moe_topk - min(config.moe_topk, config.zero_expert_num)), float(most)
 
 
-def as_number(given: object) -> float:
-    """given: of a user; an integer that no fp64 has is infinite.
+def _as_number(given: object) -> float:
+    """given: by who turns a dial while a server runs. An integer that no fp64 has is infinite.
 
     Raises:
         ValueError: if it is no number, nor text that is one.
@@ -42,12 +42,11 @@ def as_number(given: object) -> float:
     except OverflowError:
         return math.inf
     except ValueError:
-        raise ValueError(f"{given!r}, wanted a number") from None
+        raise ValueError(f"a dial at {given!r}, wanted a number") from None
 
 
 def obstacles_to_dial(config: LongcatConfig, target: float) -> list[str]:
     """Why the mean of FFN experts a token cannot be held at `target`."""
-    target = as_number(target)
     fewest, most = possible_targets(config)
     if fewest < target < most:
         return []
@@ -88,7 +87,7 @@ class Dial:
         Raises:
             ValueError: for a target that no bias holds, or that is no number. The dial is then as it was.
         """
-        target = as_number(target)
+        target = _as_number(target)
         if obstacles := obstacles_to_dial(self._config, target):
             raise ValueError(f"a dial at {obstacles[0]}")
         self._target = target

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +55,7 @@ class Requested:
 
 def _fits(name: str, value: Any) -> bool:
     if name == "ffn_experts":
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
     return isinstance(value, str if name == "init_expert_location" else bool)
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -33,6 +32,7 @@ from longcat_core.layers.latent_attention import PagedBatch, UpProjection
 from longcat_core.weights.blocks import FP8, dequantize_blocks, quantize_blocks
 from tests.attention_steps import SCALE, Step, decodes, dense, idle, step, up_projection, verifications
 from tests.oracle import relative_error
+from tests.threads import threads
 
 ROUNDING = 2**-8
 """Of a result to bf16, over the greatest one."""
@@ -198,16 +198,6 @@ def test_a_choice_of_no_expert_is_no_row() -> None:
     assert outputs.isfinite().all()
     assert outputs[1].tolist() == [0.0] * 64
     assert (outputs[0] > 0).all()
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # The compiled kernel wants latents of whole groups.

@@ -50,7 +50,7 @@ def test_a_number_is_read_where_one_is_wanted() -> None:
     assert Requested.read({"ffn_experts": 3.5}, NUMBERED, "our_", "--more").ffn_experts == 3.5
 
 
-@pytest.mark.parametrize("value", [True, "3", 0, -1, float("nan"), float("inf"), None])
+@pytest.mark.parametrize("value", [True, "3", 0, -1, float("nan"), float("inf"), 10**400, None])
 def test_what_is_no_number_above_0_is_named(value: Any) -> None:
     with pytest.raises(ValueError, match=r"our_ffn_experts: .*, wanted a number above 0; correct --more"):
         Requested.read({"ffn_experts": value}, NUMBERED, "our_", "--more")

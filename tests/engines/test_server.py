@@ -25,6 +25,7 @@ from tests.harness import ENGINE, engine
 from tests.oracle import Greedy, assert_greedy_equal, greedy, oracle, oracle_logits, relative_error
 from tests.requests import CACHE_TOKENS, CASE, COMPLETIONS, MAX_MODEL_LEN, MODEL
 from tests.server import ONE_REQUEST_A_CONNECTION, Server, processes_of, serving, wait_until
+from tests.threads import threads
 
 BAD_REQUESTS = import_module(f"tests.{ENGINE}.bad_requests").BAD_REQUESTS
 NEW_TOKENS = 16
@@ -67,10 +68,8 @@ def client(server: Server) -> Iterator[OpenAI]:
 
 @pytest.fixture(scope="module")
 def truth(directory: Path) -> Iterator[LongcatFlashForCausalLM]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # threads that wait for each other on cores that a server uses take 80 times as long
-    yield oracle(CASE.config, checkpoint.load(directory, CASE.config))
-    torch.set_num_threads(threads)
+    with threads(1):  # several that wait for each other on cores that a server uses take 80 times as long
+        yield oracle(CASE.config, checkpoint.load(directory, CASE.config))
 
 
 @cache

@@ -70,7 +70,7 @@ def test_an_administrator_turns_the_dial_behind_the_steps_before(monkeypatch: py
     [
         (True, {"longcat_ffn_experts": 4, "longcat_reset_dial": 1}, "a dial at 4, wanted more than 0 and less than 4"),
         (True, {"longcat_ffn_experts": 10**400}, "a dial at inf, wanted more than 0"),
-        (True, {"longcat_ffn_experts": None}, "None, wanted a number"),
+        (True, {"longcat_ffn_experts": None}, "a dial at None, wanted a number"),
         (True, {"longcat_reset_dial": 0}, "longcat_reset_dial is 0, wanted 1"),
         (True, {"longcat_ffn_experts": 3, "pp_max_micro_batch_size": 8}, "pp_max_micro_batch_size beside the dial"),
         (False, {"longcat_ffn_experts": 3}, "there is no dial; start the server with --json-model-override-args"),

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -29,6 +29,7 @@ from longcat_vllm.devices.cuda.worker import OverlapWorker
 from tests.cases import Case
 from tests.engines.test_scheduling import CASE, assert_true
 from tests.overlap import DENSE, FORK, JOIN, MAIN, SIDE
+from tests.threads import threads
 from tests.vllm.engine import AS_THE_STOCK_COMMAND, serving
 from tests.vllm.noted_layer import (
     LaneRecorder,
@@ -203,23 +204,13 @@ def a_padded_part(rows: Tensor) -> Tensor:
     return nn.functional.pad(rows, (0, 0, 0, 1))[17:]
 
 
-@contextmanager
-def computing_with(threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def compiled(
-    kind: type[Late], monkeypatch: pytest.MonkeyPatch, share: Callable[[Tensor], Tensor] = all_of_them, threads: int = 1
+    kind: type[Late], monkeypatch: pytest.MonkeyPatch, share: Callable[[Tensor], Tensor] = all_of_them, count: int = 1
 ) -> Late:
     """Run what torch.compile makes of a path beside a branch. Its result has to be that of the path in a row.
 
     share: of the tokens that the branch is to have, as where ranks with the same tokens have a share of them each.
-    threads: that inductor makes its loops for. Which loops become one, and so what stands where, depends on it.
+    count: of threads that inductor makes its loops for, on which it depends what stands where.
     """
     the_context(CUDAGraphMode.NONE, monkeypatch)
     monkeypatch.setattr(overlap, "second_stream", lambda: None)
@@ -243,7 +234,7 @@ def compiled(
 
     rows = torch.randn(33, 64)
     torch.compiler.reset()
-    with torch.inference_mode(), computing_with(threads):
+    with torch.inference_mode(), threads(count):
         exact = path(rows, moe.Whole(branch.experts), branch)
         branch.noted.clear()
         found = torch.compile(path, fullgraph=True, dynamic=False)(rows, branch, branch)
@@ -251,12 +242,12 @@ def compiled(
     return branch
 
 
-@pytest.mark.parametrize("threads", [1, 2, 8])
+@pytest.mark.parametrize("count", [1, 2, 8])
 @pytest.mark.parametrize("share", [all_of_them, a_part, a_padded_part])
 def test_a_compiled_path_keeps_its_place_and_its_memory(
-    share: Callable[[Tensor], Tensor], threads: int, monkeypatch: pytest.MonkeyPatch
+    share: Callable[[Tensor], Tensor], count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    branch = compiled(Late, monkeypatch, share, threads)
+    branch = compiled(Late, monkeypatch, share, count)
     assert branch.wrong == []
     assert branch.noted == [FORK, *["dense"] * 4, JOIN]
 

@@ -47,8 +47,8 @@ class CompiledFFN:
         Raises:
             ValueError: for what `of` returns None for.
         """
-        if self._obstacle(gate_up, down):
-            raise ValueError(f"weights of a dense FFN: {self._obstacle(gate_up, down)}")
+        if obstacle := self._obstacle(gate_up, down):
+            raise ValueError(f"weights of a dense FFN: {obstacle}")
         self.gate_up, self.down = gate_up, down
         self._weights = gate_up.weight.unsqueeze(0), down.weight.unsqueeze(0)
         self._scales = [None if each.scales is None else each.scales.unsqueeze(0) for each in (gate_up, down)]
@@ -63,6 +63,7 @@ class CompiledFFN:
 
     @staticmethod
     def _obstacle(gate_up: Projection, down: Projection) -> str:
+        """Why they are not for the kernel; empty if they are."""
         if (gate_up.scales is None) != (down.scales is None):
             return "one has scales, wanted both or none"
         inner, rows = down.weight.shape[1], PUBLISHED_BLOCK[0]

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from longcat_core.kernels.cpu.experts import CompiledFFN
-from longcat_core.kernels.cpu.library import address_of, library, require_bf16
+from longcat_core.kernels.cpu.library import address_of, library, require_bf16, storages
 from longcat_core.kernels.cpu.mla import Mla, ProjectionFields
 from longcat_core.layers.latent_attention import PagedBatch
 
@@ -53,8 +53,7 @@ class HalfLayer:
         if found != wanted:
             raise ValueError(f"norms and projections of the FFN {found}, wanted {wanted}")
         self.attention = attention
-        weights = input_norm, ffn_norm, *ffn.gate_up, *ffn.down
-        self._storages = [None if each is None else each.detach() for each in weights]  # which it keeps alive
+        self._storages = storages(input_norm, ffn_norm, *ffn.gate_up, *ffn.down)
         self.fields = _HalfLayer(
             input_norm.data_ptr(),
             ctypes.addressof(attention.fields),

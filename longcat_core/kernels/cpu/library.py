@@ -113,6 +113,11 @@ def require_weight(name: str, weight: Tensor, scales: Tensor | None) -> None:
         )
 
 
+def storages(*tensors: Tensor | None) -> list[Tensor]:
+    """To keep what pointers point to alive, also where a parameter is given another storage."""
+    return [tensor.detach() for tensor in tensors if tensor is not None]
+
+
 def address_of(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 

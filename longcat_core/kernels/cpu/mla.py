@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from longcat_core.kernels.cpu.attention import Case, Sizes, decoding
-from longcat_core.kernels.cpu.library import GROUP, address_of, library, require_bf16, require_weight
+from longcat_core.kernels.cpu.library import GROUP, address_of, library, require_bf16, require_weight, storages
 from longcat_core.kernels.cpu.product import FEW_ROWS, Projection
 from longcat_core.layers.latent_attention import PagedBatch, UpProjection
 
@@ -96,8 +96,7 @@ class Mla:
         if not w_uk.is_contiguous() or not w_uv.is_contiguous():
             raise ValueError("w_uk, w_uv: not contiguous, wanted as `UpProjection.of` lays them out")
         self._up, self._rope, self._scale, self.hidden = up, rope, softmax_scale, hidden
-        weights = (*qkv_a, *q_b, *o, q_norm, kv_norm)
-        self._storages = [None if each is None else each.detach() for each in weights]  # which it keeps alive
+        self._storages = storages(*qkv_a, *q_b, *o, q_norm, kv_norm)
         self.fields = _Mla(
             *(ProjectionFields.of(*each) for each in {"qkv_a": qkv_a, "q_b": q_b, "o": o}.items()),
             *(tensor.data_ptr() for tensor in (q_norm, kv_norm, w_uk, w_uv)),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from longcat_core.kernels.cpu.experts import CompiledFFN
 from longcat_core.kernels.cpu.half_layer import HalfLayer
-from longcat_core.kernels.cpu.library import library, require_bf16
+from longcat_core.kernels.cpu.library import library, require_bf16, storages
 from longcat_core.kernels.cpu.mla import Mla, ProjectionFields
 from longcat_core.kernels.cpu.product import Projection
 from longcat_core.layers.latent_attention import PagedBatch, RequestGroup
@@ -58,8 +58,7 @@ class MtpLayer:
         wanted = [*[mla.hidden] * len(norms), mla.hidden, 2 * mla.hidden]
         if found != wanted:
             raise ValueError(f"norms and eh_proj: {found}, wanted {wanted}")
-        weights = *norms, *eh_proj
-        self._storages = [None if each is None else each.detach() for each in weights]  # which it keeps alive
+        self._storages = storages(*norms, *eh_proj)
         self._fields = _Mtp(
             *(norm.data_ptr() for norm in (norms.embedded, norms.hidden, norms.last)),
             ProjectionFields.of("eh_proj", eh_proj),
