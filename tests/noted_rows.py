@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 
 
-def note_rows(of: type[Any], noted: Path, patch: pytest.MonkeyPatch) -> None:
-    """of: a class whose instances are called with rows first."""
-    call = of.__call__
+def note_rows(
+    of: type[Any], noted: Path, patch: pytest.MonkeyPatch, method: str = "__call__", argument: int = 0
+) -> None:
+    """of: a class one of whose arguments, in `method`, has the rows."""
+    call = getattr(of, method)
 
     def noting(this: Any, *args: Any) -> Any:
         with noted.open("a") as lines:
-            lines.write(f"{len(args[0])}\n")
+            lines.write(f"{len(args[argument])}\n")
         return call(this, *args)
 
-    patch.setattr(of, "__call__", noting)
+    patch.setattr(of, method, noting)

@@ -20,7 +20,7 @@ from longcat_core.kernels.cpu import experts as compiled
 from longcat_core.kernels.cpu.experts import CompiledFFN, routed_experts
 from longcat_core.kernels.cpu.half_layer import HalfLayer
 from longcat_core.kernels.cpu.mla import Mla
-from longcat_core.kernels.cpu.mtp import MtpLayer, Norms, passes_of_chain
+from longcat_core.kernels.cpu.mtp import MtpLayer, Norms, Vocabulary
 from longcat_core.kernels.cpu.norm import add_rms_norm, rms_norm, takes
 from longcat_core.kernels.cpu.product import FEW_ROWS, Projection, product
 from longcat_core.kernels.cpu.prompt import attend_to_expanded
@@ -513,27 +513,60 @@ def test_half_of_a_layer_whose_sizes_do_not_fit_is_refused() -> None:
     assert half(many, None, *where) is None
 
 
-def test_passes_of_a_chain_are_those_of_batches_of_their_own() -> None:
+def test_a_chain_is_its_passes_one_after_the_other() -> None:
     """Of which a slot beyond a position is not read: it holds NaN."""
     generator = torch.Generator().manual_seed(0)
-    mla, lengths, width = Mla(**mla_weights(generator, is_fp8=False)), [3, 70, 40], 3
+    layer, lengths, width = an_mtp_layer(generator), [3, 70, 40], 4
+    weights = (torch.randn(50, HIDDEN, generator=generator).bfloat16() for _ in range(2))
+    vocabulary = Vocabulary(next(weights), next(weights)[:48])
     table = torch.arange(3 * 80).view(3, 80)
-    whole = PagedBatch.build(range(0, 10, width), [length + width for length in lengths], table, 1)
-    positions = torch.tensor(lengths) + torch.arange(width).unsqueeze(1)
-    positions[-1, 1] = 0  # as of a request at the longest context
-    for each, batch in zip(positions, passes_of_chain(whole, positions), strict=True):
-        cache = torch.randn(3 * 80, LATENT + ROPE, generator=generator).bfloat16()
-        for row, position in zip(table, each.tolist(), strict=True):
-            cache[row[position + 1 :]] = float("nan")
-        slots = table.gather(1, each.unsqueeze(1)).flatten()
-        angles = torch.rand(3, 1, ROPE // 2, generator=generator)
-        x = torch.randn(3, HIDDEN, generator=generator).bfloat16()
+    whole = PagedBatch.build(range(0, 13, width), [length + width for length in lengths], table, 1)
+    positions = torch.tensor(lengths) + torch.arange(width - 1).unsqueeze(1)
+    slots = table.gather(1, positions.T).T
+    positions[-1, 1], slots[-1, 1] = 0, -1  # as of a request at the longest context
+    cache = torch.full((3 * 80, LATENT + ROPE), float("nan")).bfloat16()
+    for row, length in zip(table, lengths, strict=True):
+        cache[row[:length]] = torch.randn(length, LATENT + ROPE, generator=generator).bfloat16()
+    angles = torch.rand(width - 1, 3, 1, ROPE // 2, generator=generator)
+    first, hidden = torch.tensor([7, 0, 49]), torch.randn(3, HIDDEN, generator=generator).bfloat16()
+    arguments = (angles.cos(), angles.sin(), cache.clone(), slots, whole, positions)
+    found = layer.chain(vocabulary, first, hidden, *arguments)
+    assert found is not None
+
+    tokens = [first]
+    for step, each in enumerate(positions):
         alone = PagedBatch.build(range(4), (each + 1).tolist(), table, 1)
-        found, wanted = (mla(x, angles.cos(), angles.sin(), cache, slots, of) for of in (batch, alone))
-        assert found is not None
-        assert wanted is not None
-        assert torch.equal(found, wanted)
-        assert found.isfinite().all()
+        embedded = vocabulary.embedding[tokens[-1]]
+        made = layer(embedded, hidden, angles[step].cos(), angles[step].sin(), cache, slots[step], alone)
+        assert made is not None
+        hidden, logits = made, product(made, vocabulary.head)
+        assert torch.equal(found.logits[step], logits)
+        tokens.append(logits.argmax(dim=-1))
+    assert found.logits.isfinite().all()
+    assert torch.equal(found.tokens, torch.stack(tokens, dim=1))
+    with pytest.raises(ValueError, match=r"tokens, embedding, head, cos, sin, slots: \[\[2\], .* wanted \[\[3\]"):
+        layer.chain(vocabulary, first[1:], hidden, *arguments)
+    many = torch.zeros(FEW_ROWS + 1, dtype=torch.int64)
+    assert layer.chain(vocabulary, many, torch.zeros(len(many), HIDDEN).bfloat16(), *arguments) is None
+
+
+def test_of_equal_logits_a_chain_takes_the_first() -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer = an_mtp_layer(generator)
+    vocabulary = Vocabulary(torch.randn(4, HIDDEN, generator=generator).bfloat16(), torch.zeros(4, HIDDEN).bfloat16())
+    cos, sin, cache, slots, batch = two_tokens(generator)
+    positions = torch.cat([group.positions for group in batch.groups]).T
+    hidden = torch.randn(2, HIDDEN, generator=generator).bfloat16()
+    places = (cos.unsqueeze(0), sin.unsqueeze(0), cache, slots.unsqueeze(0), batch, positions)
+    found = layer.chain(vocabulary, torch.tensor([1, 2]), hidden, *places)
+    assert found is not None
+    assert found.tokens.tolist() == [[1, 0], [2, 0]]
+
+
+def an_mtp_layer(generator: torch.Generator) -> MtpLayer:
+    norms = Norms(*(torch.rand(HIDDEN, generator=generator).bfloat16() for _ in Norms._fields))
+    mla, eh_proj = Mla(**mla_weights(generator, is_fp8=False)), a_projection(generator, HIDDEN, 2 * HIDDEN)
+    return MtpLayer(norms, 1e-5, eh_proj, mla, an_ffn(generator))
 
 
 def test_an_mtp_layer_is_its_modules_one_after_the_other() -> None:

@@ -1,10 +1,12 @@
-// Half of a decoder layer, an attention and a dense FFN with the norms before them, and the MTP layer, which has one.
+// Half of a decoder layer, an attention and a dense FFN with the norms before them; the MTP layer, which has one; and
+// chains of drafts.
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <memory>
 #include <vector>
 
 #include "kernels.h"
+#include "parallel.h"
 
 using namespace longcat;
 
@@ -74,5 +76,36 @@ void longcat_mtp(const Mtp* mtp, bf16* output, const bf16* embedded, long embedd
                  groups, group_count, tokens);
     longcat_rms_norm(output, last_sum.get(), outputs.get(), hidden, sum.get(), hidden, mtp->last_norm, mtp->half->epsilon,
                      tokens, hidden);
+}
+
+// A chain of drafts, one token of each request in a pass, chosen from its logits: the first of the greatest. tokens: int64
+// [passes + 1, requests], of which the first row is given; logits: bf16 [passes, requests, vocabulary]; hidden_states: as of
+// the pass before; embedding and head: bf16 [.., hidden], contiguous; cos and sin: fp32 [passes, requests, rope / 2];
+// new_slots: int64 [passes, requests]; groups: of one query a request, of positions int64 [passes, requests of the group].
+void longcat_chain(const Mtp* mtp, int64_t* tokens, bf16* logits, const bf16* hidden_states, long hidden_stride,
+                   const bf16* embedding, const bf16* head, long vocabulary, const float* cos, const float* sin, bf16* cache,
+                   const int64_t* new_slots, const Group* groups, long group_count, long requests, long passes) {
+    const long hidden = mtp->eh_proj.rows, angles = requests * groups->attention.rope / 2;
+    const std::unique_ptr<bf16[]> embedded(new bf16[requests * hidden]), made(new bf16[2 * requests * hidden]);
+    const std::unique_ptr<float[]> scratch(new float[requests * padded(hidden)]);
+    std::vector<Group> now(groups, groups + group_count);
+    for (long pass = 0; pass < passes; pass++) {
+        bf16* const output = made.get() + pass % 2 * requests * hidden;
+        for (long i = 0; i < requests; i++)
+            std::copy_n(embedding + tokens[pass * requests + i] * hidden, hidden, embedded.get() + i * hidden);
+        longcat_mtp(mtp, output, embedded.get(), hidden, hidden_states, hidden_stride, cos + pass * angles,
+                    sin + pass * angles, cache, new_slots + pass * requests, now.data(), group_count, requests);
+        hidden_states = output, hidden_stride = hidden;
+        bf16* const of_pass = logits + pass * requests * vocabulary;
+        longcat_product(of_pass, output, hidden, head, hidden, nullptr, scratch.get(), requests, vocabulary, hidden);
+        for_each(requests, [=](long i) {
+            const bf16* const of_request = of_pass + i * vocabulary;
+            long best = 0;
+            for (long id = 1; id < vocabulary; id++)
+                if (to_float(of_request[id]) > to_float(of_request[best])) best = id;
+            tokens[(pass + 1) * requests + i] = best;
+        });
+        for (Group& group : now) group.positions += group.attention.requests;
+    }
 }
 }

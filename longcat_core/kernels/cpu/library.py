@@ -152,6 +152,7 @@ def _found() -> tuple[ctypes.CDLL | None, str]:
         ("longcat_count_choices", (*[pointer] * 4, number, number, *[pointer] * 2, *[number] * 5), None),
         ("longcat_half_layer", (*[pointer] * 5, number, pointer, number, *[pointer] * 5, number, number), None),
         ("longcat_mtp", (*[pointer] * 3, number, pointer, number, *[pointer] * 5, number, number), None),
+        ("longcat_chain", (*[pointer] * 4, *[number, pointer, pointer] * 2, *[pointer] * 3, *[number] * 3), None),
         ("longcat_route", (*[pointer] * 5, real, *[number] * 4), None),
     )
     for name, arguments, result in signatures:

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from longcat_core.kernels.cpu.experts import CompiledFFN
@@ -31,6 +31,20 @@ class Norms(NamedTuple):
         """layer: an engine's MTP layer, with modules named as published; last: the norm after it."""
         norms = layer.enorm["m"], layer.hnorm["m"], layer.input_layernorm, layer.post_attention_layernorm, last
         return cls(*(norm.weight for norm in norms))
+
+
+class Vocabulary(NamedTuple):
+    """Weights, bf16 [tokens, H] each, contiguous."""
+
+    embedding: Tensor
+    head: Tensor
+
+
+class Chains(NamedTuple):
+    tokens: Tensor
+    """int64 [R, P + 1], of each request, with the one that was given."""
+    logits: Tensor
+    """bf16 [P, R, tokens of the head], which all but the first were chosen from: the first of the greatest."""
 
 
 class _Mtp(ctypes.Structure):
@@ -95,15 +109,78 @@ class MtpLayer:
         )
         return output
 
+    def chain(
+        self,
+        vocabulary: Vocabulary,
+        tokens: Tensor,
+        hidden_states: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: Tensor,
+        slots: Tensor,
+        batch: PagedBatch,
+        positions: Tensor,
+    ) -> Chains | None:
+        """P passes over one token of each of R requests, each with the token that the one before chose.
 
-def passes_of_chain(batch: PagedBatch, positions: Tensor) -> Iterator[PagedBatch]:
-    """Of a chain of drafts, one token of each request in each pass, with one table of slots for all. For kernels of
-    this folder alone, as they read no slot beyond a position.
+        tokens: integer [R], rows of the embedding, of the first pass; hidden_states: bf16 [R, H]; cos and sin: fp32
+        [P, R, 1, rope / 2]; cache: as of `Mla`; slots and positions: integer [P, R]; batch: of the R requests in order,
+        with equally many new tokens each, whose contexts are as long as any in the chain: no slot beyond a position is
+        read. None where `Mla` returns it.
 
-    batch: of R requests with Q new tokens each, in order, whose contexts are as long as any in the chain; positions:
-    int64 [steps, R].
+        Raises:
+            ValueError: for other dtypes or sizes, or rows that are not contiguous.
+        """
+        passes, requests = positions.shape
+        first, positions_of_groups = _first_pass(batch, positions)
+        where = self._half.attention.where(hidden_states, cos[0], sin[0], cache, slots[0], first)
+        if where is None:
+            return None
+        require_bf16(**vocabulary._asdict())
+        embedding, head = vocabulary
+        found = [[*each.shape] for each in (tokens, embedding, head, cos, sin, slots)]
+        hidden, angles = self._half.attention.hidden, [passes, *where.cos.shape]
+        weights = [len(embedding), hidden], [min(len(head), len(embedding)), hidden]
+        wanted = [[requests], *weights, angles, angles, [passes, requests]]
+        if found != wanted or not (embedding.is_contiguous() and head.is_contiguous()):
+            raise ValueError(
+                f"tokens, embedding, head, cos, sin, slots: {found}, wanted {wanted}, and contiguous weights"
+            )
+        chosen = torch.empty(passes + 1, requests, dtype=torch.int64)
+        chosen[0] = tokens
+        logits = hidden_states.new_empty(passes, requests, len(head))
+        cos, sin, slots = cos.contiguous(), sin.contiguous(), slots.long().contiguous()
+        library().longcat_chain(  # which finds the positions of later passes behind those of `first`
+            ctypes.byref(self._fields),
+            chosen.data_ptr(),
+            logits.data_ptr(),
+            hidden_states.data_ptr(),
+            hidden_states.stride(0),
+            embedding.data_ptr(),
+            head.data_ptr(),
+            len(head),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            cache.data_ptr(),
+            slots.data_ptr(),
+            where.groups.array,
+            len(where.groups.cases),
+            requests,
+            passes,
+        )
+        return Chains(chosen.T, logits)
+
+
+def _first_pass(batch: PagedBatch, positions: Tensor) -> tuple[PagedBatch, list[Tensor]]:
+    """The batch of a chain's first pass, and the positions of all of its passes, int64 [P, R] of each group, whose first
+    rows are the batch's. One table of slots is for all.
+
+    positions: int64 [P, R].
     """
     rows = [group.queries[:, :1] // group.queries.shape[1] for group in batch.groups]
-    for each in positions:
-        groups = zip(batch.groups, rows, strict=True)
-        yield PagedBatch(tuple(RequestGroup(of, group.slots, each[of], False, False) for group, of in groups))
+    of_groups = [positions.long()[:, of.squeeze(1)].contiguous() for of in rows]
+    groups = zip(batch.groups, rows, of_groups, strict=True)
+    first = PagedBatch(
+        tuple(RequestGroup(of, group.slots, at[0].unsqueeze(1), False, False) for group, of, at in groups)
+    )
+    return first, of_groups

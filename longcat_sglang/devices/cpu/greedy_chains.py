@@ -22,7 +22,7 @@ from sglang.srt.utils.async_probe import sanitize_nan_logits
 from torch import Tensor
 
 from longcat_core.kernels.cpu.decoder import DecoderLayer
-from longcat_core.kernels.cpu.mtp import MtpLayer, passes_of_chain
+from longcat_core.kernels.cpu.mtp import MtpLayer, Vocabulary
 from longcat_core.kernels.cpu.product import product
 from longcat_core.layers import rotary
 from longcat_core.layers.latent_attention import PagedBatch
@@ -93,18 +93,16 @@ def speculate(
 
 def _drafted(models: Models, given: EagleDraftInput, places: Places, read: PagedBatch) -> Tensor:
     """int64 [R, width - 1]: the first one that was drafted before, and those after it."""
-    drafts, hidden_states = [given.topk_index], given.hidden_states
-    assert hidden_states is not None, "it was looked at"
-    model = models.drafter.model
-    cache, head = _cache(models), head_of(models.drafter)
-    for step, where in enumerate(passes_of_chain(read, places.positions.T[:-2])):
-        embedded = F.embedding(drafts[-1].flatten(), model.embed_tokens.weight)
-        angles = places.cos[:, step], places.sin[:, step]
-        made = models.mtp(embedded, hidden_states, *angles, cache, places.slots[:, step], where)
-        assert made is not None, "decode steps of few requests"
-        hidden_states = made
-        drafts.append(product(made, head).argmax(dim=-1, keepdim=True))
-    return torch.cat(drafts, dim=1)
+    passes = places.positions.shape[1] - 2
+    if passes == 0:
+        return given.topk_index
+    assert given.hidden_states is not None, "it was looked at"
+    positions, slots, cos, sin = (each[:, :passes].transpose(0, 1) for each in places[:4])
+    vocabulary = Vocabulary(models.drafter.model.embed_tokens.weight, head_of(models.drafter))
+    first = given.topk_index.squeeze(1)
+    made = models.mtp.chain(vocabulary, first, given.hidden_states, cos, sin, _cache(models), slots, read, positions)
+    assert made is not None, "decode steps of few requests"
+    return made.tokens
 
 
 def _verified(models: Models, tokens: Tensor, places: Places, read: PagedBatch) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from vllm.distributed.kv_transfer import has_kv_transfer_group
 
-from longcat_core.kernels.cpu.mtp import MtpLayer, Norms, passes_of_chain
+from longcat_core.kernels.cpu.mtp import MtpLayer, Norms, Vocabulary
 from longcat_core.kernels.cpu.product import FEW_ROWS
 from longcat_core.layers import rotary
 from longcat_core.layers.latent_attention import PagedBatch
@@ -40,35 +40,46 @@ def draft_chain(original: Callable[..., Any], proposer: EagleProposer, *args: An
     rows = (batch.query_start_loc[1:] - 1 if rows is None else rows).long()
     causal: Any = proposer.model
     model, cache = causal.model, cache_of(causal.model.layers[0].self_attn.attn)
-    if cache.dtype != torch.bfloat16:
+    vocabulary = _vocabulary(causal)
+    if cache.dtype != torch.bfloat16 or vocabulary is None:
         return original(proposer, *args, **kwargs)
     proposer._last_draft_probs = None  # of requests that sampled, in a step before
     read = _read(layer, proposer, cache, rows, kwargs)
     hidden_states: Tensor | None
     if read is not None:
         hidden_states = read[rows]
-        tokens = [causal.compute_logits(hidden_states).argmax(dim=-1, keepdim=True)]
+        tokens = causal.compute_logits(hidden_states).argmax(dim=-1, keepdim=True)
     elif drafts == 1:
         return original(proposer, *args, **kwargs)
     else:
         causal.drafted_from = None
-        tokens = [original(proposer, **kwargs | {"num_speculative_tokens": 1})]
+        tokens = original(proposer, **kwargs | {"num_speculative_tokens": 1})
         hidden_states = causal.drafted_from
     proposer.num_speculative_tokens = drafts
     assert hidden_states is not None, "the first drafts were chosen from logits"
     if drafts == 1:
-        return tokens[0]
+        return tokens
     steps = torch.arange(1, drafts).unsqueeze(1)
     positions, slots = _places(kwargs["target_positions"][rows] + steps, batch.block_table_tensor, proposer)
     cos, sin = rotary.cos_sin(positions.unsqueeze(-1), model.inverse_frequencies, model.attention_factor)
     lengths = (positions.amax(dim=0) + 1).tolist()
     whole = PagedBatch.build(range(len(lengths) + 1), lengths, batch.block_table_tensor, proposer.block_size)
-    for step, where in enumerate(passes_of_chain(whole, positions)):
-        embedded = F.embedding(tokens[-1].flatten(), model.embed_tokens.weight)
-        hidden_states = layer(embedded, hidden_states, cos[step], sin[step], cache, slots[step], where)
-        assert hidden_states is not None, "one token of few requests"
-        tokens.append(causal.compute_logits(hidden_states).argmax(dim=-1, keepdim=True))
-    return torch.cat(tokens, dim=1)
+    made = layer.chain(vocabulary, tokens.flatten(), hidden_states, cos, sin, cache, slots, whole, positions)
+    assert made is not None, "one token of few requests"
+    if causal.gated_drafts is not None:
+        for logits in made.logits:
+            causal.gated_drafts.observe(logits)
+    return made.tokens
+
+
+def _vocabulary(causal: Any) -> Vocabulary | None:
+    """None where logits are more than a product with a weight in bf16, or somebody watches how they are made."""
+    processor, head = causal.logits_processor, causal.lm_head
+    if any(module._forward_hooks or module._forward_pre_hooks for module in (causal, processor, head)):
+        return None
+    if processor.head_dtype not in (None, torch.bfloat16) or head.weight.dtype != torch.bfloat16:
+        return None
+    return Vocabulary(causal.model.embed_tokens.weight, head.weight[: processor.org_vocab_size])
 
 
 def _read(
