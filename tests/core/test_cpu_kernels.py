@@ -534,13 +534,13 @@ def test_a_chain_is_its_passes_one_after_the_other() -> None:
     assert found is not None
 
     tokens = [first]
-    for step, each in enumerate(positions):
-        alone = PagedBatch.build(range(4), (each + 1).tolist(), table, 1)
+    for at, angle, to, wanted in zip(positions, angles, slots, found.logits, strict=True):
+        alone = PagedBatch.build(range(4), (at + 1).tolist(), table, 1)
         embedded = vocabulary.embedding[tokens[-1]]
-        made = layer(embedded, hidden, angles[step].cos(), angles[step].sin(), cache, slots[step], alone)
+        made = layer(embedded, hidden, angle.cos(), angle.sin(), cache, to, alone)
         assert made is not None
         hidden, logits = made, product(made, vocabulary.head)
-        assert torch.equal(found.logits[step], logits)
+        assert torch.equal(wanted, logits)
         tokens.append(logits.argmax(dim=-1))
     assert found.logits.isfinite().all()
     assert torch.equal(found.tokens, torch.stack(tokens, dim=1))

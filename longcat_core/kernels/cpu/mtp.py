@@ -132,7 +132,7 @@ class MtpLayer:
             ValueError: for other dtypes or sizes, or rows that are not contiguous.
         """
         passes, requests = positions.shape
-        first, positions_of_groups = _first_pass(batch, positions)
+        first = _first_pass(batch, positions)
         where = self._half.attention.where(hidden_states, cos[0], sin[0], cache, slots[0], first)
         if where is None:
             return None
@@ -150,7 +150,7 @@ class MtpLayer:
         chosen[0] = tokens
         logits = hidden_states.new_empty(passes, requests, len(head))
         cos, sin, slots = cos.contiguous(), sin.contiguous(), slots.long().contiguous()
-        library().longcat_chain(  # which finds the positions of later passes behind those of `first`
+        library().longcat_chain(
             ctypes.byref(self._fields),
             chosen.data_ptr(),
             logits.data_ptr(),
@@ -171,16 +171,15 @@ class MtpLayer:
         return Chains(chosen.T, logits)
 
 
-def _first_pass(batch: PagedBatch, positions: Tensor) -> tuple[PagedBatch, list[Tensor]]:
-    """The batch of a chain's first pass, and the positions of all of its passes, int64 [P, R] of each group, whose first
-    rows are the batch's. One table of slots is for all.
+def _first_pass(batch: PagedBatch, positions: Tensor) -> PagedBatch:
+    """The batch of a chain's first pass. One table of slots is for all passes; positions of a group's requests in later
+    ones are behind its own in memory.
 
-    positions: int64 [P, R].
+    positions: integer [P, R].
     """
-    rows = [group.queries[:, :1] // group.queries.shape[1] for group in batch.groups]
-    of_groups = [positions.long()[:, of.squeeze(1)].contiguous() for of in rows]
-    groups = zip(batch.groups, rows, of_groups, strict=True)
-    first = PagedBatch(
-        tuple(RequestGroup(of, group.slots, at[0].unsqueeze(1), False, False) for group, of, at in groups)
-    )
-    return first, of_groups
+    groups = []
+    for group in batch.groups:
+        requests = group.queries[:, 0] // group.queries.shape[1]
+        of_all = positions.long()[:, requests].contiguous()
+        groups.append(RequestGroup(requests.unsqueeze(1), group.slots, of_all[0].unsqueeze(1), False, False))
+    return PagedBatch(tuple(groups))
