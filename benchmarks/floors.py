@@ -16,9 +16,10 @@ import torch.nn.functional as F
 
 from longcat_core.planning import calibration
 from longcat_core.planning.costs import Cost, Load, head_cost, layer_costs, timed
+from longcat_core.planning.cpu import calibrated
 from longcat_core.planning.layout import BYTES, Layout, precision
 from longcat_core.planning.models import LatentAttention, Model
-from longcat_core.planning.rates import Rates, calibrated
+from longcat_core.planning.rates import Rates
 
 BF16 = precision("bf16")
 ONE_RANK = Layout()
@@ -78,6 +79,7 @@ def with_product_rate(rates: Rates, operations_per_second: float) -> Rates:
         rates,
         products_per_second={"bf16": ((1.0, operations_per_second),)},
         attention_per_second=operations_per_second,
+        attention_by_context=(),
     )
 
 

@@ -12,8 +12,8 @@ import typer
 from rich.console import Console
 
 from longcat_cli import plan_report
+from longcat_core.planning import cpu, hardware, imbalance, models, plan, rates, search
 from longcat_core.planning import dry_run as reports
-from longcat_core.planning import hardware, imbalance, models, plan, rates, search
 from longcat_core.planning.drafts import Drafts
 from longcat_core.planning.figures import Figure
 from longcat_core.planning.layout import Layout, layouts, precision
@@ -187,7 +187,7 @@ def command(
 def _machine(text: str, shares: str) -> tuple[str, int, Rates, Figure | None]:
     """Its name, how many devices it has, their rates, and their price."""
     if text.endswith(".json"):
-        name, speed = rates.calibrated(Path(text))
+        name, speed = cpu.calibrated(Path(text))
         return name, 1, speed, None
     machine = hardware.machine(text)
     speed = rates.rates(machine.gpu, shares)

@@ -130,8 +130,9 @@ def _stages(plan: Plan) -> Table:
 def _step(plan: Plan) -> str:
     step = plan.step
     dense = f", dense layers {step.dense_layer_seconds * 1e3:.2f} ms" if step.dense_layer_seconds else ""
+    engine = f", engine {step.engine_seconds * 1e3:.2f} ms" if step.engine_seconds else ""
     return (
-        f"step: {step.layers} layers of {step.layer_seconds * 1e6:.0f} us{dense}, output head "
+        f"step: {step.layers} layers of {step.layer_seconds * 1e6:.0f} us{dense}{engine}, output head "
         f"{step.head_seconds * 1e3:.2f} ms, drafts {step.mtp_seconds * 1e3:.2f} ms: {step.seconds * 1e3:.2f} ms"
     )
 
@@ -201,6 +202,7 @@ def as_json(choice: Choice, found: Sequence[Choice], today: datetime.date) -> st
         "layers": plan.step.layers,
         "layer_seconds": plan.step.layer_seconds,
         "layer_overhead_seconds": plan.step.overhead_seconds,
+        "engine_seconds": plan.step.engine_seconds,
         "stages": [
             {
                 "name": stage.name,

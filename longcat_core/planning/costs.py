@@ -45,6 +45,8 @@ class Cost:
     rows: float = 1.0
     """Of the product's activations."""
     attention_operations: float = 0.0
+    context: float = 1.0
+    """Cached tokens that attention is over."""
     nvlink_bytes: float = 0.0
     network_bytes: float = 0.0
     latency_seconds: float = 0.0
@@ -66,7 +68,7 @@ def timed(name: str, cost: Cost, rates: Rates) -> Timed:
     operations = cost.product_operations / rates.products(cost.precision, max(1.0, cost.rows))
     parts = {
         "bytes": cost.memory_bytes / rates.memory_bytes_per_second,
-        "operations": operations + cost.attention_operations / rates.attention_per_second,
+        "operations": operations + cost.attention_operations / rates.attention(cost.context),
         "NVLink": cost.nvlink_bytes / rates.inside_bytes_per_second,
         "network": cost.network_bytes / rates.outside_bytes_per_second,
     }
@@ -157,6 +159,7 @@ def _attention(model: Model, layout: Layout, precision: Precision, rates: Rates,
     core = Cost(
         memory_bytes=load.requests * load.context * cached,
         attention_operations=pairs * attention.operations_a_pair() / tp / speedup,
+        context=load.context,
     )
     return {
         "qkv": _linear(replicated + attention.query_parameters(hidden) / tp, precision.attention, load.rows),
@@ -176,13 +179,14 @@ def _imbalance(layout: Layout, rates: Rates, load: Load) -> float:
 def _experts(model: Model, layout: Layout, precision: Precision, rates: Rates, load: Load, imbalance: float) -> Cost:
     tokens = load.rows * layout.dp
     untouched = 0.0 if rates.reads_every_expert else (1 - load.ffn_experts / model.experts) ** tokens
+    touched = model.experts * (1 - untouched)
     read = layout.experts_a_rank(model) * (1 - untouched) + model.shared_experts
     rows = tokens * load.ffn_experts / layout.gpus * imbalance + model.shared_experts * load.rows / layout.tp
     return Cost(
         memory_bytes=read * model.expert_parameters * BYTES[precision.experts],
         product_operations=2 * model.expert_parameters * rows,
         precision=precision.experts,
-        rows=tokens * load.ffn_experts / model.experts,
+        rows=tokens * load.ffn_experts / touched if touched else 0.0,
     )
 
 

@@ -142,6 +142,7 @@ class Plan:
             found += [Share(each.name, each.bound, of_layers * each.seconds / step.seconds) for each in track]
         fixed = step.layers * step.overhead_seconds / step.seconds
         found.append(Share("launches and gaps", "latency", fixed))
+        found.append(Share("engine, outside of the layers", "latency", step.engine_seconds / step.seconds))
         around = (step.head_seconds + step.mtp_seconds + step.dense_layer_seconds) / step.seconds
         found.append(Share("output head, drafts, dense layers", "bytes", around))
         return sorted((each for each in found if each.share > 0), key=lambda each: -each.share)

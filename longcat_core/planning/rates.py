@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from longcat_core.planning.figures import Figure, figures_of
 from longcat_core.planning.hardware import DATA, Gpu, read
@@ -57,17 +55,35 @@ class Rates:
     """What of this is assumed."""
     memory_bytes: float = 0.0
     """Of one device."""
+    attention_by_context: Sequence[tuple[float, float]] = ()
+    """Where that of MLA's core depends on the cached tokens of a request: those, and operations a second."""
+    few_rows: float = math.inf
+    """Tokens of a step up to which `layer_seconds` is right."""
+    many_rows_layer_seconds: float = 0.0
+    """In place of it in a step of more."""
+    layer_request_seconds: float = 0.0
+    """More of it for each request."""
+    step_seconds: float = 0.0
+    """Fixed cost of a step, outside of the layers."""
+    request_seconds: float = 0.0
+    """More of it for each request."""
+    cache_bytes: float = 0.0
+    """Of a processor's cache, in which a small model stays."""
+    in_cache: Rates | None = None
+    """Rates of a model that does."""
 
     def products(self, precision: str, rows: float) -> float:
         """Operations a second of a product with so many rows of activations."""
-        points = self.products_per_second[precision]
-        below = [point for point in points if point[0] <= rows]
-        above = [point for point in points if point[0] > rows]
-        if not below or not above:
-            return points[0][1] if not below else points[-1][1]
-        (low, slow), (high, fast) = below[-1], above[0]
-        share = math.log(rows / low) / math.log(high / low)
-        return slow * (fast / slow) ** share
+        return _between(self.products_per_second[precision], rows)
+
+    def attention(self, context: float) -> float:
+        """Operations a second of MLA's core over so many cached tokens of a request."""
+        return _between(self.attention_by_context, context) if self.attention_by_context else self.attention_per_second
+
+    def overhead_seconds(self, requests: float, rows: float) -> float:
+        """Fixed cost of a ScMoE layer in a step of so many tokens."""
+        layer = self.layer_seconds if rows <= self.few_rows else self.many_rows_layer_seconds
+        return layer + requests * self.layer_request_seconds
 
     def all_to_all_seconds(self, way: str, ranks: int) -> float:
         """Fixed cost of "dispatch" or "combine" over so many ranks."""
@@ -84,6 +100,17 @@ class Rates:
             return 0.0
         where = "inside" if ranks <= self.gpus_inside else "outside"
         return figures_of(read(LATENCIES))[f"sum_{where}_us"].value * 1e-6
+
+
+def _between(points: Sequence[tuple[float, float]], where: float) -> float:
+    """A rate between two points, in proportion; beyond them that of the nearest."""
+    below = [point for point in points if point[0] <= where]
+    above = [point for point in points if point[0] > where]
+    if not below or not above:
+        return points[0][1] if not below else points[-1][1]
+    (low, slow), (high, fast) = below[-1], above[0]
+    share = math.log(where / low) / math.log(high / low)
+    return slow * (fast / slow) ** share
 
 
 def sets() -> tuple[str, ...]:
@@ -132,44 +159,3 @@ def operator_seconds() -> float:
     """Of an operator in a stock engine's graph, as the fixed cost of a layer is taken to be made of."""
     stock = figures_of(read(SETS)["stock"]["figures"])
     return stock["layer_overhead_us"].value * 1e-6 / stock["operators_a_layer"].value
-
-
-def calibrated(path: Path) -> tuple[str, Rates]:
-    """The name and the rates of a machine that `longcat plan --calibrate` has measured.
-
-    Raises:
-        ValueError: if the file is not such a one.
-    """
-    raw = json.loads(path.read_text())
-    if not isinstance(raw, dict) or not {"name", "figures"} <= raw.keys():
-        raise ValueError(f"{path}: not a file of longcat plan --calibrate")
-    figures = figures_of(raw["figures"])
-    products: dict[str, list[tuple[float, float]]] = {}
-    for name, figure in figures.items():
-        if name.startswith("product_"):
-            precision, rows = name.split("_")[1], name.split("_")[2]
-            products.setdefault(precision, []).append((float(rows), figure.value * 1e9))
-    bf16 = tuple(sorted(products["bf16"]))
-    operator = figures["operator_overhead_us"].value * 1e-6
-    assumed = figures_of(read(SETS)["stock"]["figures"])
-    return raw["name"], Rates(
-        name="calibrated",
-        about=f"measured on {raw['name']}",
-        memory_bytes_per_second=figures["memory_gb_per_s"].value * 1e9,
-        # A CPU has no product in FP8: a weight is read in FP8, and multiplied in fp32.
-        products_per_second={"bf16": bf16, "fp8": bf16},
-        attention_per_second=bf16[0][1],
-        fp8_cache_speedup=1.0,
-        inside_bytes_per_second=figures["memory_gb_per_s"].value * 1e9,
-        outside_bytes_per_second=figures["memory_gb_per_s"].value * 1e9,
-        gpus_inside=1,
-        overlap_share=0.0,
-        layer_seconds=assumed["operators_a_layer"].value * operator,
-        has_latency=False,
-        has_imbalance=False,
-        reads_every_expert=False,
-        splits_batches=True,
-        omitted=frozenset(),
-        figures=(*figures.values(), assumed["operators_a_layer"]),
-        memory_bytes=figures["memory_gb"].value * 1e9,
-    )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from longcat_core.parallel.schedule import DENSE_SERIAL, SCHEDULES, Schedule
 from longcat_core.planning.costs import Cost, Load, Timed, dense_layer_costs, head_cost, layer_costs, mtp_costs, timed
 from longcat_core.planning.layout import Layout, Precision
+from longcat_core.planning.memory import weights
 from longcat_core.planning.models import Model
 from longcat_core.planning.rates import Rates
 
@@ -34,6 +35,8 @@ class StepTime:
     head_seconds: float
     mtp_seconds: float
     """Of all drafts."""
+    engine_seconds: float = 0.0
+    """Fixed cost, outside of the layers."""
 
     @property
     def layer_seconds(self) -> float:
@@ -41,7 +44,8 @@ class StepTime:
 
     @property
     def seconds(self) -> float:
-        return self.layers * self.layer_seconds + self.dense_layer_seconds + self.head_seconds + self.mtp_seconds
+        around = self.dense_layer_seconds + self.head_seconds + self.mtp_seconds + self.engine_seconds
+        return self.layers * self.layer_seconds + around
 
 
 def schedule(model: Model, overlap: str) -> Schedule:
@@ -64,6 +68,10 @@ def step_time(
 ) -> StepTime:
     """drafts: of the MTP layer, after the main model; `load.rows` has them already."""
     plan = schedule(model, overlap)
+    if rates.in_cache is not None:
+        cached = load.requests * load.context * model.cache_bytes_a_token(precision.cache)
+        if weights(model, layout, precision).total + cached <= rates.cache_bytes:
+            rates = rates.in_cache
     # Two batches take turns: a stage is run once for each, and weights are read twice.
     turns = plan.batches if rates.splits_batches else 1
     of_turn = load.half() if turns == 2 else load
@@ -73,18 +81,20 @@ def step_time(
     if model.first_dense_layers:
         of_dense = dense_layer_costs(model, layout, precision, rates, load)
         layer = sum(stage.seconds for stage in _stages(DENSE_SERIAL, of_dense, rates))
-        dense = model.first_dense_layers * (layer + rates.layer_seconds / 2)
+        dense = model.first_dense_layers * (layer + rates.overhead_seconds(load.requests, load.rows) / 2)
     one = Load(load.requests, load.requests, load.context, load.ffn_experts)
     head = timed("head", head_cost(model, layout, load), rates).seconds
     of_mtp = mtp_costs(model, layout, precision, rates, one)
     mtp = sum(timed(name, cost, rates).seconds for name, cost in of_mtp.items())
+    overhead = rates.overhead_seconds(of_turn.requests, of_turn.rows)
     return StepTime(
         stages=stages,
         layers=model.layers - model.first_dense_layers,
-        overhead_seconds=rates.layer_seconds * (1 if model.attentions_a_layer > 1 else 0.5) * turns,
+        overhead_seconds=overhead * (1 if model.attentions_a_layer > 1 else 0.5) * turns,
         dense_layer_seconds=dense,
         head_seconds=0.0 if "head" in rates.omitted else head,
         mtp_seconds=0.0 if "mtp" in rates.omitted else drafts * mtp,
+        engine_seconds=rates.step_seconds + load.requests * rates.request_seconds,
     )
 
 

@@ -288,7 +288,7 @@ def test_a_dry_run_gives_memory_and_launches(tmp_path: Path) -> None:
 
 
 def test_a_calibrated_cpu_is_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = calibration.Sizes(1 << 16, (2, 16, 32), (1, 4), 5, 2)
+    tiny = calibration.Sizes(bytes_read=1 << 16, weights=(2, 16, 32), rows=(1, 4), operators=5, passes=2)
     measured = calibration.calibrate(tiny, lambda: (0.0,))
     monkeypatch.setattr(calibration, "calibrate", lambda: measured)
     file = tmp_path / "cpu.json"
@@ -296,9 +296,14 @@ def test_a_calibrated_cpu_is_a_machine(tmp_path: Path, monkeypatch: pytest.Monke
     assert result.exit_code == 0
     config = tmp_path / "config.json"
     config.write_text(json.dumps(spellings.published(DEFAULT)))
-    found = as_json(str(config), "--gpus", str(file), "--batch", "1", "--context", "64")
+    words = (str(config), "--gpus", str(file), "--batch", "1", "--context", "64")
+    found = as_json(*words)
     assert found["rates"] == "calibrated"
-    assert found["tokens_per_second_a_user"] > 0
+    layers = found["layers"] * found["layer_seconds"]
+    assert layers + found["engine_seconds"] < found["step_seconds"] == 1 / found["tokens_per_second_a_user"]
+    engine = next(each for each in found["bottlenecks"] if each["operation"] == "engine, outside of the layers")
+    assert engine["share"] == pytest.approx(found["engine_seconds"] / found["step_seconds"])
+    assert f", engine {found['engine_seconds'] * 1e3:.2f} ms, output head" in run(*words).output
 
 
 def test_a_busy_machine_is_not_calibrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from longcat_core.planning.layout import Layout, layouts, precision
 from longcat_core.planning.models import model
 from longcat_core.planning.plan import Deployment
 from longcat_core.planning.rates import Rates, rates, sets
-from longcat_core.planning.step import schedule, step_time
+from longcat_core.planning.step import StepTime, schedule, step_time
 
 CHAT, LITE = model("chat"), model("lite")
 STOCK = rates(gpu("H800"), "stock")
@@ -37,6 +37,41 @@ def test_one_overhead_constant_gives_three_measured_batches_of_lite(
     plan = Deployment(LITE, "H200", speed, Layout(), precision("fp8-all"), context=1088).at(batch)
     assert plan.tokens_per_second_a_gpu == pytest.approx(measured, rel=0.07)
     assert plan.tokens_per_second_a_gpu == pytest.approx(computed, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows"),
+    [
+        (1, 1.0),
+        (2, 2 * 8 / (512 * (1 - (504 / 512) ** 2))),  # 16 rows, of two tokens that rarely share an expert
+        (1024, 16.0),
+    ],
+)
+def test_an_expert_has_the_rows_of_those_that_were_chosen(tokens: int, rows: float) -> None:
+    costs = layer_costs(CHAT, Layout(), precision("bf16"), STOCK, Load(tokens, tokens, 100, 8))
+    assert costs["experts"].rows == pytest.approx(rows, rel=1e-3)
+    assert layer_costs(CHAT, Layout(), precision("bf16"), STOCK, Load(1, 1, 100, 0))["experts"].rows == 0
+
+
+def test_attention_has_the_rate_of_its_context_where_that_is_known() -> None:
+    known = replace(STOCK, attention_by_context=((100.0, 1e9), (400.0, 4e9)))
+    assert [known.attention(context) for context in (1, 100, 200, 400, 1e6)] == pytest.approx([1e9, 1e9, 2e9, 4e9, 4e9])
+    assert STOCK.attention(100) == STOCK.attention_per_second
+    core = layer_costs(CHAT, Layout(), precision("bf16"), known, Load(1, 1, 200, 8))["attention_0_core"]
+    assert timed("", replace(core, memory_bytes=0.0), known).seconds == pytest.approx(core.attention_operations / 2e9)
+
+
+def test_a_step_of_many_tokens_has_another_fixed_cost() -> None:
+    few = replace(STOCK, layer_seconds=1.0, few_rows=32, many_rows_layer_seconds=5.0, step_seconds=70.0)
+    both = replace(few, layer_request_seconds=0.1, request_seconds=0.5)
+
+    def step(speed: Rates, requests: int) -> StepTime:
+        return step_time(CHAT, Layout(), precision("bf16"), speed, "none", Load(requests, requests, 10, 8))
+
+    assert [step(few, n).overhead_seconds for n in (32, 33)] == [1.0, 5.0]
+    assert [step(both, n).overhead_seconds for n in (32, 33)] == pytest.approx([4.2, 8.3])
+    assert [step(both, n).engine_seconds for n in (1, 32)] == pytest.approx([70.5, 86.0])
+    assert step(few, 32).seconds == pytest.approx(step(replace(few, step_seconds=0.0), 32).seconds + 70)
 
 
 def test_an_operation_takes_as_long_as_its_slowest_resource() -> None:
