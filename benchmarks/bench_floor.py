@@ -77,7 +77,7 @@ CONFIGS = {
 }
 """The large one has 622 M parameters, of which a token with 8 FFN experts activates 217 M. Positions reach further than
 Nano was trained for."""
-REQUESTS, CONTEXTS, PROMPTS = (1, 2, 4, 8, 16, MOST_REQUESTS), (128, 2048, 8192, 32768), (512, 4096)
+REQUESTS, CONTEXTS, PROMPTS = (1, 2, 4, 8, 16, 32), (128, 2048, 8192, 32768), (512, 4096)
 assert CONTEXTS[0] == PROMPT_TOKENS + NEW_TOKENS // 2, "what a request over HTTP has on average"
 PREFILLS = 3
 RUNS: dict[str, dict[str, Any]] = {"eager": {}}
@@ -271,8 +271,9 @@ def apart(function: Callable[..., Any], *args: Any) -> Any:
         return pool.submit(function, *args).result()
 
 
-def engine_times(directory: Path, config: LongcatConfig, run: str, plan: Plan) -> Times:
-    """
+def engine_times(directory: Path, config: LongcatConfig, run: str, plan: Plan, streams: bool = False) -> Times:
+    """streams: as of `Notes`.
+
     Raises:
         ValueError: if the engine did not do what was asked of it: too few steps of all requests at once, or none whose
             experts could be counted.
@@ -280,7 +281,7 @@ def engine_times(directory: Path, config: LongcatConfig, run: str, plan: Plan) -
     decode, prefill, threads = {}, {}, 0
     cached = max([*map(plan.tokens, plan.cells), *plan.prompts]) + plan.chunk
     with tempfile.TemporaryDirectory() as folder, Console(stderr=True).status("starting") as status:
-        notes = Notes(Path(folder), plan.steps, counts_experts=run == "eager", times_memory=True)
+        notes = Notes(Path(folder), plan.steps, counts_experts=run == "eager", times_memory=True, streams=streams)
         options = {
             "dtype": "bfloat16",
             "chunk": plan.chunk,

@@ -28,7 +28,7 @@ WARM_UP, AFTER = 8, 4
 """Steps before and after those that are timed; experts are counted in them, so that counting is not timed."""
 
 
-MOST_REQUESTS = 32
+MOST_REQUESTS = 64
 """At once; a pass over more tokens has a prompt in it."""
 READ_SECONDS = 1.0
 """For a few milliseconds memory can be twice as quick as it is for long."""
@@ -43,6 +43,8 @@ class Pass(NamedTuple):
     bytes_per_second: float = 0.0
     """Of memory, measured before the pass if it is the first one after those that are timed: where others share memory,
     it is quicker at one time than at another."""
+    left_out: float = 0.0
+    """Seconds in it that are not the model's."""
     routed: Routed | None = None
     """None where the experts were not counted."""
 
@@ -69,6 +71,10 @@ class Notes:
     """Which a compiled model does not allow."""
     times_memory: bool = False
     """After the steps that are timed."""
+    streams: bool = False
+    """Whether each layer reads what a processor's cache does not hold, as a larger model's weights; that is not in the
+    times. It needs `counts_experts`."""
+    _left_out: float = 0.0
     _lines: TextIO | None = None
     _tokens_before: int = 0
     """Of the last pass."""
@@ -139,7 +145,8 @@ class Notes:
             states = torch.randn(tokens, norm.weight.shape[0]).to(norm.weight.dtype)
         else:
             states = call(model, input_ids, *args, **kwargs)
-        words: list[float] = [start, tokens, torch.get_num_threads(), rate]
+        words: list[float] = [start, tokens, torch.get_num_threads(), rate, self._left_out]
+        self._left_out = 0.0
         if self._ids:
             words += routed_by(self._ids)
         if self._lines is None:
@@ -148,19 +155,27 @@ class Notes:
         return states
 
     def _bytes_per_second(self) -> float:
-        if self._read is None:
-            self._read = torch.ones(1 << 26, dtype=torch.float32)
+        numbers = self._numbers()
         start, times = time.monotonic(), 0
         while (now := time.monotonic()) < start + READ_SECONDS:
-            self._read.sum()
+            numbers.sum()
             times += 1
-        return times * self._read.nbytes / (now - start)
+        return times * numbers.nbytes / (now - start)
+
+    def _numbers(self) -> Tensor:
+        if self._read is None:
+            self._read = torch.ones(1 << 26, dtype=torch.float32)
+        return self._read
 
     def _counting(self, functions: Any) -> Any:
         def route(*args: Any, **kwargs: Any) -> Any:
             routing = functions.route(*args, **kwargs)
             if self._ids is not None:
                 self._ids.append(routing.ids)
+            if self.streams:
+                start = time.monotonic()
+                self._numbers()[: 1 << 24].sum()
+                self._left_out += time.monotonic() - start
             return routing
 
         return functions._replace(route=route)
@@ -198,7 +213,7 @@ def decode_steps(passes: Sequence[Pass], requests: int, steps: int) -> Steps:
     if len(found) <= WARM_UP + steps:
         raise ValueError(f"{len(found)} decode steps of {requests} requests, wanted {WARM_UP + steps + 1}")
     timed = found[WARM_UP : WARM_UP + steps + 1]
-    seconds = statistics.median(after.start - before.start for before, after in pairwise(timed))
+    seconds = statistics.median(after.start - before.start - before.left_out for before, after in pairwise(timed))
     rate = next((each.bytes_per_second for each in found if each.bytes_per_second), None)
     counted = [each.routed for each in found if each.routed is not None]
     if not counted:
@@ -222,6 +237,6 @@ def _decoding(passes: Sequence[Pass], requests: int) -> list[Pass]:
 
 
 def _read(line: str) -> Pass:
-    start, tokens, threads, rate, *routed = line.split()
+    start, tokens, threads, rate, left_out, *routed = line.split()
     choices = Routed(*map(float, routed)) if routed else None
-    return Pass(float(start), int(tokens), int(threads), float(rate), choices)
+    return Pass(float(start), int(tokens), int(threads), float(rate), float(left_out), choices)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
+from benchmarks.predicted import CLAIMED, compared
 from longcat_cli.commands import app
 from longcat_core.planning.drafts import Drafts
 from longcat_core.planning.hardware import gpu
@@ -21,6 +23,7 @@ from longcat_core.planning.plan import Deployment
 from longcat_core.planning.rates import rates
 
 PAGE = Path(__file__).with_name("plan.md")
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 _EXAMPLE = re.compile(r"^```\n\$ (?P<command>longcat plan [^\n]*)\n(?P<output>.*?)^```$", re.DOTALL | re.MULTILINE)
 _TABLE = re.compile(r"<!-- (?P<name>\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
@@ -134,10 +137,59 @@ def _ep128(name: str, drafts: Drafts) -> Deployment:
     )
 
 
+def decode_steps_on_a_cpu() -> str:
+    def cells() -> Iterator[tuple[str, ...]]:
+        for engine, directory in (("vLLM", "vllm"), ("SGLang", "sglang")):
+            record = json.loads((RESULTS / directory / "plan.json").read_text())
+            for each in compared(record):
+                error = f"{each.error * 100:+.0f} %"
+                yield (
+                    engine,
+                    each.model,
+                    str(each.requests),
+                    f"{each.measured * 1e3:.1f}",
+                    f"{each.predicted * 1e3:.1f}",
+                    f"{each.before * 1e3:.1f}, {each.after * 1e3:.1f}",
+                    error if abs(each.error) <= CLAIMED else f"**{error}**",
+                )
+
+    return _table(
+        "engine | model | requests | measured, ms | predicted, ms | calibrated before, after | predicted over measured",
+        cells(),
+    )
+
+
+def calibrations() -> str:
+    def cells() -> Iterator[tuple[str, ...]]:
+        for engine, directory in (("vLLM", "vllm"), ("SGLang", "sglang")):
+            settings = json.loads((RESULTS / directory / "plan.json").read_text())["settings"]
+            for name, when in (("Nano", "before"), ("Nano", "after"), ("123M", "after"), ("622M", "after")):
+                known = settings[name][when]
+                products = ", ".join(f"{known[f'product_bf16_{rows}_rows_gflops']:.0f}" for rows in (1, 8, 64))
+                cached = ", ".join(f"{known[f'cached_product_bf16_{rows}_rows_gflops']:.0f}" for rows in (1, 8, 64))
+                attention = ", ".join(f"{known[f'attention_{tokens}_tokens_gflops']:.0f}" for tokens in (128, 1024))
+                yield (
+                    f"{engine}, {when} {name}",
+                    f"{known['memory_gb_per_s']:.1f}",
+                    products,
+                    cached,
+                    attention,
+                    f"{known['operator_overhead_us']:.2f}",
+                )
+
+    return _table(
+        "calibrated | memory, GB/s | products, GFLOPS at 1, 8, 64 rows | from the cache | attention at 128, 1,024 "
+        "tokens | an operator, us",
+        cells(),
+    )
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "who_fits": who_fits,
     "what_drafts_bring": what_drafts_bring,
     "more_ranks": more_ranks,
+    "decode_steps_on_a_cpu": decode_steps_on_a_cpu,
+    "calibrations": calibrations,
 }
 
 if __name__ == "__main__":

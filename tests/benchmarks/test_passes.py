@@ -38,6 +38,11 @@ def test_how_quick_memory_was_is_measured_after_the_steps_and_is_no_part_of_them
     assert rate == 2e9
 
 
+def test_what_is_left_out_is_no_part_of_a_step() -> None:
+    found = passes((0.0, 100), *[(1.0, 2)] * (WARM_UP + STEPS + 1))
+    assert decode_steps([each._replace(left_out=0.25) for each in found], 2, STEPS)[0] == pytest.approx(0.75)
+
+
 def test_too_few_steps_are_no_measurement() -> None:
     enough = passes((0.0, 100), *[(1.0, 2)] * (WARM_UP + STEPS + 1))
     assert decode_steps(enough, 2, STEPS)[0] == pytest.approx(1.0)

@@ -14,7 +14,7 @@ NEW_TOKENS = WARM_UP + STEPS + AFTER + 4
 
 
 def test_passes_are_noted_and_a_prompt_that_is_left_out_is_not_computed(tmp_path: Path) -> None:
-    notes = Notes(tmp_path, STEPS, counts_experts=True, times_memory=True)
+    notes = Notes(tmp_path, STEPS, counts_experts=True, times_memory=True, streams=True)
     prompts = [list(range(5 + n, 5 + n + PROMPT)) for n in range(REQUESTS)]
     options = {"dtype": "bfloat16", "prefix_caching": False, "broken": notes.watch}
     with engine.serving(CHECKPOINT, **options) as served:
@@ -47,4 +47,6 @@ def test_passes_are_noted_and_a_prompt_that_is_left_out_is_not_computed(tmp_path
     assert [each.routed is None for each in left_out if each.tokens > MOST_REQUESTS] == [True] * sum(
         each.tokens > MOST_REQUESTS for each in left_out
     ), "no layer has run"
+    assert all(each.left_out > 0 for each in computed), "what a cache does not hold is read in each layer"
+    assert not any(each.left_out for each in left_out if each.tokens > MOST_REQUESTS)
     assert 0 < prefill_seconds(alone) < 10
