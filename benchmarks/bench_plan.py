@@ -54,6 +54,9 @@ SIZES = replace(calibration.SIZES, seconds=2.0)
 def main(
     models: Annotated[list[Name] | None, typer.Option("--model", help="One or several; else all.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Decode steps that are timed, of which the median is taken.")] = 32,
+    again: Annotated[
+        bool, typer.Option("--again", help="Beside the record whose fixed costs predictions rest on.")
+    ] = False,
 ) -> None:
     console = Console(stderr=True)
     operator_us, seconds = calibrated()["operator_overhead_us"], {}
@@ -80,7 +83,7 @@ def main(
         ]
         before = after
     rounded = {name: round(value, 2) for name, value in fixed.items()}
-    path = record.write("plan", rows, steps=steps, fixed=rounded, **settings)
+    path = record.write("plan_again" if again else "plan", rows, steps=steps, fixed=rounded, **settings)
     show(path, rounded)
 
 

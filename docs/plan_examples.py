@@ -12,7 +12,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from benchmarks.predicted import CLAIMED, compared
+from benchmarks.predicted import CLAIMED, Compared, compared
 from longcat_cli.commands import app
 from longcat_core.planning.drafts import Drafts
 from longcat_core.planning.hardware import gpu
@@ -138,25 +138,22 @@ def _ep128(name: str, drafts: Drafts) -> Deployment:
 
 
 def decode_steps_on_a_cpu() -> str:
+    def shown(found: Compared) -> tuple[str, str, str]:
+        error = f"{found.error * 100:+.0f} %"
+        error = error if abs(found.error) <= CLAIMED else f"**{error}**"
+        return f"{found.measured * 1e3:.1f}", f"{found.predicted * 1e3:.1f}", error
+
     def cells() -> Iterator[tuple[str, ...]]:
         for engine, directory in (("vLLM", "vllm"), ("SGLang", "sglang")):
-            record = json.loads((RESULTS / directory / "plan.json").read_text())
-            for each in compared(record):
-                error = f"{each.error * 100:+.0f} %"
-                yield (
-                    engine,
-                    each.model,
-                    str(each.requests),
-                    f"{each.measured * 1e3:.1f}",
-                    f"{each.predicted * 1e3:.1f}",
-                    f"{each.before * 1e3:.1f}, {each.after * 1e3:.1f}",
-                    error if abs(each.error) <= CLAIMED else f"**{error}**",
-                )
+            first, again = (
+                compared(json.loads((RESULTS / directory / file).read_text()))
+                for file in ("plan.json", "plan_again.json")
+            )
+            for one, other in zip(first, again, strict=True):
+                yield engine, one.model, str(one.requests), *shown(one), *shown(other)
 
-    return _table(
-        "engine | model | requests | measured, ms | predicted, ms | calibrated before, after | predicted over measured",
-        cells(),
-    )
+    run = "measured, ms | predicted, ms | predicted over measured"
+    return _table(f"engine | model | requests | {run} | again: {run}", cells())
 
 
 def calibrations() -> str:
