@@ -10,13 +10,14 @@ a derivative term would add is the noise of the step before.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from longcat_core.config import LongcatConfig
+from longcat_core.target_by_queue import Target, TargetByQueue
 
 GAIN = 0.6
 """What is added to a layer's setting in a step of very many tokens, if all their choices are one too many."""
@@ -45,14 +46,27 @@ def _as_number(given: object) -> float:
         raise ValueError(f"a dial at {given!r}, wanted a number") from None
 
 
-def obstacles_to_dial(config: LongcatConfig, target: float) -> list[str]:
-    """Why the mean of FFN experts a token cannot be held at `target`."""
+def _as_target(given: object) -> Target:
+    """
+    Raises:
+        ValueError: if it is neither a number nor two of them.
+    """
+    if not isinstance(given, list | tuple):
+        return _as_number(given)
+    if len(given) != 2:
+        raise ValueError(f"a dial at {given!r}, wanted a number or two bounds")
+    return _as_number(given[0]), _as_number(given[1])
+
+
+def obstacles_to_dial(config: LongcatConfig, target: Target) -> list[str]:
+    """Why the mean of FFN experts a token cannot be held at `target`, or not at one of its bounds."""
     fewest, most = possible_targets(config)
-    if fewest < target < most:
-        return []
-    if fewest == most:
+    numbers = [target] if isinstance(target, int | float) else target
+    wrong = [number for number in numbers if not fewest < number < most]
+    if wrong and fewest == most:
         return ["this model has no zero experts to choose instead"]
-    return [f"{target:g}, wanted more than {fewest:g} and less than {most:g}, the FFN experts that a token can have"]
+    wanted = f"wanted more than {fewest:g} and less than {most:g}, the FFN experts that a token can have"
+    return [f"{number:g}, {wanted}" for number in wrong]
 
 
 class Dial:
@@ -62,7 +76,7 @@ class Dial:
     it is replayed. It depends on nothing but the choices: ranks that have the same have the same settings.
     """
 
-    def __init__(self, config: LongcatConfig, target: float, layers: int, device: torch.device) -> None:
+    def __init__(self, config: LongcatConfig, target: Target, layers: int, device: torch.device) -> None:
         """
         Raises:
             ValueError: for a target that no bias holds.
@@ -77,24 +91,44 @@ class Dial:
 
     @property
     def target(self) -> float:
-        """FFN experts a token."""
+        """FFN experts a token, at present."""
         return self._target
 
-    def turn(self, target: float) -> None:
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """The lesser and the greater, between which the target follows the queue; None where it stays."""
+        return None if self._by_queue is None else self._by_queue.bounds
+
+    def turn(self, target: object) -> None:
         """Hold another mean from the next step on; settings begin where they are. Called where steps are launched, so
         that a device does it between two of them; ranks of a group between the same two.
 
+        target: a number, or two bounds, of which the greater is held first.
+
         Raises:
-            ValueError: for a target that no bias holds, or that is no number. The dial is then as it was.
+            ValueError: for a target that no bias holds, or that is neither. The dial is then as it was.
         """
-        target = _as_number(target)
+        target = _as_target(target)
         if obstacles := obstacles_to_dial(self._config, target):
             raise ValueError(f"a dial at {obstacles[0]}")
+        if isinstance(target, float):
+            self._by_queue = None
+            self.hold(target)
+        else:
+            self._by_queue = TargetByQueue((target[0], target[1]))
+            self.hold(self._by_queue.target)
+
+    def asked_by_queue(self, waiting: int, full_queue: int) -> float:
+        """The target of the next step, for which this is called once: as `TargetByQueue.next` between two bounds."""
+        return self._target if self._by_queue is None else self._by_queue.next(waiting, full_queue)
+
+    def hold(self, target: float) -> None:
+        """What `turn` does with a number that has been looked at, and leaves bounds as they are."""
         self._target = target
         self._target_on_device.fill_(target)  # where a captured step reads it
 
     def reset(self) -> None:
-        """Begin anew with the model as published, at the same target. Called as `turn`."""
+        """Begin anew with the model as published, at the same target or bounds. Called as `turn`."""
         self.settings.zero_()
 
     def bias(self) -> Tensor:
@@ -127,15 +161,36 @@ class Dial:
 class DialledRouters:
     """The routers that a rank has and their dial. Ranks that have the same tokens make the same choices."""
 
-    def __init__(self, config: LongcatConfig, target: float, routers: Sequence[Any], device: torch.device) -> None:
-        """routers: an engine's, with `e_score_correction_bias`, and `dialled`, which is set here and replaces it.
+    def __init__(
+        self,
+        config: LongcatConfig,
+        target: Target,
+        routers: Sequence[Any],
+        device: torch.device,
+        full_queue: int | None = None,
+    ) -> None:
+        """routers: an engine's, with `e_score_correction_bias`, and `dialled`, which is set here and replaces it;
+        full_queue: requests that wait where the lesser of two bounds is held, None for as many as run at most.
 
         Raises:
             ValueError: for a target that no bias holds.
         """
         self.dial, self._routers = Dial(config, target, len(routers), device), routers
+        self._full_queue = full_queue
         for router in routers:
             router.dialled = torch.zeros_like(router.e_score_correction_bias)
+
+    def follow_queue(
+        self, waiting: int, most_running: int, before_turning: Callable[[], object] = lambda: None
+    ) -> None:
+        """Between two bounds, turn the dial by the requests that wait. Called before each step, as `Dial.turn`.
+
+        before_turning: called if the target becomes another.
+        """
+        target = self.dial.asked_by_queue(waiting, self._full_queue or most_running)
+        if target != self.dial.target:
+            before_turning()
+            self.dial.hold(target)
 
     def begin_step(self) -> None:
         """Write the biases that the routers are to choose by."""

@@ -11,18 +11,21 @@ import torch
 
 from longcat_core.config import LongcatConfig
 from longcat_core.dial import DialledRouters, obstacles_to_dial
+from longcat_core.target_by_queue import Target
 from longcat_sglang import requested
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import SetInternalStateReq
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.managers.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
-TARGET, RESET = "longcat_ffn_experts", "longcat_reset_dial"
-"""Fields of /set_internal_state: another target; whether to begin anew with the model as published."""
+TARGET, LEAST, RESET = "longcat_ffn_experts", "longcat_least_ffn_experts", "longcat_reset_dial"
+"""Fields of /set_internal_state, which have to be numbers: another target; the bound to which it falls as the queue
+grows; whether to begin anew with the model as published."""
 
 
-def obstacles(settings: Any, longcat: LongcatConfig, target: float) -> list[str]:
+def obstacles(settings: Any, longcat: LongcatConfig, target: Target) -> list[str]:
     """Why the mean cannot be held at `target` with these options."""
     found = obstacles_to_dial(longcat, target)
     others = "is given, and ranks with other tokens would turn their dials apart; leave it out"
@@ -43,10 +46,11 @@ def of_layers(config: LongcatConfig, layers: Iterable[Any]) -> DialledRouters | 
     Raises:
         ValueError: for a target that no bias holds.
     """
-    target = requested.current().ffn_experts
-    if target is None:
+    asked = requested.current()
+    if asked.ffn_experts is None:
         return None
-    return DialledRouters(config, target, [layer.mlp.router for layer in layers], torch.get_default_device())
+    routers = [layer.mlp.router for layer in layers]
+    return DialledRouters(config, asked.ffn_experts, routers, torch.get_default_device(), asked.full_queue)
 
 
 def turn_where_asked(original: Callable[..., Any], scheduler: Scheduler, request: SetInternalStateReq) -> Any:
@@ -55,24 +59,42 @@ def turn_where_asked(original: Callable[..., Any], scheduler: Scheduler, request
     from sglang.srt.managers.io_struct import SetInternalStateReqOutput
 
     given = request.server_args
-    if TARGET not in given and RESET not in given:
+    if given.keys().isdisjoint((TARGET, LEAST, RESET)):
         return original(scheduler, request)
-    runner: Any = scheduler.tp_worker.model_runner
-    dialled: DialledRouters | None = runner.model.model.dialled
+    dialled = _of_scheduler(scheduler)
     try:
-        if others := given.keys() - {TARGET, RESET}:
+        if others := given.keys() - {TARGET, LEAST, RESET}:
             raise ValueError(f"{', '.join(sorted(others))} beside the dial; change it in a request of its own")
+        if LEAST in given and TARGET not in given:
+            raise ValueError(f"{LEAST} without {TARGET}, which is the other bound; give both")
         if TARGET not in given and not given[RESET]:
             raise ValueError(f"{RESET} is {given[RESET]}, wanted 1")
         if dialled is None:
             raise ValueError(f"there is no dial; start the server with {requested.OPTIONS['ffn_experts']}")
         scheduler.device_module.synchronize()  # all steps before have read the old target, on every rank
         if TARGET in given:
-            dialled.dial.turn(given[TARGET])
+            dialled.dial.turn((given[LEAST], given[TARGET]) if LEAST in given else given[TARGET])
         if given.get(RESET):
             dialled.dial.reset()
     except ValueError as error:
         logger.warning("/set_internal_state: %s", error)
         return SetInternalStateReqOutput(updated=False)
-    logger.info("The dial's target is %g FFN experts a token.", dialled.dial.target)
+    logger.info("The dial's target is %s FFN experts a token.", dialled.dial.bounds or dialled.dial.target)
     return SetInternalStateReqOutput(updated=True)
+
+
+def follow_queue(original: Callable[..., Any], scheduler: Scheduler, batch: ScheduleBatch, *args: Any) -> Any:
+    """Before a step, with what the scheduler could not put into it: every rank has the same requests and decides alike
+    which of them go on, as their batches would not fit together otherwise."""
+    dialled = _of_scheduler(scheduler)
+    if dialled is not None:
+        # Steps before may still read the old target.
+        wait = scheduler.device_module.synchronize
+        dialled.follow_queue(len(scheduler.waiting_queue), scheduler.max_running_requests, before_turning=wait)
+    return original(scheduler, batch, *args)
+
+
+def _of_scheduler(scheduler: Scheduler) -> DialledRouters | None:
+    runner: Any = scheduler.tp_worker.model_runner
+    dialled: DialledRouters | None = runner.model.model.dialled
+    return dialled

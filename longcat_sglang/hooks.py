@@ -331,6 +331,15 @@ HOOKS: tuple[Hook, ...] = (
         remove_when="A model can add fields of its own.",
     ),
     Wrapper(
+        name="dial by the queue",
+        target="sglang.srt.managers.scheduler.Scheduler.run_batch",
+        around="longcat_sglang.dial:follow_queue",
+        concerns="longcat_sglang.engine:schedules_longcat",
+        stage=Stage.MODEL,
+        why="A model does not learn how many requests wait, by which a dial between two bounds has its target.",
+        remove_when="A `ForwardBatch` has the length of the queue, also where a graph is replayed.",
+    ),
+    Wrapper(
         name="accepted drafts",
         target="sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
         "._resolve_spec_v2_tokens",

@@ -14,6 +14,7 @@ OPTIONS = {
     "draft_gate": """--json-model-override-args '{"longcat_draft_gate": true}'""",
     "kernels": """--json-model-override-args '{"longcat_kernels": true}'""",
     "ffn_experts": """--json-model-override-args '{"longcat_ffn_experts": NUMBER}'""",
+    "full_queue": """--json-model-override-args '{"longcat_full_queue": NUMBER}'""",
 }
 """As typed, by field of `Requested`. No other option of SGLang takes fields of any name, and reaches all processes."""
 ON_REQUEST: tuple[Option, ...] = (
@@ -29,8 +30,16 @@ ON_REQUEST: tuple[Option, ...] = (
     Option(
         OPTIONS["ffn_experts"],
         Outcome.SERVED,
-        "The mean of FFN experts a token is held at NUMBER in every layer ([more](dial.md)). Refused with "
-        "--enable-dp-attention, --moe-a2a-backend and --enable-memory-saver, and for a mean that no bias holds.",
+        "The mean of FFN experts a token is held at NUMBER in every layer ([more](dial.md)), or between two, as in "
+        "`[5, 8]`, by the queue ([more](dial.md#by-the-queue)). Refused with --enable-dp-attention, --moe-a2a-backend "
+        "and --enable-memory-saver, and for a mean that no bias holds.",
+        "run on a CPU, in the tests; no GPU has run it",
+    ),
+    Option(
+        OPTIONS["full_queue"],
+        Outcome.SERVED,
+        "So many requests wait where the lesser of two `longcat_ffn_experts` is the target; without it, as many as "
+        "--max-running-requests. Refused without two.",
         "run on a CPU, in the tests; no GPU has run it",
     ),
 )

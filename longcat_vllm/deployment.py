@@ -54,6 +54,10 @@ def check(vllm_config: VllmConfig) -> None:
     gate_option = requested.OPTIONS["draft_gate"]
     if uses_gate(directory, asked.draft_gate, obstacles, gate_option, logger) and speculation is not None:
         _schedule_after_the_gate(vllm_config, speculation)
+    if asked.follows_queue:
+        from longcat_vllm import scheduling
+
+        scheduling.say_what_waits(vllm_config)
 
 
 def _tell_of_overrides_that_nothing_reads(model: ModelConfig) -> None:

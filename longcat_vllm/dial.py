@@ -11,18 +11,21 @@ from vllm.logger import init_logger
 
 from longcat_core import spellings
 from longcat_core.config import LongcatConfig
-from longcat_core.dial import Dial, DialledRouters, obstacles_to_dial
+from longcat_core.dial import DialledRouters, obstacles_to_dial
+from longcat_core.target_by_queue import Target
 from longcat_vllm import requested
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.worker.gpu_worker import Worker
 
 logger = init_logger(f"vllm.{__name__}")
 WORKER_EXTENSION = f"{__name__}.DialOfWorker"
 NO_DIAL = {"error": f"there is no dial; start the server with {requested.OPTIONS['ffn_experts']}"}
 
 
-def obstacles(vllm_config: VllmConfig, target: float) -> list[str]:
+def obstacles(vllm_config: VllmConfig, target: Target) -> list[str]:
     """Why the mean cannot be held at `target` with these options."""
     parallel = vllm_config.parallel_config
     found = obstacles_to_dial(spellings.read(vllm_config.model_config.hf_config), target)
@@ -39,6 +42,11 @@ def obstacles(vllm_config: VllmConfig, target: float) -> list[str]:
         found.append("microbatches run at the same time, and would turn one dial; leave --enable-dbo out")
     if vllm_config.model_config.enable_sleep_mode:
         found.append("with enable_sleep_mode its memory comes and goes; leave it out")
+    scheduler = vllm_config.scheduler_config.scheduler_cls
+    if requested.of(vllm_config).follows_queue and scheduler is not None:
+        found.append(
+            f"scheduler_cls is {scheduler!r}, wanted none for two bounds, as ours says what waits; leave it out"
+        )
     return found
 
 
@@ -48,10 +56,20 @@ def of_layers(vllm_config: VllmConfig, config: LongcatConfig, layers: Iterable[A
     Raises:
         ValueError: for a target that no bias holds.
     """
-    target = requested.of(vllm_config).ffn_experts
-    if target is None:
+    asked = requested.of(vllm_config)
+    if asked.ffn_experts is None:
         return None
-    return DialledRouters(config, target, [layer.mlp.router for layer in layers], torch.get_default_device())
+    routers = [layer.mlp.router for layer in layers]
+    return DialledRouters(config, asked.ffn_experts, routers, torch.get_default_device(), asked.full_queue)
+
+
+def follow_queue(original: Callable[..., Any], worker: Worker, step: SchedulerOutput, *args: Any) -> Any:
+    """Before a step, with what the scheduler could not put into it, as it says in what every rank gets of the step."""
+    waiting: int | None = getattr(step, "longcat_waiting", None)
+    if waiting is not None and step.total_num_scheduled_tokens:
+        model: Any = worker.get_model()
+        model.dialled.follow_queue(waiting, worker.scheduler_config.max_num_seqs)
+    return original(worker, step, *args)
 
 
 def add_to_workers(vllm_config: VllmConfig) -> None:
@@ -60,7 +78,7 @@ def add_to_workers(vllm_config: VllmConfig) -> None:
     if parallel.worker_extension_cls in ("", WORKER_EXTENSION):
         parallel.worker_extension_cls = WORKER_EXTENSION
     else:
-        logger.warning("The dial stays at its target: --worker-extension-cls has the place of what would turn it.")
+        logger.warning("No request turns the dial: --worker-extension-cls has the place of what would.")
 
 
 class DialOfWorker:
@@ -71,32 +89,46 @@ class DialOfWorker:
     """
 
     get_model: Callable[[], Any]
+    vllm_config: VllmConfig
 
-    def set_ffn_experts(self, target: Any = None, *_: Any, **others: Any) -> dict[str, Any]:
-        """Hold another mean of FFN experts a token. target: a number, as text too; others are of no use.
+    def set_ffn_experts(self, *targets: Any, **others: Any) -> dict[str, Any]:
+        """Hold another mean of FFN experts a token. targets: a number, as text too; or two, between which the mean
+        follows the queue. others: of no use.
 
-        Returns the target of the dial, and why it has not changed, if it has not.
+        Returns the target of the dial, its bounds if it has any, and why it has not changed, if it has not.
         """
-        dial = self._dial()
-        if dial is None:
+        dialled = self._dialled()
+        if dialled is None:
             return NO_DIAL
+        given = targets[0] if len(targets) == 1 else targets
         try:
-            dial.turn(target)
+            if isinstance(given, list | tuple) and not requested.of(self.vllm_config).follows_queue:
+                raise ValueError(f"{given}, wanted a number, as nobody says here what waits; start the server with two")
+            dialled.dial.turn(given)
         except ValueError as error:
-            return {"ffn_experts": dial.target, "error": str(error)}
-        logger.info("The dial's target is %g FFN experts a token.", dial.target)
-        return {"ffn_experts": dial.target}
+            return _said_of(dialled) | {"error": str(error)}
+        return _logged("The dial is turned: %s.", dialled)
 
     def reset_dial(self, *_: Any, **others: Any) -> dict[str, Any]:
-        """Begin anew with the model as published, at the same target, which is returned. Arguments are of no use."""
-        dial = self._dial()
-        if dial is None:
+        """Begin anew with the model as published, at the same target or bounds, which are returned. Arguments are of no
+        use."""
+        dialled = self._dialled()
+        if dialled is None:
             return NO_DIAL
-        dial.reset()
-        logger.info("The dial begins anew, at %g FFN experts a token.", dial.target)
-        return {"ffn_experts": dial.target}
+        dialled.dial.reset()
+        return _logged("The dial begins anew: %s.", dialled)
 
-    def _dial(self) -> Dial | None:
+    def _dialled(self) -> DialledRouters | None:
         """None of a model without one, as vLLM keeps an extension for the models that a process has later."""
-        dialled: DialledRouters | None = getattr(self.get_model(), "dialled", None)
-        return None if dialled is None else dialled.dial
+        return getattr(self.get_model(), "dialled", None)
+
+
+def _said_of(dialled: DialledRouters) -> dict[str, Any]:
+    dial = dialled.dial
+    return {"ffn_experts": dial.target} | ({} if dial.bounds is None else {"bounds": list(dial.bounds)})
+
+
+def _logged(text: str, dialled: DialledRouters) -> dict[str, Any]:
+    said = _said_of(dialled)
+    logger.info(text, said)
+    return said

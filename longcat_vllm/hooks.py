@@ -241,6 +241,16 @@ HOOKS: tuple[Hook, ...] = (
         why="As end of warm-up; the CPU's worker has a method of its own for it.",
         remove_when="As end of warm-up.",
     ),
+    Wrapper(
+        name="dial by the queue",
+        target="vllm.v1.worker.gpu_worker.Worker.execute_model",
+        around="longcat_vllm.dial:follow_queue",
+        concerns="longcat_vllm.engine:runs_longcat",
+        stage=Stage.MODEL,
+        why="A model does not learn how many requests wait, by which a dial between two bounds has its target: what a "
+        "scheduler of ours says is in what a worker gets of a step, and goes no further.",
+        remove_when="A `ForwardContext` has it, also where a graph is replayed.",
+    ),
 )
 
 

@@ -109,9 +109,17 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         """--additional-config '{"longcat": {"ffn_experts": NUMBER}}'""",
         Outcome.SERVED,
-        "The mean of FFN experts a token is held at NUMBER in every layer ([more](dial.md)). Refused with "
-        "--data-parallel-size, --decode-context-parallel-size, --prefill-context-parallel-size, --enable-dbo and "
-        "--enable-sleep-mode, and for a mean that no bias holds.",
+        "The mean of FFN experts a token is held at NUMBER in every layer ([more](dial.md)), or between two, as in "
+        "`[5, 8]`, by the queue ([more](dial.md#by-the-queue)). Refused with --data-parallel-size, "
+        "--decode-context-parallel-size, --prefill-context-parallel-size, --enable-dbo and --enable-sleep-mode, two "
+        "with --scheduler-cls, and for a mean that no bias holds.",
+        f"{TESTED}; no GPU has run it",
+    ),
+    Option(
+        """--additional-config '{"longcat": {"full_queue": NUMBER}}'""",
+        Outcome.SERVED,
+        "So many requests wait where the lesser of two `ffn_experts` is the target; without it, as many as "
+        "--max-num-seqs. Refused without two.",
         f"{TESTED}; no GPU has run it",
     ),
     Option("--enable-expert-parallel", Outcome.SERVED, "A rank computes its own experts, zero experts none.", TESTED),

@@ -16,6 +16,7 @@ OPTIONS = {
     "flashinfer_mla": """--additional-config '{"longcat": {"flashinfer_mla": true}}'""",
     "overlap": """--additional-config '{"longcat": {"overlap": true}}'""",
     "ffn_experts": """--additional-config '{"longcat": {"ffn_experts": NUMBER}}'""",
+    "full_queue": """--additional-config '{"longcat": {"full_queue": NUMBER}}'""",
     "init_expert_location": """--additional-config '{"longcat": {"init_expert_location": "FILE"}}'""",
 }
 """As typed, by field of `Requested`."""

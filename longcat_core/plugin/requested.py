@@ -9,9 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from longcat_core.plugin.engine import refuse
+from longcat_core.target_by_queue import Target
 
 _CHOICE = "true or false"
-KINDS = {"ffn_experts": "a number above 0", "init_expert_location": "a file"}
+KINDS = {
+    "ffn_experts": "a number above 0, or two of them",
+    "full_queue": "a whole number above 0",
+    "init_expert_location": "a file",
+}
 """Of fields of `Requested`; all others are true or false."""
 
 
@@ -25,8 +30,11 @@ class Requested:
     """On Hopper, decode steps attend by FlashInfer's MLA. SGLang has an option of its own for that."""
     overlap: bool | None = None
     """The experts of a layer run beside its dense path. If nothing is said, the device decides."""
-    ffn_experts: float | None = None
-    """The mean of FFN experts a token at which a dial holds every layer; there is no dial if nothing is said."""
+    ffn_experts: Target | None = None
+    """The mean of FFN experts a token at which a dial holds every layer, or its bounds; there is no dial if nothing is
+    said."""
+    full_queue: int | None = None
+    """Requests that wait where the lesser of two bounds is the target. If nothing is said, as many as run at most."""
     init_expert_location: str | None = None
     """A file that says where experts are, see `longcat_core.parallel.location`. SGLang has an option of that name."""
 
@@ -50,13 +58,27 @@ class Requested:
             if name in names and not _fits(name, value)
         ]
         refuse(problems)
-        return cls(**given)
+        requested = cls(**given)
+        if requested.full_queue is not None and not requested.follows_queue:
+            refuse([f"{prefix}full_queue: it is for two bounds; give {prefix}ffn_experts two numbers, or leave it out"])
+        return requested
+
+    @property
+    def follows_queue(self) -> bool:
+        """Whether a dial is to move its target between two bounds."""
+        return isinstance(self.ffn_experts, Sequence)
 
 
 def _fits(name: str, value: Any) -> bool:
     if name == "ffn_experts":
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
+        return _is_positive(value) or (isinstance(value, list) and len(value) == 2 and all(map(_is_positive, value)))
+    if name == "full_queue":
+        return _is_positive(value) and isinstance(value, int)
     return isinstance(value, str if name == "init_expert_location" else bool)
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
 def refuse_what_the_own_class_lacks(

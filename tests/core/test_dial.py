@@ -7,6 +7,7 @@ import argparse
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from longcat_core.config import LongcatConfig
-from longcat_core.dial import GAIN, HALF_WEIGHT, Dial, breaking_points, obstacles_to_dial, settled_bias
+from longcat_core.dial import GAIN, HALF_WEIGHT, Dial, DialledRouters, breaking_points, obstacles_to_dial, settled_bias
 from longcat_core.layers.routing import route
 from longcat_core.reference import LongcatForCausalLM
+from longcat_core.target_by_queue import PATIENCE, PLACES
 from longcat_nano import CHECKPOINT
 from tests.cases import CASES, DEFAULT
 from tests.dialled import CPU, Traffic, drawn, held, recorded
@@ -106,6 +108,50 @@ def test_another_target_is_held_from_the_next_step_on_by_a_compiled_one_too() ->
     alone.end_step(IDS.int(), IS_REAL)
     torch.testing.assert_close(dial.settings - before, alone.settings)
     assert dial.target == 1.0
+
+
+def test_between_two_bounds_a_compiled_step_holds_what_the_queue_asks_for() -> None:
+    router = SimpleNamespace(e_score_correction_bias=torch.zeros(DEFAULT.num_experts))
+    dialled, turns = DialledRouters(DEFAULT, [1.0, 3.0], [router], CPU, full_queue=4), list[float]()
+    dial, alone = dialled.dial, dial_at(1.0, layers=1)
+    assert (dial.target, dial.bounds) == (3, (1, 3))
+    compiled = torch.compile(dial.end_step, backend="aot_eager", fullgraph=True)
+    compiled(IDS[:1].int(), IS_REAL)
+    for _ in range(PLACES * PATIENCE):
+        dialled.follow_queue(4, most_running=100, before_turning=lambda: turns.append(dial.target))
+    assert dial.target == 1
+    assert turns == [3 - 2 * place / PLACES for place in range(PLACES)], "asked before each turn, and else not"
+    before = dial.settings.clone()
+    compiled(IDS[:1].int(), IS_REAL)
+    alone.end_step(IDS[:1].int(), IS_REAL)
+    torch.testing.assert_close(dial.settings - before, alone.settings)
+
+
+def test_two_bounds_begin_to_follow_the_queue_and_a_number_ends_it() -> None:
+    router = SimpleNamespace(e_score_correction_bias=torch.zeros(DEFAULT.num_experts))
+    dialled = DialledRouters(DEFAULT, 2.5, [router], CPU)
+
+    def after_a_full_queue() -> float:
+        for _ in range(PLACES * PATIENCE):
+            dialled.follow_queue(100, most_running=100)
+        return dialled.dial.target
+
+    assert after_a_full_queue() == 2.5
+    dialled.dial.turn(["3", 1])
+    assert dialled.dial.target == 3
+    assert after_a_full_queue() == 1
+    dialled.dial.reset()
+    assert (dialled.dial.target, dialled.dial.bounds) == (1, (1, 3))
+    dialled.dial.turn(2)
+    assert (after_a_full_queue(), dialled.dial.bounds) == (2, None)
+
+
+@pytest.mark.parametrize("target", [(1, 4), (0, 1), [2], [1, 2, 3], [1, "many"], [[1], 2]])
+def test_bounds_that_no_bias_holds_leave_the_dial_as_it_was(target: object) -> None:
+    dial = dial_at(2.5)
+    with pytest.raises(ValueError, match=r"a dial at .*wanted "):
+        dial.turn(target)
+    assert (dial.target, dial.bounds) == (2.5, None)
 
 
 def test_a_target_that_no_bias_holds_leaves_the_dial_as_it_was() -> None:

@@ -112,7 +112,10 @@ def test_a_device_is_a_room_and_no_branch(source: str) -> None:
 
 
 ONLY = {
-    "longcat_vllm": {"adapters": "LoRA, which SGLang's package refuses"},
+    "longcat_vllm": {
+        "adapters": "LoRA, which SGLang's package refuses",
+        "scheduling": "what waits is known outside the workers; each of SGLang's ranks has a scheduler",
+    },
     "longcat_sglang": {
         "one_batch": "a benchmark that loads no plugins",
         "penalties": "which vLLM has right",

@@ -41,7 +41,7 @@ def test_what_is_no_option_of_ours_is_named(given: Any, message: str) -> None:
         Requested.read(given, OPTIONS, "our_", "--more")
 
 
-NUMBERED = OPTIONS | {"ffn_experts": "--more ffn_experts"}
+NUMBERED = OPTIONS | {"ffn_experts": "--more ffn_experts", "full_queue": "--more full_queue"}
 
 
 def test_a_number_is_read_where_one_is_wanted() -> None:
@@ -52,10 +52,32 @@ def test_a_number_is_read_where_one_is_wanted() -> None:
 
 @pytest.mark.parametrize("value", [True, "3", 0, -1, float("nan"), float("inf"), 10**400, None])
 def test_what_is_no_number_above_0_is_named(value: Any) -> None:
-    with pytest.raises(ValueError, match=r"our_ffn_experts: .*, wanted a number above 0; correct --more"):
-        Requested.read({"ffn_experts": value}, NUMBERED, "our_", "--more")
+    complaint = r"our_ffn_experts: .*, wanted a number above 0, or two of them; correct --more"
+    for given in (value, [value, 3], [3, value]):
+        with pytest.raises(ValueError, match=complaint):
+            Requested.read({"ffn_experts": given}, NUMBERED, "our_", "--more")
     with pytest.raises(ValueError, match="in it, each true or false, our_ffn_experts a number above 0"):
         Requested.read(value, NUMBERED, "our_", "--more")
+    with pytest.raises(ValueError, match=r"our_full_queue: .*, wanted a whole number above 0; correct --more"):
+        Requested.read({"ffn_experts": [3, 4], "full_queue": value}, NUMBERED, "our_", "--more")
+
+
+def test_two_bounds_follow_the_queue() -> None:
+    requested = Requested.read({"ffn_experts": [3, 4.5], "full_queue": 7}, NUMBERED, "our_", "--more")
+    assert (requested.ffn_experts, requested.full_queue, requested.follows_queue) == ([3, 4.5], 7, True)
+    assert not Requested.read({"ffn_experts": 3}, NUMBERED, "our_", "--more").follows_queue
+
+
+@pytest.mark.parametrize("value", [[], [3], [3, 4, 5]])
+def test_bounds_are_two(value: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"our_ffn_experts: .*, wanted a number above 0, or two of them"):
+        Requested.read({"ffn_experts": value}, NUMBERED, "our_", "--more")
+
+
+@pytest.mark.parametrize("given", [{}, {"ffn_experts": 3}])
+def test_a_full_queue_without_bounds_is_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="our_full_queue: it is for two bounds; give our_ffn_experts two numbers, or"):
+        Requested.read({**given, "full_queue": 7}, NUMBERED, "our_", "--more")
 
 
 @pytest.mark.parametrize("name", OPTIONS)

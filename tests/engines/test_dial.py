@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -106,10 +107,43 @@ def test_nano_is_held_in_bf16(drafts: int | None, tmp_path: Path) -> None:
     assert (last[1:] / last[0]).tolist() == pytest.approx([2.5, 2.5], rel=0.06)
 
 
+def note_targets(directory: Path, patch: pytest.MonkeyPatch) -> None:
+    """Write the tokens of each step of a rank, its target, and where the dial is after it."""
+    end_step = Dial.end_step
+
+    def noting(dial: Dial, ids: Tensor, is_real: Tensor) -> None:
+        end_step(dial, ids, is_real)
+        with (directory / str(os.getpid())).open("a") as lines:
+            lines.write(json.dumps([int(is_real.sum()), dial.target, *dial.biases()]) + "\n")
+
+    patch.setattr(Dial, "end_step", noting)
+
+
+def test_ranks_turn_between_the_same_steps_as_the_queue_grows_and_shrinks(
+    tmp_path: Path, checkpoint_of: Callable[[Case], Path]
+) -> None:
+    prompts = CASE.prompts(24, 12, seed=7)
+    options = engine.held_at([TARGET, ANOTHER_TARGET], full_queue=8)
+    options |= {"max_running": 4, "tensor_parallel": 2, "expert_parallel": True}
+    options |= engine.in_each_rank(partial(note_targets, tmp_path))
+    with engine.serving(checkpoint_of(CASE), **options) as served:
+        served.greedy(prompts, 48)
+    first, second = [file.read_text().splitlines() for file in tmp_path.iterdir()]
+    assert first == second
+    steps = [json.loads(line) for line in first]
+    targets = [target for tokens, target, *_ in steps if tokens]
+    lowest = targets.index(TARGET)
+    assert targets[0] == targets[-1] == ANOTHER_TARGET
+    assert targets[:lowest] == sorted(targets[:lowest], reverse=True)
+    assert targets[lowest:] == sorted(targets[lowest:])
+
+
 @pytest.mark.parametrize(
     ("target", "complaint"),
     [
         (4, "4, wanted more than 0 and less than 4, the FFN experts that a token can have; or leave it out"),
+        ([1, 4], "4, wanted more than 0 and less than 4, the FFN experts that a token can have; or leave it out"),
+        ([1, 2, 3], "ffn_experts: [1, 2, 3], wanted a number above 0, or two of them"),
         ("3", "ffn_experts: '3', wanted a number above 0"),
         (True, "ffn_experts: True, wanted a number above 0"),
         (-1, "ffn_experts: -1, wanted a number above 0"),

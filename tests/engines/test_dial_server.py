@@ -20,20 +20,21 @@ from tests.requests import COMPLETIONS, MODEL
 from tests.server import Server, serving, wait_until
 
 TARGET, BIAS, TAKEN = "longcat:ffn_experts_target", "longcat:zero_expert_bias", "longcat:ffn_experts_per_token"
-LOWER = 2.5
+LOWER, LOWEST = 2.5, 1.5
 TEXT = Path(argparse.__file__).read_text(encoding="utf-8")
 AT_ONCE, NEW_TOKENS = 16, 96
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Of two ranks, which have one dial; and in vLLM with two servers of the API."""
+    """Of two ranks, which have one dial; and in vLLM with two servers of the API. Nothing waits with `load`."""
     command = [*engine.command(CHECKPOINT, served_name=MODEL, cache_tokens=8192), *engine.expert_parallel_flags(2)]
+    command += [engine.MOST_RUNNING, str(AT_ONCE), *engine.dial_flags([LOWEST, LOWER], full_queue=AT_ONCE // 2)]
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (engine.ADMIN_ENVIRONMENT | engine.environment_of_ranks(2)).items():
             patch.setenv(name, value)
         log = tmp_path_factory.mktemp("dialled") / "server.log"
-        with serving([*command, *engine.dial_flags(LOWER)], log) as server:
+        with serving(command, log) as server:
             yield server
 
 
@@ -47,15 +48,15 @@ def biases(server: Server) -> list[float]:
     return [server.metric(f'{BIAS}{{layer="{layer}"}}') for layer in range(2)]
 
 
-def load(server: Server, rounds: int) -> None:
+def load(server: Server, rounds: int, at_once: int = AT_ONCE, new_tokens: int = NEW_TOKENS) -> None:
     """So many times so many requests at once."""
 
     def ask(start: int) -> None:
-        request = {"model": MODEL, "prompt": TEXT[start : start + 64], "max_tokens": NEW_TOKENS, "ignore_eos": True}
+        request = {"model": MODEL, "prompt": TEXT[start : start + 64], "max_tokens": new_tokens, "ignore_eos": True}
         server.http.post(COMPLETIONS, json={**request, "temperature": 0.8, "seed": start}).raise_for_status()
 
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        list(pool.map(ask, range(0, 100 * AT_ONCE * rounds, 100)))
+    with ThreadPoolExecutor(at_once) as pool:
+        list(pool.map(ask, range(0, 100 * at_once * rounds, 100)))
 
 
 def means_of(server: Server, rounds: int) -> list[float]:
@@ -83,6 +84,15 @@ def test_the_dashboard_shows_the_target(server: Server, tmp_path: Path) -> None:
         wait_until(lambda: [series.points[0][1] for series in prometheus.ask(query.expression)] == [LOWER])
 
 
+def test_the_target_falls_while_requests_wait_and_rises_again(server: Server) -> None:
+    assert server.metric(TARGET) == LOWER
+    with ThreadPoolExecutor() as pool:
+        burst = pool.submit(load, server, rounds=1, at_once=3 * AT_ONCE, new_tokens=2 * NEW_TOKENS)
+        wait_until(lambda: server.metric(TARGET) == LOWEST)
+        burst.result()
+    wait_until(lambda: server.metric(TARGET) == LOWER)
+
+
 def test_its_administrator_turns_it_and_lets_it_begin_anew(server: Server) -> None:
     assert engine.turn_dial(server, 5) == ""
     wait_until(lambda: server.metric(TARGET) == 5)
@@ -92,9 +102,11 @@ def test_its_administrator_turns_it_and_lets_it_begin_anew(server: Server) -> No
     engine.reset_dial(server)
     wait_until(lambda: biases(server) == [0, 0])
     assert server.metric(TARGET) == 5
+    assert engine.turn_dial(server, [3, LOWER]) == ""
+    wait_until(lambda: server.metric(TARGET) == 3)
 
 
-@pytest.mark.parametrize("target", [6, 0, -1, 1e9, "many", None])
+@pytest.mark.parametrize("target", [6, 0, -1, 1e9, "many", None, [2, 6]])
 def test_what_cannot_be_held_is_refused_and_the_server_goes_on(target: Any, server: Server) -> None:
     assert engine.turn_dial(server, LOWER) == ""
     assert engine.turn_dial(server, target) != ""

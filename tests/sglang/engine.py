@@ -189,14 +189,19 @@ GATED_FLAGS = ["--json-model-override-args", GATED["json_model_override_args"]]
 """What a user types for that."""
 
 
-def held_at(ffn_experts: Any) -> dict[str, Any]:
-    """Engine arguments: hold the mean of FFN experts a token."""
-    return {"json_model_override_args": json.dumps({"longcat_ffn_experts": ffn_experts})}
+def held_at(ffn_experts: Any, **more: Any) -> dict[str, Any]:
+    """Engine arguments: hold the mean of FFN experts a token, or between two bounds. more: other options of ours."""
+    ours = {f"longcat_{name}": value for name, value in {"ffn_experts": ffn_experts, **more}.items()}
+    return {"json_model_override_args": json.dumps(ours)}
 
 
-def dial_flags(ffn_experts: float) -> list[str]:
+def dial_flags(ffn_experts: Any, **more: Any) -> list[str]:
     """What a user types for that."""
-    return ["--json-model-override-args", held_at(ffn_experts)["json_model_override_args"]]
+    return ["--json-model-override-args", held_at(ffn_experts, **more)["json_model_override_args"]]
+
+
+MOST_RUNNING = "--max-running-requests"
+"""The flag for how many requests run at once."""
 
 
 ADMIN_ENVIRONMENT: dict[str, str] = {}
@@ -205,7 +210,9 @@ ADMIN_ENVIRONMENT: dict[str, str] = {}
 
 def turn_dial(server: Server, ffn_experts: Any) -> str:
     """Give a server's dial another target; what it says against that, which is in its log or its answer."""
-    return _set(server, longcat_ffn_experts=ffn_experts)
+    names = ("longcat_ffn_experts", "longcat_least_ffn_experts")
+    bounds = sorted(ffn_experts, reverse=True) if isinstance(ffn_experts, list) else [ffn_experts]
+    return _set(server, **dict(zip(names, bounds, strict=False)))
 
 
 def reset_dial(server: Server) -> None:

@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from sglang.srt.managers.io_struct import SetInternalStateReq, SetInternalStateReqOutput
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-from longcat_core.dial import Dial
+from longcat_core.dial import DialledRouters
+from longcat_core.target_by_queue import PATIENCE, PLACES
 from longcat_sglang import dial
 from tests.cases import DEFAULT
 from tests.dialled import CPU
@@ -38,16 +43,29 @@ def test_ranks_with_other_tokens_and_memory_that_comes_and_goes_have_no_dial(
 class Scheduler:
     """With a dial at 2.5, or without one."""
 
+    waiting_queue: Sequence[object] = ()
+    max_running_requests = 4
+
     def __init__(self, has_dial: bool = True) -> None:
         self.events: list[str] = []
-        self.dial = Dial(DEFAULT, 2.5, DEFAULT.num_layers, CPU)
-        dialled = SimpleNamespace(dial=self.dial) if has_dial else None
-        model = SimpleNamespace(model=SimpleNamespace(dialled=dialled))
+        router = SimpleNamespace(e_score_correction_bias=torch.zeros(DEFAULT.num_experts))
+        dialled = DialledRouters(DEFAULT, 2.5, [router], CPU)
+        self.dial = dialled.dial
+        model = SimpleNamespace(model=SimpleNamespace(dialled=dialled if has_dial else None))
         self.tp_worker = SimpleNamespace(model_runner=SimpleNamespace(model=model))
         self.device_module = SimpleNamespace(synchronize=lambda: self.events.append("steps are done"))
 
     def set(self, **state: Any) -> bool:
         return dial.turn_where_asked(self._sglangs_own, self, SetInternalStateReq(server_args=state)).updated
+
+    def run(self, passes: int) -> list[float]:
+        """The target of each forward pass."""
+
+        def run_batch(scheduler: Scheduler, batch: str) -> float:
+            assert batch == "a batch"
+            return scheduler.dial.target
+
+        return [dial.follow_queue(run_batch, self, "a batch") for _ in range(passes)]
 
     def _sglangs_own(self, _: object, request: SetInternalStateReq) -> SetInternalStateReqOutput:
         self.events.append(f"{request.server_args}")
@@ -65,11 +83,34 @@ def test_an_administrator_turns_the_dial_behind_the_steps_before(monkeypatch: py
     assert scheduler.events == ["steps are done"] * 2 + ["reset"]
 
 
+def test_between_two_bounds_the_queue_turns_the_dial_behind_the_steps_before() -> None:
+    scheduler, passes = Scheduler(), PLACES * PATIENCE
+    scheduler.waiting_queue = ["a request"] * 4
+    assert set(scheduler.run(passes)) == {2.5}
+    assert scheduler.set(longcat_ffn_experts=3, longcat_least_ffn_experts=1)
+    assert (scheduler.dial.target, scheduler.events) == (3, ["steps are done"])
+    targets = scheduler.run(passes)
+    assert targets == sorted(targets, reverse=True)
+    assert targets[-1] == 1
+    assert scheduler.events == ["steps are done"] * (1 + PLACES), "once a turn"
+    scheduler.waiting_queue = []
+    assert scheduler.run(passes)[-1] == 3
+    assert scheduler.set(longcat_ffn_experts=2)
+    scheduler.waiting_queue = ["a request"] * 4
+    assert set(scheduler.run(passes)) == {2}
+
+
+def test_without_a_dial_a_step_is_sglangs() -> None:
+    assert Scheduler(has_dial=False).run(1) == [2.5]
+
+
 @pytest.mark.parametrize(
     ("has_dial", "state", "complaint"),
     [
         (True, {"longcat_ffn_experts": 4, "longcat_reset_dial": 1}, "a dial at 4, wanted more than 0 and less than 4"),
         (True, {"longcat_ffn_experts": 10**400}, "a dial at inf, wanted more than 0"),
+        (True, {"longcat_ffn_experts": 4, "longcat_least_ffn_experts": 1}, "a dial at 4, wanted more than 0"),
+        (True, {"longcat_least_ffn_experts": 1}, "longcat_least_ffn_experts without longcat_ffn_experts"),
         (True, {"longcat_ffn_experts": None}, "a dial at None, wanted a number"),
         (True, {"longcat_reset_dial": 0}, "longcat_reset_dial is 0, wanted 1"),
         (True, {"longcat_ffn_experts": 3, "pp_max_micro_batch_size": 8}, "pp_max_micro_batch_size beside the dial"),
@@ -97,6 +138,12 @@ def test_sglang_still_refuses_fields_that_it_does_not_know() -> None:
     request = SetInternalStateReq(server_args={dial.TARGET: 3})
     original: Any = inspect.unwrap(SGLangs.set_internal_state)
     assert not original(SimpleNamespace(), request).updated
+
+
+def test_sglang_still_tells_a_model_nothing_of_what_waits() -> None:
+    """If this fails, the hook on `run_batch` may go."""
+    names = {field.name for field in dataclasses.fields(ForwardBatch)}
+    assert [name for name in names if "waiting" in name or "queue" in name] == []
 
 
 def test_other_fields_are_sglangs() -> None:

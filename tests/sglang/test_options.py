@@ -384,6 +384,6 @@ def test_our_kernels_are_refused_on_a_cpu(given: str, problem: str) -> None:
 def test_what_is_no_option_of_ours_is_named(given: str) -> None:
     with pytest.raises(
         ValueError,
-        match=r"longcat_.*wanted (true or false|longcat_draft_gate or longcat_kernels or longcat_ffn_experts); corr",
+        match=r"longcat_.*wanted (true or false|longcat_draft_gate or .* or longcat_full_queue); correct --json-model",
     ):
         refused("cpu", json_model_override_args=given)

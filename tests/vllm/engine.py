@@ -162,14 +162,18 @@ GATED_FLAGS = ["--additional-config", json.dumps(GATED["additional_config"])]
 """What a user types for that."""
 
 
-def held_at(ffn_experts: Any) -> dict[str, Any]:
-    """Engine arguments: hold the mean of FFN experts a token."""
-    return {"additional_config": {"longcat": {"ffn_experts": ffn_experts}}}
+def held_at(ffn_experts: Any, **more: Any) -> dict[str, Any]:
+    """Engine arguments: hold the mean of FFN experts a token, or between two bounds. more: other options of ours."""
+    return {"additional_config": {"longcat": {"ffn_experts": ffn_experts, **more}}}
 
 
-def dial_flags(ffn_experts: float) -> list[str]:
+def dial_flags(ffn_experts: Any, **more: Any) -> list[str]:
     """What a user types for that."""
-    return ["--additional-config", json.dumps(held_at(ffn_experts)["additional_config"])]
+    return ["--additional-config", json.dumps(held_at(ffn_experts, **more)["additional_config"])]
+
+
+MOST_RUNNING = "--max-num-seqs"
+"""The flag for how many requests run at once."""
 
 
 ADMIN_ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1"}
@@ -178,7 +182,8 @@ ADMIN_ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1"}
 
 def turn_dial(server: Server, ffn_experts: Any) -> str:
     """Give a server's dial another target; what it says against that."""
-    (said,) = {answer.get("error", "") for answer in _call_workers(server, "set_ffn_experts", ffn_experts)}
+    targets = ffn_experts if isinstance(ffn_experts, list) else [ffn_experts]
+    (said,) = {answer.get("error", "") for answer in _call_workers(server, "set_ffn_experts", *targets)}
     return said
 
 

@@ -3,23 +3,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+import pickle
 import pkgutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
-from vllm.forward_context import set_forward_context
+from vllm.forward_context import ForwardContext, set_forward_context
+from vllm.v1.core.sched.output import SchedulerOutput
 
-from longcat_core.dial import Dial
-from longcat_vllm import dial, metrics
+from longcat_core.dial import Dial, DialledRouters
+from longcat_core.target_by_queue import PATIENCE, PLACES
+from longcat_nano import CHECKPOINT
+from longcat_vllm import dial, metrics, scheduling
 from tests.cases import CASES, DEFAULT, Case
 from tests.dialled import CPU
-from tests.vllm.engine import held_at
+from tests.vllm.engine import held_at, speculation
 
 
 @pytest.fixture
@@ -77,6 +82,7 @@ def worker() -> dial.DialOfWorker:
     held = SimpleNamespace(dialled=SimpleNamespace(dial=Dial(DEFAULT, 2.5, DEFAULT.num_layers, CPU)))
     worker = dial.DialOfWorker()
     worker.get_model = lambda: held
+    worker.vllm_config = cast("VllmConfig", SimpleNamespace(**held_at(2.5)))
     return worker
 
 
@@ -86,6 +92,79 @@ def test_a_worker_turns_its_dial_by_what_can_come_over_http(worker: dial.DialOfW
     worker.get_model().dialled.dial.settings.fill_(0.5)
     assert worker.reset_dial() == {"ffn_experts": 1.5}
     assert not worker.get_model().dialled.dial.settings.any()
+
+
+def test_a_worker_that_is_told_what_waits_can_be_given_two_bounds(worker: dial.DialOfWorker) -> None:
+    said = worker.set_ffn_experts("3", "2")
+    assert said["ffn_experts"] == 2.5
+    assert said["error"].endswith("wanted a number, as nobody says here what waits; start the server with two")
+    worker.vllm_config = cast("VllmConfig", SimpleNamespace(**held_at([1, 3])))
+    assert worker.set_ffn_experts("2", "3") == {"ffn_experts": 3, "bounds": [2, 3]}
+    assert worker.reset_dial() == {"ffn_experts": 3, "bounds": [2, 3]}
+    assert "wanted a number or two bounds" in worker.set_ffn_experts("1", "2", "3")["error"]
+    assert "wanted a number or two bounds" in worker.set_ffn_experts()["error"]
+    assert worker.set_ffn_experts(2) == {"ffn_experts": 2}
+
+
+@pytest.mark.parametrize(
+    ("options", "is_async", "chosen"),
+    [({}, True, "_Async"), ({}, False, "_SaysWhatWaits"), (speculation(2), False, "_Gated")],
+)
+def test_the_engines_scheduler_says_what_waits(
+    options: dict[str, Any],
+    is_async: bool,
+    chosen: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gated = {"draft_gate": True} if chosen == "_Gated" else {}
+    assert configured(CHECKPOINT, **options, **held_at(2.5)).scheduler_config.scheduler_cls is None
+    vllm_config = configured(CHECKPOINT, **options, **held_at([1, 3], **gated))
+    made: list[Any] = []
+
+    def note(scheduler: Any, **_: Any) -> None:
+        made.append(type(scheduler))
+
+    monkeypatch.setattr(getattr(scheduling, chosen), "__init__", note)
+    monkeypatch.setattr(vllm_config.scheduler_config, "async_scheduling", is_async)  # as vLLM settles later
+    vllm_config.scheduler_config.get_scheduler_cls()(vllm_config=vllm_config)  # type: ignore[call-arg]
+    assert made == [getattr(scheduling, chosen)]
+
+
+def test_a_scheduler_of_the_users_has_no_place_beside_two_bounds(checkpoint_of: Callable[[Case], Path]) -> None:
+    checkpoint = checkpoint_of(CASES["default"])
+    assert configured(checkpoint, scheduler_cls="a.b.C", **held_at(2.5)).scheduler_config.scheduler_cls == "a.b.C"
+    with pytest.raises(ValueError, match=r"scheduler_cls is 'a.b.C', wanted none for two bounds, as ours says what wa"):
+        configured(checkpoint, scheduler_cls="a.b.C", **held_at([1, 3]))
+
+
+def test_what_waits_turns_the_dial_before_a_step_of_tokens() -> None:
+    router = SimpleNamespace(e_score_correction_bias=torch.zeros(DEFAULT.num_experts))
+    dialled = DialledRouters(DEFAULT, [1, 3], [router], CPU)
+    worker: Any = SimpleNamespace(
+        get_model=lambda: SimpleNamespace(dialled=dialled), scheduler_config=SimpleNamespace(max_num_seqs=4)
+    )
+    targets: list[float] = []
+
+    def original(_: Any, step: Any) -> str:
+        targets.append(dialled.dial.target)
+        return "done"
+
+    step: Any = SchedulerOutput.make_empty()
+    for tokens, waiting in ((8, None), (0, 4), (8, 4)):
+        step.total_num_scheduled_tokens = tokens
+        if waiting is not None:
+            step.longcat_waiting = waiting
+        for _ in range(PLACES * PATIENCE):
+            assert dial.follow_queue(original, worker, pickle.loads(pickle.dumps(step))) == "done"
+    steps = PLACES * PATIENCE
+    assert set(targets[: 2 * steps]) == {3}, "a step without tokens is none"
+    assert targets[-1] == 1
+
+
+def test_vllm_still_tells_workers_and_models_nothing_of_what_waits() -> None:
+    """If this fails, the hook on `execute_model` or our schedulers may go."""
+    names = {field.name for kind in (SchedulerOutput, ForwardContext) for field in dataclasses.fields(kind)}
+    assert [name for name in names if "waiting" in name or "queue" in name] == []
 
 
 @pytest.mark.parametrize("target", ["many", None, True, [3], 4, "0", "nan", "inf", 10**400])
