@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from longcat_core.config import LongcatConfig
+from longcat_core.observation import shared_target
 from longcat_core.target_by_queue import Target, TargetByQueue
 
 GAIN = 0.6
@@ -159,7 +160,8 @@ class Dial:
 
 
 class DialledRouters:
-    """The routers that a rank has and their dial. Ranks that have the same tokens make the same choices."""
+    """The routers that a rank has and their dial, whose target responses can name (`observation.shared_target`). Ranks
+    that have the same tokens make the same choices."""
 
     def __init__(
         self,
@@ -177,8 +179,14 @@ class DialledRouters:
         """
         self.dial, self._routers = Dial(config, target, len(routers), device), routers
         self._full_queue = full_queue
+        shared_target.write(self.dial.target)
         for router in routers:
             router.dialled = torch.zeros_like(router.e_score_correction_bias)
+
+    def turn(self, target: object) -> None:
+        """As `Dial.turn`, which raises."""
+        self.dial.turn(target)
+        shared_target.write(self.dial.target)
 
     def follow_queue(
         self, waiting: int, most_running: int, before_turning: Callable[[], object] = lambda: None
@@ -191,6 +199,7 @@ class DialledRouters:
         if target != self.dial.target:
             before_turning()
             self.dial.hold(target)
+            shared_target.write(target)
 
     def begin_step(self) -> None:
         """Write the biases that the routers are to choose by."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from longcat_core import spellings
+from longcat_core.observation import shared_target
 from longcat_core.plugin.engine import leave_to_own_class, refuse, unserved_quantization
 from longcat_core.plugin.gate import uses_gate
 from longcat_core.plugin.hooks import Stage
@@ -71,6 +72,7 @@ def check(server_args: Any, settings: Any, model_config: Any) -> None:
     of_gate = directory if drafts_with_mtp(settings) else None
     asked, gate_option = requested.of(settings), requested.OPTIONS["draft_gate"]
     uses_gate(of_gate, asked.draft_gate, obstacles_to_gate(settings), gate_option, logger)
+    shared_target.settle(asked.ffn_experts is not None)
 
 
 def reasons_for_sglangs_own_class(settings: Any, model_config: Any) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 
 from longcat_core.config import LongcatConfig
 from longcat_core.dial import DialledRouters, obstacles_to_dial
+from longcat_core.observation import shared_target
 from longcat_core.target_by_queue import Target
 from longcat_sglang import requested
 
@@ -73,7 +74,7 @@ def turn_where_asked(original: Callable[..., Any], scheduler: Scheduler, request
             raise ValueError(f"there is no dial; start the server with {requested.OPTIONS['ffn_experts']}")
         scheduler.device_module.synchronize()  # all steps before have read the old target, on every rank
         if TARGET in given:
-            dialled.dial.turn((given[LEAST], given[TARGET]) if LEAST in given else given[TARGET])
+            dialled.turn((given[LEAST], given[TARGET]) if LEAST in given else given[TARGET])
         if given.get(RESET):
             dialled.dial.reset()
     except ValueError as error:
@@ -92,6 +93,12 @@ def follow_queue(original: Callable[..., Any], scheduler: Scheduler, batch: Sche
         wait = scheduler.device_module.synchronize
         dialled.follow_queue(len(scheduler.waiting_queue), scheduler.max_running_requests, before_turning=wait)
     return original(scheduler, batch, *args)
+
+
+def add_target(original: Callable[..., dict[str, Any]], meta_info: dict[str, Any]) -> dict[str, Any]:
+    """To the `metadata` of a response that is finished, beside the version of its weights."""
+    metadata, target = original(meta_info), shared_target.read()
+    return metadata if target is None else {**metadata, "ffn_experts": target}
 
 
 def _of_scheduler(scheduler: Scheduler) -> DialledRouters | None:

@@ -339,6 +339,15 @@ HOOKS: tuple[Hook, ...] = (
         why="A model does not learn how many requests wait, by which a dial between two bounds has its target.",
         remove_when="A `ForwardBatch` has the length of the queue, also where a graph is replayed.",
     ),
+    _Registered(
+        name="target in responses",
+        target="sglang.srt.utils.weight_versions.build_endpoint_weight_version_metadata",
+        around="longcat_sglang.dial:add_target",
+        concerns="longcat_sglang.engine:is_longcats_process",
+        stage=Stage.DEPLOYMENT,
+        why="`metadata` of a response says which weights it was made with, and not under which target of the dial.",
+        remove_when="A model can add fields of its own.",
+    ),
     Wrapper(
         name="accepted drafts",
         target="sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from transformers import LongcatFlashConfig
 
 from longcat_core import spellings
+from longcat_core.observation import shared_target
 from longcat_core.plugin.engine import leave_to_own_class, refuse, unserved_quantization
 from longcat_core.plugin.gate import uses_gate
 from longcat_core.plugin.hooks import Stage
@@ -46,6 +47,7 @@ def check(vllm_config: VllmConfig) -> None:
     loading.check(vllm_config, config)
     _tell_of_overrides_that_nothing_reads(model)
     _settle_overlap(vllm_config)
+    shared_target.settle(asked.ffn_experts is not None)
     if asked.ffn_experts is not None:
         dial.add_to_workers(vllm_config)
     if (speculation := mtp_speculation(vllm_config)) is not None:

@@ -12,6 +12,7 @@ from vllm.logger import init_logger
 from longcat_core import spellings
 from longcat_core.config import LongcatConfig
 from longcat_core.dial import DialledRouters, obstacles_to_dial
+from longcat_core.observation import shared_target
 from longcat_core.target_by_queue import Target
 from longcat_vllm import requested
 
@@ -81,6 +82,18 @@ def add_to_workers(vllm_config: VllmConfig) -> None:
         logger.warning("No request turns the dial: --worker-extension-cls has the place of what would.")
 
 
+class FingerprintWithTarget:
+    """The `system_fingerprint` of what answers requests: vLLM's, and behind it the target as a response is finished."""
+
+    def __set__(self, serving: Any, fingerprint: str | None) -> None:
+        vars(serving)["system_fingerprint"] = fingerprint
+
+    def __get__(self, serving: Any, kind: type | None = None) -> str | None:
+        fingerprint: str | None = vars(serving)["system_fingerprint"]
+        target = shared_target.read()
+        return fingerprint if fingerprint is None or target is None else f"{fingerprint}-ffn{target:g}"
+
+
 class DialOfWorker:
     """What vLLM adds to the methods of a worker, for /collective_rpc. Every rank runs them between the same two steps.
 
@@ -104,7 +117,7 @@ class DialOfWorker:
         try:
             if isinstance(given, list | tuple) and not requested.of(self.vllm_config).follows_queue:
                 raise ValueError(f"{given}, wanted a number, as nobody says here what waits; start the server with two")
-            dialled.dial.turn(given)
+            dialled.turn(given)
         except ValueError as error:
             return _said_of(dialled) | {"error": str(error)}
         return _logged("The dial is turned: %s.", dialled)

@@ -220,6 +220,15 @@ HOOKS: tuple[Hook, ...] = (
         "option: `VllmConfig` does not have it.",
         remove_when="`VllmConfig` has it.",
     ),
+    Entry(
+        name="target in responses",
+        target="vllm.entrypoints.generate.base.serving.GenerateBaseServing.system_fingerprint",
+        put="longcat_vllm.registration:register_fingerprint",
+        found="longcat_vllm.registration:registered_fingerprint",
+        stage=Stage.DEPLOYMENT,
+        why="OpenAI's field for what changes answers is made once, when a server starts, and the dial's target moves.",
+        remove_when="vLLM asks the engine for it as a response is finished.",
+    ),
     Wrapper(
         name="end of warm-up",
         target="vllm.v1.worker.gpu_worker.Worker.compile_or_warm_up_model",

@@ -161,3 +161,18 @@ def registered_reasoning_parser() -> str:
 
 def _registered_parser(loaded: Mapping[str, type], lazy: Mapping[str, tuple[str, str]]) -> str:
     return loaded[PARSER].__module__ if PARSER in loaded else lazy.get(PARSER, ("none", ""))[0]
+
+
+def register_fingerprint() -> None:
+    """An attribute of serving objects: a descriptor of their class comes before what they have."""
+    from vllm.entrypoints.generate.base.serving import GenerateBaseServing
+
+    from longcat_vllm.dial import FingerprintWithTarget
+
+    GenerateBaseServing.system_fingerprint = FingerprintWithTarget()  # type: ignore[assignment]  # of type str | None
+
+
+def registered_fingerprint() -> str:
+    from vllm.entrypoints.generate.base.serving import GenerateBaseServing
+
+    return type(vars(GenerateBaseServing).get("system_fingerprint")).__module__

@@ -48,15 +48,16 @@ def biases(server: Server) -> list[float]:
     return [server.metric(f'{BIAS}{{layer="{layer}"}}') for layer in range(2)]
 
 
-def load(server: Server, rounds: int, at_once: int = AT_ONCE, new_tokens: int = NEW_TOKENS) -> None:
-    """So many times so many requests at once."""
+def load(server: Server, rounds: int, at_once: int = AT_ONCE, new_tokens: int = NEW_TOKENS) -> set[float]:
+    """So many times so many requests at once; the targets that their answers name."""
 
-    def ask(start: int) -> None:
+    def ask(start: int) -> float:
         request = {"model": MODEL, "prompt": TEXT[start : start + 64], "max_tokens": new_tokens, "ignore_eos": True}
-        server.http.post(COMPLETIONS, json={**request, "temperature": 0.8, "seed": start}).raise_for_status()
+        answer = server.http.post(COMPLETIONS, json={**request, "temperature": 0.8, "seed": start})
+        return engine.target_of(answer.raise_for_status().json())
 
     with ThreadPoolExecutor(at_once) as pool:
-        list(pool.map(ask, range(0, 100 * at_once * rounds, 100)))
+        return set(pool.map(ask, range(0, 100 * at_once * rounds, 100)))
 
 
 def means_of(server: Server, rounds: int) -> list[float]:
@@ -71,9 +72,17 @@ def means_of(server: Server, rounds: int) -> list[float]:
 def test_the_mean_comes_to_the_target_that_metrics_show(server: Server) -> None:
     assert server.metric(TARGET) == LOWER
     assert min(means_of(server, rounds=1)) > LOWER + 0.3, "it begins with the model as published, which takes 4"
-    load(server, rounds=8)
+    assert load(server, rounds=8) == {LOWER}, "answers name it"
     assert means_of(server, rounds=4) == pytest.approx([LOWER] * 2, rel=0.06)
     assert min(biases(server)) > 0
+
+
+def test_the_last_event_of_a_stream_names_it_where_events_have_a_field(server: Server) -> None:
+    request = {"model": MODEL, "prompt": TEXT[:64], "max_tokens": 4, "stream": True}
+    *events, last, end = server.http.post(COMPLETIONS, json=request).raise_for_status().text.split("\n\n")[:-1]
+    assert end == "data: [DONE]"
+    named = [f'-ffn{LOWER}"' in event for event in (*events, last)]
+    assert named == [False] * len(events) + [engine.STREAMS_NAME_THE_TARGET]
 
 
 @needs_prometheus
@@ -89,15 +98,16 @@ def test_the_target_falls_while_requests_wait_and_rises_again(server: Server) ->
     with ThreadPoolExecutor() as pool:
         burst = pool.submit(load, server, rounds=1, at_once=3 * AT_ONCE, new_tokens=2 * NEW_TOKENS)
         wait_until(lambda: server.metric(TARGET) == LOWEST)
-        burst.result()
+        named = burst.result()
     wait_until(lambda: server.metric(TARGET) == LOWER)
+    assert {LOWEST, LOWER} <= named, "as an answer is finished"
 
 
 def test_its_administrator_turns_it_and_lets_it_begin_anew(server: Server) -> None:
     assert engine.turn_dial(server, 5) == ""
     wait_until(lambda: server.metric(TARGET) == 5)
     held = biases(server)
-    load(server, rounds=1)
+    assert load(server, rounds=1) == {5}
     wait_until(lambda: all(now < before - 1e-4 for now, before in zip(biases(server), held, strict=True)))
     engine.reset_dial(server)
     wait_until(lambda: biases(server) == [0, 0])

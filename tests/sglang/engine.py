@@ -200,6 +200,12 @@ def dial_flags(ffn_experts: Any, **more: Any) -> list[str]:
     return ["--json-model-override-args", held_at(ffn_experts, **more)["json_model_override_args"]]
 
 
+def target_of(answer: dict[str, Any]) -> float:
+    """The dial's target that an answer names."""
+    return float(answer["metadata"]["ffn_experts"])
+
+
+STREAMS_NAME_THE_TARGET = False
 MOST_RUNNING = "--max-running-requests"
 """The flag for how many requests run at once."""
 

@@ -13,8 +13,10 @@ import pytest
 import torch
 from sglang.srt.managers.io_struct import SetInternalStateReq, SetInternalStateReqOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.utils.weight_versions import build_endpoint_weight_version_metadata
 
 from longcat_core.dial import DialledRouters
+from longcat_core.observation import shared_target
 from longcat_core.target_by_queue import PATIENCE, PLACES
 from longcat_sglang import dial
 from tests.cases import DEFAULT
@@ -138,6 +140,27 @@ def test_sglang_still_refuses_fields_that_it_does_not_know() -> None:
     request = SetInternalStateReq(server_args={dial.TARGET: 3})
     original: Any = inspect.unwrap(SGLangs.set_internal_state)
     assert not original(SimpleNamespace(), request).updated
+
+
+def test_metadata_have_the_present_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(shared_target.FILE, "")  # to be as it was afterwards
+    monkeypatch.setattr(shared_target, "_made", None)
+    meta_info = {"weight_version": "7", "id": "1"}
+    original: Any = inspect.unwrap(build_endpoint_weight_version_metadata)
+    shared_target.settle(has_dial=False)
+    scheduler = Scheduler()
+    assert dial.add_target(original, meta_info) == {"weight_version": "7"}
+    shared_target.settle(has_dial=True)
+    assert dial.add_target(original, meta_info) == {"weight_version": "7"}, "no rank has written yet"
+    for target in (3, 2.375):
+        assert scheduler.set(longcat_ffn_experts=target)
+        assert dial.add_target(original, meta_info) == {"weight_version": "7", "ffn_experts": target}
+
+
+def test_sglang_still_has_nothing_else_in_metadata() -> None:
+    """If this fails, a model may have a way to add to them, and the hook can go."""
+    original: Any = inspect.unwrap(build_endpoint_weight_version_metadata)
+    assert original({"weight_version": "7", "longcat": 1}) == {"weight_version": "7"}
 
 
 def test_sglang_still_tells_a_model_nothing_of_what_waits() -> None:

@@ -172,6 +172,12 @@ def dial_flags(ffn_experts: Any, **more: Any) -> list[str]:
     return ["--additional-config", json.dumps(held_at(ffn_experts, **more)["additional_config"])]
 
 
+def target_of(answer: dict[str, Any]) -> float:
+    """The dial's target that an answer names."""
+    return float(answer["system_fingerprint"].rpartition("-ffn")[2])
+
+
+STREAMS_NAME_THE_TARGET = True
 MOST_RUNNING = "--max-num-seqs"
 """The flag for how many requests run at once."""
 

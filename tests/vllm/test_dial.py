@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import pickle
 import pkgutil
 from collections.abc import Callable
@@ -15,10 +16,12 @@ import pytest
 import torch
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.entrypoints.generate.base.serving import GenerateBaseServing
 from vllm.forward_context import ForwardContext, set_forward_context
 from vllm.v1.core.sched.output import SchedulerOutput
 
-from longcat_core.dial import Dial, DialledRouters
+from longcat_core.dial import DialledRouters
+from longcat_core.observation import shared_target
 from longcat_core.target_by_queue import PATIENCE, PLACES
 from longcat_nano import CHECKPOINT
 from longcat_vllm import dial, metrics, scheduling
@@ -79,7 +82,8 @@ def test_workers_can_turn_a_dial_where_there_is_one(checkpoint_of: Callable[[Cas
 @pytest.fixture
 def worker() -> dial.DialOfWorker:
     """Of a model whose dial is at 2.5."""
-    held = SimpleNamespace(dialled=SimpleNamespace(dial=Dial(DEFAULT, 2.5, DEFAULT.num_layers, CPU)))
+    router = SimpleNamespace(e_score_correction_bias=torch.zeros(DEFAULT.num_experts))
+    held = SimpleNamespace(dialled=DialledRouters(DEFAULT, 2.5, [router], CPU))
     worker = dial.DialOfWorker()
     worker.get_model = lambda: held
     worker.vllm_config = cast("VllmConfig", SimpleNamespace(**held_at(2.5)))
@@ -159,6 +163,33 @@ def test_what_waits_turns_the_dial_before_a_step_of_tokens() -> None:
     steps = PLACES * PATIENCE
     assert set(targets[: 2 * steps]) == {3}, "a step without tokens is none"
     assert targets[-1] == 1
+
+
+class Serving:
+    system_fingerprint: Any = dial.FingerprintWithTarget()
+
+    def __init__(self, fingerprint: str | None) -> None:
+        self.system_fingerprint = fingerprint
+
+
+def test_a_fingerprint_has_the_present_target(worker: dial.DialOfWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(shared_target.FILE, "")  # to be as it was afterwards
+    monkeypatch.setattr(shared_target, "_made", None)
+    shared_target.settle(has_dial=False)
+    serving, without = Serving("vllm-0.32.0-tp2-12345678"), Serving(None)
+    worker.set_ffn_experts("3")
+    assert serving.system_fingerprint == "vllm-0.32.0-tp2-12345678"
+    shared_target.settle(has_dial=True)
+    assert serving.system_fingerprint == "vllm-0.32.0-tp2-12345678", "no rank has written yet"
+    for target in (3, 2.375):
+        worker.set_ffn_experts(target)
+        assert serving.system_fingerprint == f"vllm-0.32.0-tp2-12345678-ffn{target}"
+    assert without.system_fingerprint is None
+
+
+def test_vllm_still_makes_its_fingerprint_once() -> None:
+    """If this fails, it may ask for what changes, and the descriptor can go."""
+    assert "self.system_fingerprint: str | None = get_system_fingerprint(" in inspect.getsource(GenerateBaseServing)
 
 
 def test_vllm_still_tells_workers_and_models_nothing_of_what_waits() -> None:
