@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from longcat_core.planning import calibration
 from longcat_core.planning.costs import Cost, Load, head_cost, layer_costs, timed
 from longcat_core.planning.cpu import calibrated
+from longcat_core.planning.figures import figures_of
 from longcat_core.planning.layout import BYTES, Layout, precision
 from longcat_core.planning.models import LatentAttention, Model
 from longcat_core.planning.rates import Rates
@@ -64,7 +65,8 @@ def measured_machine(sizes: calibration.Sizes = calibration.SIZES) -> Machine:
         path = Path(temporary) / "calibration.json"
         calibration.write(found, path)
         _, rates = calibrated(path)
-    figures = {each.name: each.value for each in rates.figures if each.kind == "measured"}
+    measured: Any = found["figures"]
+    figures = {name: each.value for name, each in figures_of(measured).items() if each.kind == "measured"}
     rows = max(sizes.rows)
     in_fp32 = _fp32_products_per_second(rows, *sizes.weights[1:], sizes.seconds)
     figures[f"product_fp32_{rows}_rows_gflops"] = in_fp32 / 1e9

@@ -181,12 +181,31 @@ def calibrations() -> str:
     )
 
 
+def fixed_costs() -> str:
+    def cells() -> Iterator[tuple[str, ...]]:
+        for file, run in (("plan.json", ""), ("plan_again.json", ", again")):
+            for engine, directory in (("vLLM", "vllm"), ("SGLang", "sglang")):
+                known = json.loads((RESULTS / directory / file).read_text())["settings"]["fixed"]
+                pairs = (
+                    (f"{known[name]:,.0f}", f"{known[f'cold_{name}']:,.0f}")
+                    for name in ("step_us", "layer_us", "many_rows_layer_us")
+                )
+                others = (f"{known[name]:.1f}" for name in ("request_us", "layer_request_us"))
+                yield f"{engine}{run}", *(", ".join(pair) for pair in pairs), *others
+
+    return _table(
+        "us, cache kept, emptied | a step | a layer | a layer, over 32 tokens | a request | a request in a layer",
+        cells(),
+    )
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "who_fits": who_fits,
     "what_drafts_bring": what_drafts_bring,
     "more_ranks": more_ranks,
     "decode_steps_on_a_cpu": decode_steps_on_a_cpu,
     "calibrations": calibrations,
+    "fixed_costs": fixed_costs,
 }
 
 if __name__ == "__main__":

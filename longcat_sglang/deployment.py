@@ -35,6 +35,7 @@ def settle(server_args: ServerArgs) -> None:
     hooks.install(Stage.DEPLOYMENT)
     settings, model_config = resolving_view(server_args), model_config_of(server_args)
     hf_config = model_config.hf_config
+    shared_target.settle(requested.of(settings).ffn_experts is not None)
     if reasons := reasons_for_sglangs_own_class(settings, model_config):
         refuse_what_the_own_class_lacks("SGLang", reasons, requested.of(settings), requested.OPTIONS)
         leave_to_own_class("SGLang", reasons, _LOST, logger)
@@ -72,7 +73,8 @@ def check(server_args: Any, settings: Any, model_config: Any) -> None:
     of_gate = directory if drafts_with_mtp(settings) else None
     asked, gate_option = requested.of(settings), requested.OPTIONS["draft_gate"]
     uses_gate(of_gate, asked.draft_gate, obstacles_to_gate(settings), gate_option, logger)
-    shared_target.settle(asked.ffn_experts is not None)
+    if asked.ffn_experts is not None:
+        hooks.install(Stage.DIAL)
 
 
 def reasons_for_sglangs_own_class(settings: Any, model_config: Any) -> list[str]:

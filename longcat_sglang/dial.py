@@ -88,7 +88,7 @@ def follow_queue(original: Callable[..., Any], scheduler: Scheduler, batch: Sche
     """Before a step, with what the scheduler could not put into it: every rank has the same requests and decides alike
     which of them go on, as their batches would not fit together otherwise."""
     dialled = _of_scheduler(scheduler)
-    if dialled is not None:
+    if dialled is not None and not batch.forward_mode.is_prebuilt():  # whose step was made elsewhere
         # Steps before may still read the old target.
         wait = scheduler.device_module.synchronize
         dialled.follow_queue(len(scheduler.waiting_queue), scheduler.max_running_requests, before_turning=wait)

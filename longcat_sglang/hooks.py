@@ -344,7 +344,7 @@ HOOKS: tuple[Hook, ...] = (
         target="sglang.srt.utils.weight_versions.build_endpoint_weight_version_metadata",
         around="longcat_sglang.dial:add_target",
         concerns="longcat_sglang.engine:is_longcats_process",
-        stage=Stage.DEPLOYMENT,
+        stage=Stage.DIAL,
         why="`metadata` of a response says which weights it was made with, and not under which target of the dial.",
         remove_when="A model can add fields of its own.",
     ),

@@ -34,6 +34,7 @@ def check(vllm_config: VllmConfig) -> None:
     """Raise for what LongCat-Flash cannot be served with: ValueError, or CheckpointError for a local checkpoint."""
     model = vllm_config.model_config
     asked = requested.of(vllm_config)
+    shared_target.settle(asked.ffn_experts is not None)
     if reasons := devices.current().reasons_for_own_class(vllm_config):
         refuse_what_the_own_class_lacks("vLLM", reasons, asked, requested.OPTIONS)
         leave_to_own_class("vLLM", reasons, _LOST, logger)
@@ -47,8 +48,8 @@ def check(vllm_config: VllmConfig) -> None:
     loading.check(vllm_config, config)
     _tell_of_overrides_that_nothing_reads(model)
     _settle_overlap(vllm_config)
-    shared_target.settle(asked.ffn_experts is not None)
     if asked.ffn_experts is not None:
+        hooks.install(Stage.DIAL)
         dial.add_to_workers(vllm_config)
     if (speculation := mtp_speculation(vllm_config)) is not None:
         _give_drafts_the_targets_context(speculation, model)

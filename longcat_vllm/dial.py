@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm import envs
 from vllm.logger import init_logger
 
 from longcat_core import spellings
@@ -15,6 +16,7 @@ from longcat_core.dial import DialledRouters, obstacles_to_dial
 from longcat_core.observation import shared_target
 from longcat_core.target_by_queue import Target
 from longcat_vllm import requested
+from longcat_vllm.engine import is_longcat
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -43,10 +45,21 @@ def obstacles(vllm_config: VllmConfig, target: Target) -> list[str]:
         found.append("microbatches run at the same time, and would turn one dial; leave --enable-dbo out")
     if vllm_config.model_config.enable_sleep_mode:
         found.append("with enable_sleep_mode its memory comes and goes; leave it out")
-    scheduler = vllm_config.scheduler_config.scheduler_cls
-    if requested.of(vllm_config).follows_queue and scheduler is not None:
+    if requested.of(vllm_config).follows_queue:
+        found += _obstacles_to_queue(vllm_config)
+    return found
+
+
+def _obstacles_to_queue(vllm_config: VllmConfig) -> list[str]:
+    found, scheduler = [], vllm_config.scheduler_config.scheduler_cls
+    if scheduler is not None:
         found.append(
             f"scheduler_cls is {scheduler!r}, wanted none for two bounds, as ours says what waits; leave it out"
+        )
+    is_ray = vllm_config.parallel_config.distributed_executor_backend == "ray"
+    if is_ray and not envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND:
+        found.append(  # whose graph calls the model's runner and not the worker
+            "the older executor for Ray tells no worker what waits; unset VLLM_USE_RAY_V2_EXECUTOR_BACKEND"
         )
     return found
 
@@ -88,10 +101,17 @@ class FingerprintWithTarget:
     def __set__(self, serving: Any, fingerprint: str | None) -> None:
         vars(serving)["system_fingerprint"] = fingerprint
 
-    def __get__(self, serving: Any, kind: type | None = None) -> str | None:
-        fingerprint: str | None = vars(serving)["system_fingerprint"]
+    def __get__(self, serving: Any, kind: type | None = None) -> Any:
+        if serving is None:  # asked of the class
+            return self
+        try:
+            fingerprint: str | None = vars(serving)["system_fingerprint"]
+        except KeyError:
+            raise AttributeError("system_fingerprint") from None
+        if fingerprint is None or not is_longcat(getattr(serving, "model_config", None)):
+            return fingerprint
         target = shared_target.read()
-        return fingerprint if fingerprint is None or target is None else f"{fingerprint}-ffn{target:g}"
+        return fingerprint if target is None else f"{fingerprint}-ffn{target:g}"
 
 
 class DialOfWorker:

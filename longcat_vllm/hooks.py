@@ -225,7 +225,7 @@ HOOKS: tuple[Hook, ...] = (
         target="vllm.entrypoints.generate.base.serving.GenerateBaseServing.system_fingerprint",
         put="longcat_vllm.registration:register_fingerprint",
         found="longcat_vllm.registration:registered_fingerprint",
-        stage=Stage.DEPLOYMENT,
+        stage=Stage.DIAL,
         why="OpenAI's field for what changes answers is made once, when a server starts, and the dial's target moves.",
         remove_when="vLLM asks the engine for it as a response is finished.",
     ),

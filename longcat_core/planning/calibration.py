@@ -179,8 +179,10 @@ def _raw(figure: Figure) -> dict[str, object]:
 
 def _cache_bytes() -> int:
     """0 where Linux does not say it."""
-    file = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
-    size = file.read_text().strip() if file.is_file() else ""
+    try:
+        size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
+    except OSError:
+        return 0
     return int(size.removesuffix("K")) * 1024 if size.endswith("K") else 0
 
 

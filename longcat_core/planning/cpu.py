@@ -13,7 +13,7 @@ from longcat_core.planning.hardware import DATA, read
 from longcat_core.planning.rates import Rates
 
 ENGINES = DATA / "cpu.json"
-"""Of both engines, as they hardly differ."""
+"""The mean of a run of each engine. Two runs differ by up to three times: docs/plan.md."""
 
 
 def calibrated(path: Path) -> tuple[str, Rates]:

@@ -86,7 +86,7 @@ def step_time(
     head = timed("head", head_cost(model, layout, load), rates).seconds
     of_mtp = mtp_costs(model, layout, precision, rates, one)
     mtp = sum(timed(name, cost, rates).seconds for name, cost in of_mtp.items())
-    overhead = rates.overhead_seconds(of_turn.requests, of_turn.rows)
+    overhead = rates.overhead_seconds(of_turn.requests, load.rows)
     return StepTime(
         stages=stages,
         layers=model.layers - model.first_dense_layers,

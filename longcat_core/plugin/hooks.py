@@ -24,6 +24,7 @@ class Stage(Enum):
     PROCESS = "a process of the engine starts, whatever it serves"
     PARSER = "a parser of LongCat's is asked for"
     DEPLOYMENT = "a LongCat model is about to be served"
+    DIAL = "a LongCat model with a dial is about to be served"
     MODEL = "a LongCat model is built in this process"
 
 
@@ -116,7 +117,7 @@ def _is_true(concerns: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
 
 
 def _function(name: str) -> Callable[..., Any]:
-    """As `pkgutil.resolve_name` of `module:function`, which takes eight times as long: some are called in every step."""
+    """As `pkgutil.resolve_name`, which takes eight times as long: some are called many times a step."""
     module, _, attribute = name.partition(":")
     try:
         found: Callable[..., Any] = getattr(sys.modules[module], attribute)

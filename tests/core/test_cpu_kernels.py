@@ -516,26 +516,27 @@ def test_half_of_a_layer_whose_sizes_do_not_fit_is_refused() -> None:
 def test_a_chain_is_its_passes_one_after_the_other() -> None:
     """Of which a slot beyond a position is not read: it holds NaN."""
     generator = torch.Generator().manual_seed(0)
-    layer, lengths, width = an_mtp_layer(generator), [3, 70, 40], 4
+    layer, lengths, width = an_mtp_layer(generator), [3, 70, 2, 40, 66], 4  # groups of requests 0 and 2, 1 and 4, 3
+    requests = len(lengths)
     weights = (torch.randn(50, HIDDEN, generator=generator).bfloat16() for _ in range(2))
     vocabulary = Vocabulary(next(weights), next(weights)[:48])
-    table = torch.arange(3 * 80).view(3, 80)
-    whole = PagedBatch.build(range(0, 13, width), [length + width for length in lengths], table, 1)
+    table = torch.arange(requests * 80).view(requests, 80)
+    whole = PagedBatch.build(range(0, requests * width + 1, width), [length + width for length in lengths], table, 1)
     positions = torch.tensor(lengths) + torch.arange(width - 1).unsqueeze(1)
     slots = table.gather(1, positions.T).T
     positions[-1, 1], slots[-1, 1] = 0, -1  # as of a request at the longest context
-    cache = torch.full((3 * 80, LATENT + ROPE), float("nan")).bfloat16()
+    cache = torch.full((requests * 80, LATENT + ROPE), float("nan")).bfloat16()
     for row, length in zip(table, lengths, strict=True):
         cache[row[:length]] = torch.randn(length, LATENT + ROPE, generator=generator).bfloat16()
-    angles = torch.rand(width - 1, 3, 1, ROPE // 2, generator=generator)
-    first, hidden = torch.tensor([7, 0, 49]), torch.randn(3, HIDDEN, generator=generator).bfloat16()
+    angles = torch.rand(width - 1, requests, 1, ROPE // 2, generator=generator)
+    first, hidden = torch.tensor([7, 0, 49, 3, 3]), torch.randn(requests, HIDDEN, generator=generator).bfloat16()
     arguments = (angles.cos(), angles.sin(), cache.clone(), slots, whole, positions)
     found = layer.chain(vocabulary, first, hidden, *arguments)
     assert found is not None
 
     tokens = [first]
     for at, angle, to, wanted in zip(positions, angles, slots, found.logits, strict=True):
-        alone = PagedBatch.build(range(4), (at + 1).tolist(), table, 1)
+        alone = PagedBatch.build(range(requests + 1), (at + 1).tolist(), table, 1)
         embedded = vocabulary.embedding[tokens[-1]]
         made = layer(embedded, hidden, angle.cos(), angle.sin(), cache, to, alone)
         assert made is not None
@@ -544,8 +545,10 @@ def test_a_chain_is_its_passes_one_after_the_other() -> None:
         tokens.append(logits.argmax(dim=-1))
     assert found.logits.isfinite().all()
     assert torch.equal(found.tokens, torch.stack(tokens, dim=1))
-    with pytest.raises(ValueError, match=r"tokens, embedding, head, cos, sin, slots: \[\[2\], .* wanted \[\[3\]"):
+    with pytest.raises(ValueError, match=r"tokens, embedding, head, cos, sin, slots: \[\[4\], .* wanted \[\[5\]"):
         layer.chain(vocabulary, first[1:], hidden, *arguments)
+    with pytest.raises(ValueError, match=r"tokens: \[8, 1, 50, 4, 4\], wanted rows of an embedding of 50"):
+        layer.chain(vocabulary, first + 1, hidden, *arguments)
     many = torch.zeros(FEW_ROWS + 1, dtype=torch.int64)
     assert layer.chain(vocabulary, many, torch.zeros(len(many), HIDDEN).bfloat16(), *arguments) is None
 

@@ -81,7 +81,7 @@ def test_the_last_event_of_a_stream_names_it_where_events_have_a_field(server: S
     request = {"model": MODEL, "prompt": TEXT[:64], "max_tokens": 4, "stream": True}
     *events, last, end = server.http.post(COMPLETIONS, json=request).raise_for_status().text.split("\n\n")[:-1]
     assert end == "data: [DONE]"
-    named = [f'-ffn{LOWER}"' in event for event in (*events, last)]
+    named = [engine.TARGET_IN_A_RESPONSE.format(LOWER) in event for event in (*events, last)]
     assert named == [False] * len(events) + [engine.STREAMS_NAME_THE_TARGET]
 
 

@@ -206,6 +206,7 @@ def target_of(answer: dict[str, Any]) -> float:
 
 
 STREAMS_NAME_THE_TARGET = False
+TARGET_IN_A_RESPONSE = '"ffn_experts"'
 MOST_RUNNING = "--max-running-requests"
 """The flag for how many requests run at once."""
 

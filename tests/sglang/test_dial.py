@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from sglang.srt.managers.io_struct import SetInternalStateReq, SetInternalStateReqOutput
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from sglang.srt.utils.weight_versions import build_endpoint_weight_version_metadata
 
 from longcat_core.dial import DialledRouters
@@ -60,14 +60,15 @@ class Scheduler:
     def set(self, **state: Any) -> bool:
         return dial.turn_where_asked(self._sglangs_own, self, SetInternalStateReq(server_args=state)).updated
 
-    def run(self, passes: int) -> list[float]:
+    def run(self, passes: int, is_prebuilt: bool = False) -> list[float]:
         """The target of each forward pass."""
 
-        def run_batch(scheduler: Scheduler, batch: str) -> float:
-            assert batch == "a batch"
+        def run_batch(scheduler: Scheduler, given: object) -> float:
+            assert given is batch
             return scheduler.dial.target
 
-        return [dial.follow_queue(run_batch, self, "a batch") for _ in range(passes)]
+        batch: Any = SimpleNamespace(forward_mode=ForwardMode.PREBUILT if is_prebuilt else ForwardMode.DECODE)
+        return [dial.follow_queue(run_batch, self, batch) for _ in range(passes)]
 
     def _sglangs_own(self, _: object, request: SetInternalStateReq) -> SetInternalStateReqOutput:
         self.events.append(f"{request.server_args}")

@@ -178,6 +178,7 @@ def target_of(answer: dict[str, Any]) -> float:
 
 
 STREAMS_NAME_THE_TARGET = True
+TARGET_IN_A_RESPONSE = '-ffn{}"'
 MOST_RUNNING = "--max-num-seqs"
 """The flag for how many requests run at once."""
 

@@ -25,6 +25,7 @@ from longcat_core.observation import shared_target
 from longcat_core.target_by_queue import PATIENCE, PLACES
 from longcat_nano import CHECKPOINT
 from longcat_vllm import dial, metrics, scheduling
+from longcat_vllm.engine import ARCHITECTURE
 from tests.cases import CASES, DEFAULT, Case
 from tests.dialled import CPU
 from tests.vllm.engine import held_at, speculation
@@ -168,8 +169,9 @@ def test_what_waits_turns_the_dial_before_a_step_of_tokens() -> None:
 class Serving:
     system_fingerprint: Any = dial.FingerprintWithTarget()
 
-    def __init__(self, fingerprint: str | None) -> None:
+    def __init__(self, fingerprint: str | None, architecture: str = ARCHITECTURE) -> None:
         self.system_fingerprint = fingerprint
+        self.model_config = SimpleNamespace(hf_config=SimpleNamespace(architectures=[architecture]))
 
 
 def test_a_fingerprint_has_the_present_target(worker: dial.DialOfWorker, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,6 +187,9 @@ def test_a_fingerprint_has_the_present_target(worker: dial.DialOfWorker, monkeyp
         worker.set_ffn_experts(target)
         assert serving.system_fingerprint == f"vllm-0.32.0-tp2-12345678-ffn{target}"
     assert without.system_fingerprint is None
+    assert Serving("vllm-0.32.0-tp2-12345678", "LlamaForCausalLM").system_fingerprint == "vllm-0.32.0-tp2-12345678"
+    assert isinstance(Serving.system_fingerprint, dial.FingerprintWithTarget)
+    assert not hasattr(Serving.__new__(Serving), "system_fingerprint")
 
 
 def test_vllm_still_makes_its_fingerprint_once() -> None:

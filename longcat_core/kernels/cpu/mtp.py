@@ -146,6 +146,9 @@ class MtpLayer:
             raise ValueError(
                 f"tokens, embedding, head, cos, sin, slots: {found}, wanted {wanted}, and contiguous weights"
             )
+        if not 0 <= int(tokens.min()) <= int(tokens.max()) < len(embedding):
+            raise ValueError(f"tokens: {tokens.tolist()}, wanted rows of an embedding of {len(embedding)}")
+        assert len(where.groups.cases) == len(first.groups), "positions of a group's later passes follow its first ones"
         chosen = torch.empty(passes + 1, requests, dtype=torch.int64)
         chosen[0] = tokens
         logits = hidden_states.new_empty(passes, requests, len(head))

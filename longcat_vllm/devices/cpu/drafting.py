@@ -41,7 +41,7 @@ def draft_chain(original: Callable[..., Any], proposer: EagleProposer, *args: An
     causal: Any = proposer.model
     model, cache = causal.model, cache_of(causal.model.layers[0].self_attn.attn)
     vocabulary = _vocabulary(causal)
-    if cache.dtype != torch.bfloat16 or vocabulary is None:
+    if cache.dtype != torch.bfloat16 or (vocabulary is None and drafts > 1):
         return original(proposer, *args, **kwargs)
     proposer._last_draft_probs = None  # of requests that sampled, in a step before
     read = _read(layer, proposer, cache, rows, kwargs)
@@ -57,7 +57,7 @@ def draft_chain(original: Callable[..., Any], proposer: EagleProposer, *args: An
         hidden_states = causal.drafted_from
     proposer.num_speculative_tokens = drafts
     assert hidden_states is not None, "the first drafts were chosen from logits"
-    if drafts == 1:
+    if drafts == 1 or vocabulary is None:
         return tokens
     steps = torch.arange(1, drafts).unsqueeze(1)
     positions, slots = _places(kwargs["target_positions"][rows] + steps, batch.block_table_tensor, proposer)
