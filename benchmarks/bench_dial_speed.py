@@ -58,6 +58,7 @@ def main(passes: int = 5, rounds: int = 3) -> None:
 def one_pass(prompts: list[list[int]], rounds: int) -> dict[str, dict[int, float]]:
     """Output tokens a second by target and requests at once."""
     options: dict[str, Any] = {"dtype": "bfloat16", "prefix_caching": False, **engine.AS_THE_STOCK_COMMAND}
+    options["cache_tokens"] = max(AT_ONCE) * (PROMPT_TOKENS + NEW_TOKENS)
     with engine.serving(CHECKPOINT, **options) as served:
         found = {WITHOUT: tokens_per_second(served, prompts, rounds)}
     with engine.serving(CHECKPOINT, **options, **engine.held_at(TARGETS[0])) as served:

@@ -39,8 +39,9 @@ LAYERS = (CONFIG.num_layers, 28)
 def main(passes: int = 3) -> None:
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
-        directory, times = Path(temporary) / "checkpoint", Path(temporary) / "times"
+        times = Path(temporary) / "times"
         for layers, n in product(LAYERS, AT_ONCE):
+            directory = Path(temporary) / f"{layers}-layers"  # SGLang reads the configuration of a path once
             shutil.rmtree(directory, ignore_errors=True)
             make_checkpoint(directory, replace(CONFIG, num_layers=layers), seed=0, dtype=torch.bfloat16)
             times.write_text("")
