@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from prometheus_client import Counter
-from sglang.srt.layers.dp_attention import is_dp_attention_enabled
+from sglang.srt.layers.dp_attention import dp_gather_replicate, is_dp_attention_enabled
 from sglang.srt.layers.moe.utils import get_moe_a2a_backend
 from sglang.srt.runtime_context import get_parallel, get_server_args
 from torch import Tensor
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.managers.utils import GenerationBatchResult
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +35,12 @@ ACCEPTED, VERIFIED = "longcat:accepted_drafts", "longcat:verified_chains"
 
 
 def are_counted_here() -> bool:
-    """Whether this rank counts choices: with --enable-metrics, the first of those that have the same tokens."""
+    """Whether this rank counts choices: with --enable-metrics, the first of those whose MoE has the same rows; and all
+    where the first does not know by itself which rows are tokens."""
     server_args: Any = get_server_args()
-    if not server_args.enable_metrics or get_parallel().tp_rank != 0:
+    if not server_args.enable_metrics or (get_parallel().tp_rank != 0 and not _gathers_tokens()):
         return False
     hindrances = {
-        "--enable-dp-attention": is_dp_attention_enabled(),
         "--moe-a2a-backend": not get_moe_a2a_backend().is_none(),
         "--enable-memory-saver": server_args.enable_memory_saver,
     }
@@ -47,6 +48,22 @@ def are_counted_here() -> bool:
         if is_given:
             logger.warning("The experts that tokens take are not counted with %s yet.", option)
     return not any(hindrances.values())
+
+
+def _gathers_tokens() -> bool:
+    """Whether a MoE has the rows of requests of other ranks too."""
+    return is_dp_attention_enabled() and get_parallel().attn_dp_size > 1
+
+
+def tokens_of(forward_batch: ForwardBatch) -> Tensor:
+    """int64 [T], 1 for a token, of the rows that a MoE has. Where these are of other ranks too, each rank says which of
+    its own are tokens, so that all have to ask."""
+    own = rows_that_are_tokens(forward_batch.out_cache_loc)
+    if not _gathers_tokens():
+        return own
+    rows = own.new_zeros(forward_batch.global_dp_buffer_len, 1, dtype=torch.float32)
+    dp_gather_replicate(rows, own.float().unsqueeze(1), forward_batch)
+    return rows.squeeze(1).long()
 
 
 def rows_that_are_tokens(slots: Tensor) -> Tensor:
@@ -65,11 +82,12 @@ class CountedChoices:
         self._choices = ExpertChoices(layers, config.moe_topk, placement.num_places(config), ranks, device)
         directory = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])  # which --enable-metrics sets in all processes
         dial = None if dialled is None else dialled.dial
-        self.publication = Publication(self._choices, directory, _labels(), dial)
+        is_first = get_parallel().tp_rank == 0
+        self.publication = Publication(self._choices, directory, _labels(), dial) if is_first else None
 
-    def add(self, choices: list[Tensor], slots: Tensor) -> None:
-        """choices: int32 [T, K] of each layer, by place; slots: as of `rows_that_are_tokens`."""
-        self._choices.add(torch.stack(choices), rows_that_are_tokens(slots))
+    def add(self, choices: list[Tensor], is_token: Tensor) -> None:
+        """choices: int32 [T, K] of each layer, by place; is_token: as of `tokens_of`."""
+        self._choices.add(torch.stack(choices), is_token)
 
 
 def _labels() -> dict[str, str]:
@@ -81,7 +99,7 @@ def begin_when_warm(original: Callable[..., Any], scheduler: Scheduler, *args: A
     """Show the counts from when the last graph is captured."""
     runner: Any = scheduler.tp_worker.model_runner
     counted: CountedChoices | None = getattr(runner.model.model, "counted", None)
-    if counted is not None:
+    if counted is not None and counted.publication is not None:
         counted.publication.begin()
     return original(scheduler, *args, **kwargs)
 

@@ -18,12 +18,18 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.server_args import ZMQ_TCP_PORT_DELTA
 from torch import Tensor
 
+from longcat_cli.make_checkpoint import make_checkpoint
+from longcat_core.reference import LongcatForCausalLM
 from longcat_sglang import metrics
 from longcat_sglang.devices.cpu import attention, patches, platform
+from tests import requests
 from tests.cases import Case
+from tests.engines.test_metrics import assert_counts_what_the_reference_chooses
 from tests.engines.test_scheduling import assert_true, prompts, truth
 from tests.engines.test_speculation import assert_drafts_are_the_references, assert_tokens
 from tests.oracle import assert_greedy_equal
+from tests.server import serving as serving_over_http
+from tests.sglang import engine
 from tests.sglang.engine import serving
 from tests.sglang.test_speculation import answers
 from tests.speculation import CASE
@@ -48,6 +54,17 @@ def port_before_free_ones() -> int:
 def is_free(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_tokens_of_all_ranks_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests go to one rank after the other; the first one counts."""
+    for name, value in engine.environment_of_ranks(2).items():
+        monkeypatch.setenv(name, value)
+    directory = tmp_path / "checkpoint"
+    make_checkpoint(directory, requests.CASE.config, seed=0, dtype=torch.float32)
+    command = [*engine.command(directory, served_name=requests.MODEL), *engine.expert_parallel_flags(2)]
+    with serving_over_http([*command, "--dp-size", "2", "--enable-dp-attention"], tmp_path / "server.log") as server:
+        assert_counts_what_the_reference_chooses(server, LongcatForCausalLM.from_checkpoint(directory).eval(), ranks=2)
 
 
 @pytest.mark.parametrize("expert_parallel", [False, True])

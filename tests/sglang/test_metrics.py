@@ -29,6 +29,7 @@ def settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace
         moe_ep_size=1,
         is_none=lambda: True,
         has_dp_attention=False,
+        attn_dp_size=1,
     )
     for name in ("get_server_args", "get_parallel", "get_moe_a2a_backend"):
         monkeypatch.setattr(metrics, name, lambda: found)
@@ -42,13 +43,14 @@ def test_the_first_rank_counts_where_metrics_are_asked_for(settings: SimpleNames
     assert metrics.are_counted_here()
     settings.tp_rank = 1
     assert not metrics.are_counted_here()
+    settings.has_dp_attention, settings.attn_dp_size = True, 2
+    assert metrics.are_counted_here(), "it says which of its rows are tokens"
+    assert CountedChoices(DEFAULT).publication is None
     settings.tp_rank, settings.enable_metrics = 0, False
     assert not metrics.are_counted_here()
 
 
-@pytest.mark.parametrize(
-    "hindrance", [{"enable_memory_saver": True}, {"is_none": lambda: False}, {"has_dp_attention": True}]
-)
+@pytest.mark.parametrize("hindrance", [{"enable_memory_saver": True}, {"is_none": lambda: False}])
 def test_nothing_is_counted_where_rows_or_memory_are_others(
     hindrance: dict[str, Any], settings: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,7 +66,8 @@ def test_nothing_is_counted_where_rows_or_memory_are_others(
 def test_rows_with_a_slot_in_the_cache_are_tokens(slots: list[int], tokens: int, settings: SimpleNamespace) -> None:
     """The others pad a captured graph, or are of a capture."""
     counted = CountedChoices(DEFAULT)
-    counted.add([IDS] * DEFAULT.num_layers, torch.tensor(slots))
+    batch: Any = SimpleNamespace(out_cache_loc=torch.tensor(slots))
+    counted.add([IDS] * DEFAULT.num_layers, metrics.tokens_of(batch))
     for layer in counted._choices.totals():
         assert sum(layer.tokens) == tokens
         assert layer.ffn_choices == [0, 2, 6, 10][tokens]
