@@ -1,5 +1,4 @@
-"""Draws `results/*/dial_speed.json` over `results/dial.json`: the bits a byte that a target of the dial costs, beside the
-tokens a second that it brings."""
+"""Draws `results/*/dial_speed.json` over `results/dial.json`: what a target of the dial costs, beside what it brings."""
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations

@@ -61,6 +61,7 @@ def tokens_of(forward_batch: ForwardBatch) -> Tensor:
     own = rows_that_are_tokens(forward_batch.out_cache_loc)
     if not _gathers_tokens():
         return own
+    assert forward_batch.global_dp_buffer_len is not None, "ranks have told each other how many rows they have"
     rows = own.new_zeros(forward_batch.global_dp_buffer_len, 1, dtype=torch.float32)
     dp_gather_replicate(rows, own.float().unsqueeze(1), forward_batch)
     return rows.squeeze(1).long()
