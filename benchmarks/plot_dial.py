@@ -1,4 +1,4 @@
-"""Draws `results/*/dial_speed.json` over `results/dial.json`: what a target of the dial costs, beside what it brings."""
+"""Draws `results/*/dial_speed.json` over `results/dial.json`: what a target of the dial costs, and what it brings."""
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
