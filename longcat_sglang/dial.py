@@ -84,7 +84,9 @@ def turn_where_asked(original: Callable[..., Any], scheduler: Scheduler, request
     return SetInternalStateReqOutput(updated=True)
 
 
-def follow_queue(original: Callable[..., Any], scheduler: Scheduler, batch: ScheduleBatch, *args: Any) -> Any:
+def follow_queue(
+    original: Callable[..., Any], scheduler: Scheduler, batch: ScheduleBatch, *args: Any, **kwargs: Any
+) -> Any:
     """Before a step, with what the scheduler could not put into it: every rank has the same requests and decides alike
     which of them go on, as their batches would not fit together otherwise."""
     dialled = _of_scheduler(scheduler)
@@ -92,7 +94,7 @@ def follow_queue(original: Callable[..., Any], scheduler: Scheduler, batch: Sche
         # Steps before may still read the old target.
         wait = scheduler.device_module.synchronize
         dialled.follow_queue(len(scheduler.waiting_queue), scheduler.max_running_requests, before_turning=wait)
-    return original(scheduler, batch, *args)
+    return original(scheduler, batch, *args, **kwargs)
 
 
 def add_target(original: Callable[..., dict[str, Any]], meta_info: dict[str, Any]) -> dict[str, Any]:

@@ -77,13 +77,15 @@ def of_layers(vllm_config: VllmConfig, config: LongcatConfig, layers: Iterable[A
     return DialledRouters(config, asked.ffn_experts, routers, torch.get_default_device(), asked.full_queue)
 
 
-def follow_queue(original: Callable[..., Any], worker: Worker, step: SchedulerOutput, *args: Any) -> Any:
+def follow_queue(
+    original: Callable[..., Any], worker: Worker, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any
+) -> Any:
     """Before a step, with what the scheduler could not put into it, as it says in what every rank gets of the step."""
-    waiting: int | None = getattr(step, "longcat_waiting", None)
-    if waiting is not None and step.total_num_scheduled_tokens:
+    waiting: int | None = getattr(scheduler_output, "longcat_waiting", None)
+    if waiting is not None and scheduler_output.total_num_scheduled_tokens:
         model: Any = worker.get_model()
         model.dialled.follow_queue(waiting, worker.scheduler_config.max_num_seqs)
-    return original(worker, step, *args)
+    return original(worker, scheduler_output, *args, **kwargs)
 
 
 def add_to_workers(vllm_config: VllmConfig) -> None:

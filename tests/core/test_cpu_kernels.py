@@ -336,12 +336,14 @@ def assert_attends_to_paths(lengths: list[int], nodes: int, seed: int) -> None:
     starts = range(0, len(queries) + 1, nodes)
     batch = PagedBatch.build(starts, [n + nodes for n in lengths], table, 1, trees)
     ours = attention.paged_attention(queries, cache, batch, up_projection(w_uk, w_uv), SCALE)
+    # Products in bf16 round queries, shares and contexts too: 3.03 at most in 20,000 outputs; the others 0.995.
+    bound = (5 if library.description() == "avx512_bf16" else 1.5) * ROUNDING
     for n, output in enumerate(ours):
         r, node = divmod(n, nodes)
         slots = order[r]
         seen = torch.cat((slots[: lengths[r]], slots[lengths[r] :][trees[r, node]]))
         truth = dense(queries[n].unsqueeze(0), cache[seen], w_uk, w_uv)[0]
-        assert relative_error(output, truth) < 5 * ROUNDING  # with products in bf16, 3.03 in one of 20,000
+        assert relative_error(output, truth) < bound
 
 
 def test_what_other_tokens_left_in_the_cache_is_not_read() -> None:
