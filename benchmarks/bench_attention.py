@@ -67,7 +67,7 @@ def measured(heads: int, requests: int, context: int, new: int, floor_s: float, 
     weights = [torch.randn(heads * (NOPE + VALUE), LATENT).mul_(LATENT**-0.5).bfloat16() for _ in range(LAYERS)]
     cache = torch.randn(requests * context, LATENT + ROPE).bfloat16()
     table = torch.arange(requests * context).view(requests, context)
-    batch = PagedBatch.build(range(0, requests * new + 1, new), [context] * requests, table, 1)
+    batch = PagedBatch(range(0, requests * new + 1, new), [context] * requests, table, 1)
     queries = torch.randn(requests * new, heads, NOPE + ROPE).bfloat16()
 
     def calls(attention: Callable[..., Tensor], ups: list[UpProjection]) -> Callable[[], Tensor]:

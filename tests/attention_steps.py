@@ -65,7 +65,7 @@ class Step:
             write_latents(cache, rows[:, : self.latent], rows[:, self.latent :], slots)
             starts.append(starts[-1] + len(query))
         lengths = [len(latents) for latents in self.latents]
-        batch = PagedBatch.build(starts, lengths, self.block_table, self.block_size)
+        batch = PagedBatch(starts, lengths, self.block_table, self.block_size)
         return attend(torch.cat(self.queries), cache, batch, up_projection(self.w_uk, self.w_uv), SCALE)
 
     def truth(self) -> Tensor:

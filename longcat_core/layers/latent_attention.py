@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -70,65 +71,81 @@ class RequestGroup:
         return before.scatter(2, self.positions.unsqueeze(1).expand_as(self.trees), self.trees)[:, first:last]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PagedBatch:
-    """Where the tokens of one engine step are in the cache; built once a step, used by every layer."""
+    """Where the tokens of one engine step are in the cache; built once a step, used by every layer.
 
-    groups: tuple[RequestGroup, ...]
+    Groups for torch are made when they are first asked for, as kernels read the table themselves: in the step that it
+    was built for, before an engine writes the next one's blocks into it.
+    """
 
-    @classmethod
-    def build(
-        cls,
-        query_starts: Sequence[int],
-        seq_lens: Sequence[int],
-        block_table: Tensor,
-        block_size: int,
-        trees: Tensor | None = None,
-        table_rows: Sequence[int] | None = None,
-    ) -> PagedBatch:
-        """Group the requests of a step.
+    query_starts: Sequence[int]
+    """R + 1 offsets into the query tensor."""
+    seq_lens: Sequence[int]
+    """R context lengths, new tokens included."""
+    block_table: Tensor
+    """Integer [rows, blocks]: the cache blocks of one request in each row, of which only those with its tokens are
+    read."""
+    block_size: int
+    """Tokens a block."""
+    trees: Tensor | None = None
+    """bool [R, Q, Q], where all requests have Q new tokens that are nodes of a tree: a node sees itself and those
+    before it on its path."""
+    table_rows: Sequence[int] | None = None
+    """The R rows of the table to use, if not the first ones in order."""
+    requests: dict[int, list[int]] = field(default_factory=dict, init=False)
+    """Those that have new tokens, by their number."""
 
-        query_starts: R + 1 offsets into the query tensor; seq_lens: R context lengths, new tokens included;
-        block_table: integer [rows, blocks], the cache blocks of one request in each row, of which only those with its
-        tokens are read; block_size: tokens a block; trees: bool [R, Q, Q], where all requests have Q new tokens
-        that are nodes of a tree: a node sees itself and those before it on its path; table_rows: the R rows of
-        the table to use, if not the first ones in order.
-
+    def __post_init__(self) -> None:
+        """
         Raises:
             ValueError: if a request has more new tokens than its context is long.
         """
-        buckets: dict[tuple[int, int], list[int]] = {}
-        for request, length in enumerate(seq_lens):
-            new = query_starts[request + 1] - query_starts[request]
+        for request, length in enumerate(self.seq_lens):
+            new = self.new_tokens(request)
             if new > length:
                 raise ValueError(f"request {request}: {new} new tokens, wanted at most its length {length}")
-            if new == 0:
-                continue
+            if new:
+                self.requests.setdefault(new, []).append(request)
+
+    def new_tokens(self, request: int) -> int:
+        return self.query_starts[request + 1] - self.query_starts[request]
+
+    @cached_property
+    def groups(self) -> tuple[RequestGroup, ...]:
+        return tuple(group for new in self.requests for group in self.groups_of(new))
+
+    def groups_of(self, new: int) -> tuple[RequestGroup, ...]:
+        """Of the requests with so many new tokens."""
+        buckets: dict[int, list[int]] = {}
+        for request in self.requests[new]:
             # Contexts in a bucket differ by less than two times, which bounds the padding; a prompt chunk is
             # large enough to go alone.
-            key = (new, length.bit_length()) if new <= FEW_TOKENS else (new, -1 - request)
+            key = self.seq_lens[request].bit_length() if new <= FEW_TOKENS else -1 - request
             buckets.setdefault(key, []).append(request)
-        groups = []
-        for (new, _), bucket in buckets.items():
-            longest = max(seq_lens[request] for request in bucket)
-            lengths = torch.tensor([seq_lens[r] for r in bucket]).unsqueeze(1)
-            starts = torch.tensor([query_starts[r] for r in bucket]).unsqueeze(1)
-            positions = torch.arange(longest)
-            rows = torch.tensor(bucket if table_rows is None else [table_rows[r] for r in bucket])
-            # Cut first: an engine's table is as wide as the longest context that there may be.
-            blocks = block_table[:, : (longest - 1) // block_size + 1][rows].long()[:, positions // block_size]
-            slots = blocks * block_size + positions % block_size
-            groups.append(
-                RequestGroup(
-                    queries=starts + torch.arange(new),
-                    slots=torch.where(positions < lengths, slots, slots[:, :1]),
-                    positions=lengths - new + torch.arange(new),
-                    trees=None if trees is None else trees[torch.tensor(bucket)],
-                    is_whole_prompt=len(bucket) == 1 and new == longest and trees is None,
-                    is_all_visible=new == 1 and all(seq_lens[r] == longest for r in bucket),
-                )
-            )
-        return cls(groups=tuple(groups))
+        return tuple(self._group(new, bucket) for bucket in buckets.values())
+
+    def rows_of(self, requests: Sequence[int]) -> Sequence[int]:
+        """Of the table."""
+        return requests if self.table_rows is None else [self.table_rows[request] for request in requests]
+
+    def _group(self, new: int, bucket: Sequence[int]) -> RequestGroup:
+        longest = max(self.seq_lens[request] for request in bucket)
+        lengths = torch.tensor([self.seq_lens[request] for request in bucket]).unsqueeze(1)
+        starts = torch.tensor([self.query_starts[request] for request in bucket]).unsqueeze(1)
+        positions = torch.arange(longest)
+        rows = torch.tensor(self.rows_of(bucket))
+        # Cut first: an engine's table is as wide as the longest context that there may be.
+        blocks = self.block_table[:, : (longest - 1) // self.block_size + 1][rows].long()
+        slots = blocks[:, positions // self.block_size] * self.block_size + positions % self.block_size
+        return RequestGroup(
+            queries=starts + torch.arange(new),
+            slots=torch.where(positions < lengths, slots, slots[:, :1]),
+            positions=lengths - new + torch.arange(new),
+            trees=None if self.trees is None else self.trees[torch.tensor(bucket)],
+            is_whole_prompt=len(bucket) == 1 and new == longest and self.trees is None,
+            is_all_visible=new == 1 and all(self.seq_lens[request] == longest for request in bucket),
+        )
 
 
 def write_latents(cache: Tensor, latents: Tensor, rope_keys: Tensor, slots: Tensor) -> None:
@@ -165,20 +182,20 @@ def attend(
     """`paged_attention` of one group: writes its rows of output [T, heads, v]. linear: expands latents of a prompt;
     attend_to: attends to what they become, in place of `attend_to_expanded`."""
     new = queries[group.queries]  # [G, Q, heads, nope + rope]
-    if is_prefill(group, up):
+    if is_prefill(group.queries.shape[1], up):
         attended = _attend_expanded(new, cache, group, up, scale, linear, attend_to or attend_to_expanded)
     else:
         attended = _attend_absorbed(new, cache, group, up, scale)
     output[group.queries] = attended.to(output.dtype)
 
 
-def is_prefill(group: RequestGroup, up: UpProjection) -> bool:
-    """Whether expanding the latents into keys and values costs less than attending in latent space.
+def is_prefill(new: int, up: UpProjection) -> bool:
+    """Whether, for so many new tokens, expanding the latents into keys and values costs less than attending in latent
+    space.
 
     With Q queries on N keys, a head multiplies N L (nope + v) to expand and then Q N (nope + v) to attend; in
     latent space it is Q N 2 L (the rope part is common to both).
     """
-    new = group.queries.shape[1]
     latent, expanded = up.w_uk.shape[2], up.w_uk.shape[1] + up.w_uv.shape[1]
     return latent * expanded + new * expanded < new * 2 * latent
 

@@ -131,7 +131,7 @@ def _attention(context: int, products: Mapping[int, float], sizes: Sizes) -> flo
     heads, requests, (nope, rope, latent, value) = sizes.heads, sizes.requests, sizes.head_dims
     up = UpProjection.of(torch.randn(heads * (nope + value), latent).to(torch.bfloat16), heads, nope)
     slots = torch.randperm(requests * context).view(requests, context)
-    batch = PagedBatch.build(range(requests + 1), [context] * requests, slots, block_size=1)
+    batch = PagedBatch(range(requests + 1), [context] * requests, slots, block_size=1)
     cache = torch.randn(requests * context, latent + rope).to(torch.bfloat16)
     queries = torch.randn(requests, heads, nope + rope).to(torch.bfloat16)
     seconds = _median(lambda: paged_attention(queries, cache, batch, up, (nope + rope) ** -0.5), sizes)

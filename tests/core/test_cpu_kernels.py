@@ -22,7 +22,7 @@ from longcat_core.kernels.cpu.half_layer import HalfLayer
 from longcat_core.kernels.cpu.mla import Mla
 from longcat_core.kernels.cpu.mtp import MtpLayer, Norms, Vocabulary
 from longcat_core.kernels.cpu.norm import add_rms_norm, rms_norm, takes
-from longcat_core.kernels.cpu.product import FEW_ROWS, Projection, product
+from longcat_core.kernels.cpu.product import FEW_ROWS, Projection, choose, product
 from longcat_core.kernels.cpu.prompt import attend_to_expanded
 from longcat_core.layers import experts as reference
 from longcat_core.layers import latent_attention
@@ -253,7 +253,7 @@ def attended_in_fp64(queries: Tensor, expanded: Tensor, rope_keys: Tensor) -> Te
 
 
 def only_group(length: int, new: int) -> latent_attention.RequestGroup:
-    (group,) = PagedBatch.build([0, new], [length], torch.arange(length).view(1, -1), 1).groups
+    (group,) = PagedBatch([0, new], [length], torch.arange(length).view(1, -1), 1).groups
     return group
 
 
@@ -334,7 +334,7 @@ def assert_attends_to_paths(lengths: list[int], nodes: int, seed: int) -> None:
     queries = normal(len(lengths) * nodes, heads, nope + rope)
     w_uk, w_uv = normal(heads, nope, rank) * rank**-0.5, normal(heads, value, rank) * rank**-0.5
     starts = range(0, len(queries) + 1, nodes)
-    batch = PagedBatch.build(starts, [n + nodes for n in lengths], table, 1, trees)
+    batch = PagedBatch(starts, [n + nodes for n in lengths], table, 1, trees)
     ours = attention.paged_attention(queries, cache, batch, up_projection(w_uk, w_uv), SCALE)
     # Products in bf16 round queries, shares and contexts too: 3.03 at most in 20,000 outputs; the others 0.995.
     bound = (5 if library.description() == "avx512_bf16" else 1.5) * ROUNDING
@@ -355,7 +355,7 @@ def test_what_other_tokens_left_in_the_cache_is_not_read() -> None:
     free[used] = False
     cache[free] = float("nan")
     lengths = [len(latents) for latents in case.latents]
-    batch = PagedBatch.build([0, 1, 2], lengths, case.block_table, case.block_size)
+    batch = PagedBatch([0, 1, 2], lengths, case.block_table, case.block_size)
     up = up_projection(case.w_uk, case.w_uv)
     queries = torch.cat(case.queries)
     ours = attention.paged_attention(queries, cache, batch, up, SCALE)
@@ -402,7 +402,7 @@ def test_an_mla_in_one_call_is_that_of_its_kernels(seed: int, lengths: list[tupl
     for row, own, count in zip(table, slots.split(whole), new, strict=True):
         row[: len(own)] = own
         new_slots += own[len(own) - count :].tolist()
-    batch = PagedBatch.build(starts, whole, table, 1)
+    batch = PagedBatch(starts, whole, table, 1)
     x = torch.randn(starts[-1], HIDDEN, generator=generator).bfloat16()
     angles = torch.rand(len(x), 1, ROPE // 2, generator=generator) * 6
     cos, sin, where = angles.cos(), angles.sin(), torch.tensor(new_slots)
@@ -425,7 +425,7 @@ def test_prompts_and_many_tokens_are_left_to_other_kernels() -> None:
     for requests, new in ((1, 20), (1, FEW_ROWS + 1), (FEW_ROWS + 1, 1), (0, 0)):
         tokens = requests * new
         table = torch.arange(tokens).view(requests, new)
-        batch = PagedBatch.build([n * new for n in range(requests + 1)], [new] * requests, table, 1)
+        batch = PagedBatch([n * new for n in range(requests + 1)], [new] * requests, table, 1)
         cache, angles = torch.zeros(tokens, LATENT + ROPE).bfloat16(), torch.ones(tokens, 1, ROPE // 2)
         x = torch.zeros(tokens, HIDDEN).bfloat16()
         assert mla(x, angles, angles, cache, torch.arange(tokens), batch) is None
@@ -434,7 +434,7 @@ def test_prompts_and_many_tokens_are_left_to_other_kernels() -> None:
 
 def test_an_mla_whose_sizes_do_not_fit_is_refused() -> None:
     weights = mla_weights(torch.Generator().manual_seed(0), is_fp8=False)
-    batch = PagedBatch.build([0, 1], [1], torch.zeros(1, 1, dtype=torch.int64), 1)
+    batch = PagedBatch([0, 1], [1], torch.zeros(1, 1, dtype=torch.int64), 1)
     x, angles, slot = torch.zeros(1, HIDDEN).bfloat16(), torch.zeros(1, 1, ROPE // 2), torch.zeros(1)
     cache = torch.zeros(1, LATENT + ROPE).bfloat16()
     for wrong in (
@@ -466,7 +466,7 @@ def an_ffn(generator: torch.Generator) -> CompiledFFN:
 
 def two_tokens(generator: torch.Generator) -> tuple[Any, ...]:
     """As an `Mla` takes them."""
-    batch = PagedBatch.build([0, 1, 2], [5, 7], torch.arange(14).view(2, 7), 1)
+    batch = PagedBatch([0, 1, 2], [5, 7], torch.arange(14).view(2, 7), 1)
     angles, slots = torch.rand(2, 1, ROPE // 2, generator=generator), torch.tensor([4, 13])
     cache = torch.randn(14, LATENT + ROPE, generator=generator).bfloat16()
     return angles.cos(), angles.sin(), cache, slots, batch
@@ -518,12 +518,12 @@ def test_half_of_a_layer_whose_sizes_do_not_fit_is_refused() -> None:
 def test_a_chain_is_its_passes_one_after_the_other() -> None:
     """Of which a slot beyond a position is not read: it holds NaN."""
     generator = torch.Generator().manual_seed(0)
-    layer, lengths, width = an_mtp_layer(generator), [3, 70, 2, 40, 66], 4  # groups of requests 0 and 2, 1 and 4, 3
+    layer, lengths, width = an_mtp_layer(generator), [3, 70, 2, 40, 66], 4
     requests = len(lengths)
     weights = (torch.randn(50, HIDDEN, generator=generator).bfloat16() for _ in range(2))
     vocabulary = Vocabulary(next(weights), next(weights)[:48])
     table = torch.arange(requests * 80).view(requests, 80)
-    whole = PagedBatch.build(range(0, requests * width + 1, width), [length + width for length in lengths], table, 1)
+    whole = PagedBatch(range(0, requests * width + 1, width), [length + width for length in lengths], table, 1)
     positions = torch.tensor(lengths) + torch.arange(width - 1).unsqueeze(1)
     slots = table.gather(1, positions.T).T
     positions[-1, 1], slots[-1, 1] = 0, -1  # as of a request at the longest context
@@ -537,22 +537,67 @@ def test_a_chain_is_its_passes_one_after_the_other() -> None:
     assert found is not None
 
     tokens = [first]
-    for at, angle, to, wanted in zip(positions, angles, slots, found.logits, strict=True):
-        alone = PagedBatch.build(range(requests + 1), (at + 1).tolist(), table, 1)
+    for at, angle, to, output in zip(positions, angles, slots, found.hidden_states, strict=True):
+        alone = PagedBatch(range(requests + 1), (at + 1).tolist(), table, 1)
         embedded = vocabulary.embedding[tokens[-1]]
         made = layer(embedded, hidden, angle.cos(), angle.sin(), cache, to, alone)
         assert made is not None
-        hidden, logits = made, product(made, vocabulary.head)
-        assert torch.equal(wanted, logits)
-        tokens.append(logits.argmax(dim=-1))
-    assert found.logits.isfinite().all()
+        assert torch.equal(output, made)
+        hidden = made
+        tokens.append(product(made, vocabulary.head).argmax(dim=-1))
+    assert found.hidden_states.isfinite().all()
     assert torch.equal(found.tokens, torch.stack(tokens, dim=1))
-    with pytest.raises(ValueError, match=r"tokens, embedding, head, cos, sin, slots: \[\[4\], .* wanted \[\[5\]"):
+    with pytest.raises(ValueError, match=r"tokens, embedding, head: \[\[4\], .* wanted \[\[5\]"):
         layer.chain(vocabulary, first[1:], hidden, *arguments)
     with pytest.raises(ValueError, match=r"tokens: \[8, 1, 50, 4, 4\], wanted rows of an embedding of 50"):
         layer.chain(vocabulary, first + 1, hidden, *arguments)
+    with pytest.raises(ValueError, match=r"cos, sin, slots: .*, wanted those of 3 passes over 5 tokens"):
+        layer.chain(vocabulary, first, hidden, angles.cos()[:2], *arguments[1:])
+    cut = PagedBatch(whole.query_starts, [length + 5 for length in lengths], table[:, :74], 1)
+    with pytest.raises(ValueError, match=r"a context of 75 tokens in rows up to 4: .* the 5 rows of 74 blocks of 1 "):
+        layer.chain(vocabulary, first, hidden, *arguments[:4], cut, positions)
     many = torch.zeros(FEW_ROWS + 1, dtype=torch.int64)
-    assert layer.chain(vocabulary, many, torch.zeros(len(many), HIDDEN).bfloat16(), *arguments) is None
+    of_many = [
+        each[:1, :1].expand(1, len(many), *each.shape[2:]) for each in (angles.cos(), angles.sin(), slots, positions)
+    ]
+    nothing = torch.zeros(len(many), HIDDEN).bfloat16()
+    assert layer.chain(vocabulary, many, nothing, *of_many[:2], cache, of_many[2], whole, of_many[3]) is None
+
+
+@pytest.mark.parametrize("is_fp8", [False, True])
+def test_a_draft_after_some_tokens_is_that_of_a_pass_over_all(is_fp8: bool) -> None:
+    """To the bit, and the cache has all of them."""
+    generator = torch.Generator().manual_seed(0)
+    layer, lengths, width = an_mtp_layer(generator, is_fp8), [3, 70, 2, 40, 66], 4
+    requests, tokens = len(lengths), len(lengths) * width
+    vocabulary = Vocabulary(*(torch.randn(50, HIDDEN, generator=generator).bfloat16() for _ in range(2)))
+    table = torch.randperm(requests * 80, generator=generator).view(requests, 80)
+    whole = PagedBatch(range(0, tokens + 1, width), [length + width for length in lengths], table, 1)
+    before = torch.tensor(lengths).unsqueeze(1)
+    slots = table.gather(1, before + torch.arange(width)).flatten()
+    caches = [torch.randn(requests * 80, LATENT + ROPE, generator=generator).bfloat16()]
+    caches.append(caches[0].clone())
+    angles = torch.rand(tokens, 1, ROPE // 2, generator=generator)
+    ids = torch.randint(50, (tokens,), generator=generator)
+    hidden = torch.randn(tokens, HIDDEN, generator=generator).bfloat16()
+    accepted = torch.tensor([1, 4, 2, 3, 1])
+    wanted = torch.arange(0, tokens, width) + accepted - 1
+    places = angles.cos(), angles.sin(), caches[0], slots, whole
+    found = layer.draft(vocabulary, ids, hidden, *places, wanted, before.squeeze(1) + accepted)
+
+    all_of_them = layer(vocabulary.embedding[ids], hidden, angles.cos(), angles.sin(), caches[1], slots, whole)
+    assert found is not None
+    assert all_of_them is not None
+    assert torch.equal(found.hidden_states, all_of_them[wanted])
+    assert torch.equal(found.tokens, product(all_of_them[wanted], vocabulary.head).argmax(dim=-1))
+    assert torch.equal(*caches)
+    for bad in (wanted + 5, wanted - 2):
+        with pytest.raises(ValueError, match=r"wanted: \[.*\], of 20 tokens"):
+            layer.draft(vocabulary, ids, hidden, *places, bad, before.squeeze(1) + accepted)
+    with pytest.raises(ValueError, match=r"lengths: \[4\], wanted as many as the 5 requests"):
+        layer.draft(vocabulary, ids, hidden, *places, wanted, accepted[1:])
+    with pytest.raises(ValueError, match=r"a batch of 20, wanted"):
+        layer.draft(vocabulary, ids[1:], hidden[1:], *places, wanted, accepted)
 
 
 def test_of_equal_logits_a_chain_takes_the_first() -> None:
@@ -568,9 +613,27 @@ def test_of_equal_logits_a_chain_takes_the_first() -> None:
     assert found.tokens.tolist() == [[1, 0], [2, 0]]
 
 
-def an_mtp_layer(generator: torch.Generator) -> MtpLayer:
+@given(seed=seeds, tokens=st.integers(1, 70), rows=st.integers(1, 140), columns=st.integers(1, 100))
+def test_of_a_product_the_first_of_the_greatest_is_chosen(seed: int, tokens: int, rows: int, columns: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, columns + 1, generator=generator).bfloat16()[:, 1:]
+    weight = torch.randn(rows, columns, generator=generator).bfloat16()
+    weight = weight[torch.randint(rows, (rows,), generator=generator)]  # so that some are equal
+    assert torch.equal(choose(x, weight), product(x, weight).argmax(dim=-1))
+
+
+def test_what_is_no_number_is_not_chosen() -> None:
+    x, weight = torch.ones(2, 4).bfloat16(), torch.ones(70, 4).bfloat16()
+    weight[:33], weight[69], x[1] = torch.nan, 2, torch.nan
+    assert choose(x, weight).tolist() == [69, 0]
+    for bad in (weight[:, 1:], weight[:0], weight.float()):
+        with pytest.raises(ValueError, match="wanted"):
+            choose(x, bad)
+
+
+def an_mtp_layer(generator: torch.Generator, is_fp8: bool = False) -> MtpLayer:
     norms = Norms(*(torch.rand(HIDDEN, generator=generator).bfloat16() for _ in Norms._fields))
-    mla, eh_proj = Mla(**mla_weights(generator, is_fp8=False)), a_projection(generator, HIDDEN, 2 * HIDDEN)
+    mla, eh_proj = Mla(**mla_weights(generator, is_fp8)), a_projection(generator, HIDDEN, 2 * HIDDEN)
     return MtpLayer(norms, 1e-5, eh_proj, mla, an_ffn(generator))
 
 

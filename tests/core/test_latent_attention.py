@@ -125,7 +125,7 @@ def test_a_batch_is_each_request_alone() -> None:
 
 def test_decodes_of_like_length_attend_in_one_group() -> None:
     lengths = [17, 30, 16, 31, 200]
-    batch = PagedBatch.build(list(range(6)), lengths, torch.zeros(5, 200, dtype=torch.int32), 1)
+    batch = PagedBatch(list(range(6)), lengths, torch.zeros(5, 200, dtype=torch.int32), 1)
     grouped = sorted(sorted(group.queries.flatten().tolist()) for group in batch.groups)
     assert grouped == [[0, 1, 2, 3], [4]]
 
@@ -137,7 +137,7 @@ def test_a_query_sees_the_slots_up_to_its_own() -> None:
 
 def test_more_new_tokens_than_context_is_an_error() -> None:
     with pytest.raises(ValueError, match="request 1: 3 new tokens, wanted at most its length 2"):
-        PagedBatch.build([0, 1, 4], [1, 2], torch.zeros(2, 1, dtype=torch.int32), 16)
+        PagedBatch([0, 1, 4], [1, 2], torch.zeros(2, 1, dtype=torch.int32), 16)
 
 
 def test_slot_minus_one_stores_nothing() -> None:
@@ -168,7 +168,7 @@ def test_a_node_attends_to_its_request_and_its_path(lengths: list[int], nodes: i
     queries = normal(len(lengths) * nodes, heads, nope + rope)
     w_uk, w_uv = normal(heads, nope, rank), normal(heads, value, rank)
     starts = range(0, len(queries) + 1, nodes)
-    batch = PagedBatch.build(starts, [n + nodes for n in lengths], table, 1, trees)
+    batch = PagedBatch(starts, [n + nodes for n in lengths], table, 1, trees)
     ours = paged_attention(queries, cache, batch, up_projection(w_uk, w_uv), SCALE).view(
         len(lengths), nodes, heads, value
     )
@@ -200,9 +200,9 @@ def test_of_a_table_as_wide_as_the_models_context_only_the_blocks_in_use_are_rea
     lengths, width = [40, 30, 55], 131_072 // block_size
     table = torch.arange(4 * width, dtype=torch.int32).view(4, width)
     with Largest(table) as largest:
-        batch = PagedBatch.build([0, 1, 2, 3], lengths, table, block_size, table_rows=[3, 0, 2])
+        groups = PagedBatch([0, 1, 2, 3], lengths, table, block_size, table_rows=[3, 0, 2]).groups
     assert 0 < largest.elements <= len(lengths) * max(lengths)
-    for group in batch.groups:
+    for group in groups:
         for request, slots in zip(group.queries[:, 0].tolist(), group.slots, strict=True):
             first = [3, 0, 2][request] * width * block_size
             assert slots[: lengths[request]].tolist() == list(range(first, first + lengths[request]))
@@ -216,7 +216,7 @@ def test_temporaries_of_decoding_do_not_grow_with_the_context(new: int, monkeypa
     for length in (100, 1000):
         cache = torch.randn(requests * length, rank + rope)
         table = torch.randperm(requests * length).view(requests, length)
-        batch = PagedBatch.build(range(0, requests * new + 1, new), [length] * requests, table, 1)
+        batch = PagedBatch(range(0, requests * new + 1, new), [length] * requests, table, 1)
         queries = torch.randn(requests * new, heads, 6 + rope)
         up = up_projection(torch.randn(heads, 6, rank), torch.randn(heads, 6, rank))
         with Largest(cache) as seen:
@@ -236,7 +236,7 @@ def test_the_scores_of_a_long_chunk_are_made_in_bounded_parts(
     monkeypatch.setattr(latent_attention, "_SCORES_AT_ONCE", 3 * 512)
     heads, nope, rope = 1 if is_expanded else 3, 4, 2
     latent = 8 if is_expanded else 2
-    batch = PagedBatch.build([0, 64], [128], torch.arange(128).view(1, -1), 1)
+    batch = PagedBatch([0, 64], [128], torch.arange(128).view(1, -1), 1)
     masks: list[int] = []
     visible = RequestGroup.visible
 

@@ -86,7 +86,7 @@ def test_drafts_of_greedy_requests_have_no_probabilities_of_those_that_sampled_b
 def test_a_step_is_told_of_all_tokens_or_left_to_vllm(
     change: dict[str, Any], is_told: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch = PagedBatch.build([0, 1, 2], [5, 7], torch.zeros(2, 8, dtype=torch.int64), block_size=16)
+    batch = PagedBatch([0, 1, 2], [5, 7], torch.zeros(2, 8, dtype=torch.int64), block_size=16)
     metadata = LatentAttentionMetadata(batch, num_actual_tokens=2, num_prefills=2)
     context = {"attn_metadata": {"layer": metadata}, "slot_mapping": {"layer": torch.tensor([4, 22])}} | change
     monkeypatch.setattr(decoding, "get_forward_context", lambda: SimpleNamespace(**context))

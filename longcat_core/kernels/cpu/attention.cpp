@@ -29,7 +29,7 @@ static void for_each_head(long heads, long all, X x, const bf16* w, long rows, l
 
 // How many parts the slots of a request are attended to in, and how many heads at once, so that threads have enough to do.
 static long parts_of(const Attention& a) {
-    return std::max(1L, std::min((2 * omp_get_max_threads() + a.requests - 1) / a.requests, a.slots / 512));
+    return std::max(1L, std::min((2 * omp_get_max_threads() + a.requests - 1) / a.requests, a.longest / 512));
 }
 
 static long heads_at_once(const Attention& a, long parts) {
@@ -52,8 +52,7 @@ static void put_block(bf16* row, long first, long count, const float* made) {
 }
 
 namespace {
-// Some queries, all with `heads` rows, and slots that all of them see, or those that `visible`, of a query `slots` after
-// the one before, says.
+// Some queries, all with `heads` rows, and slots that all of them see, or those that `visible`, [queries, BLOCK], says.
 struct Block {
     long queries, heads, count;
     Rows<bf16> keys;
@@ -69,7 +68,7 @@ static void add_block(const Attention& a, const float* q, long width, const Bloc
     tile.dot({q, width, nullptr}, rows, block.keys, count, a.latent + a.rope, weights.get(), BLOCK);
     for (long row = 0; row < rows; row++) {
         float* const scores = weights.get() + row * BLOCK;
-        const bool* const visible = block.visible ? block.visible + row / block.heads * a.slots : nullptr;
+        const bool* const visible = block.visible ? block.visible + row / block.heads * BLOCK : nullptr;
         for (long i = 0; i < count; i++) scores[i] = !visible || visible[i] ? scores[i] * a.scale : -INFINITY;
         float* const context = to + row * kept;
         float &greatest = context[a.latent], &total = context[a.latent + 1];
@@ -98,7 +97,7 @@ static void add_block(const Attention& a, const bf16* q, long width, const Block
         uint32_t* const of_row = shares.get() + row * SLOTS / 2;
         float* const context = to + row * kept;
         if (block.visible) {
-            const bool* const visible = block.visible + row / block.heads * a.slots;
+            const bool* const visible = block.visible + row / block.heads * BLOCK;
             if (std::none_of(visible, visible + block.count, [](bool is_visible) { return is_visible; })) {
                 std::fill_n(of_row, SLOTS / 2, 0u);
                 continue;
@@ -129,11 +128,20 @@ static void join_parts(const Attention& a, float* contexts, long parts, long par
     }
 }
 
+// Where in the cache `count` tokens of a request are, from its token `first` on.
+static void put_slots(int64_t* slots, const Group& group, long request, long first, long count) {
+    const int32_t* block = group.table + group.table_rows[request] * group.table_stride + first / group.block_size;
+    for (long i = 0, within = first % group.block_size; i < count; i++) {
+        slots[i] = int64_t(*block) * group.block_size + within;
+        if (++within == group.block_size) within = 0, block++;
+    }
+}
+
 // X: what queries and contexts are multiplied with weights and the cache as.
 template <class X>
-static void attend(const Attention& a, bf16* output, const bf16* query, const int64_t* rows, const bf16* cache,
-                   const int64_t* slots, const int64_t* positions, const bool* visible, const bf16* w_uk,
+static void attend(const Group& group, bf16* output, const bf16* query, const bf16* cache, const bf16* w_uk,
                    const bf16* w_uv, float* scratch) {
+    const Attention& a = group.attention;
     constexpr bool IS_BF16 = sizeof(X) == sizeof(bf16);
     const Tiles& tile = tiles();
     const long all = a.requests * a.queries, width = padded(a.latent + a.rope), nope_width = padded(a.nope);
@@ -143,11 +151,14 @@ static void attend(const Attention& a, bf16* output, const bf16* query, const in
     float* const contexts = scratch;
     X* const in_latent = reinterpret_cast<X*>(contexts + parts * part_stride);
     X* const more = in_latent + all * a.heads * width;  // queries without their rotary part, or contexts
+    const std::unique_ptr<int64_t[]> rows(new int64_t[all]);
+    for (long n = 0; n < all; n++) rows[n] = group.starts[n / a.queries] + n % a.queries;
+    const int64_t* const row_of = rows.get();
 
     // Queries into latent space, a head at a time, for all requests.
     for_each(all * a.heads, [=, &tile](long item) {
         const long n = item / a.heads, h = item % a.heads;
-        const bf16* const from = query + rows[n] * a.query_stride + h * (a.nope + a.rope);
+        const bf16* const from = query + row_of[n] * a.query_stride + h * (a.nope + a.rope);
         if constexpr (!IS_BF16) tile.split(from, a.nope, more + item * nope_width);
         X* const to = in_latent + item * width;
         for (long i = 0; i < a.rope; i++) put(to, a.latent + i, to_float(from[a.nope + i]));
@@ -155,7 +166,7 @@ static void attend(const Attention& a, bf16* output, const bf16* query, const in
     });
     const auto queries_of = [=](long h) -> Rows<X> {
         if constexpr (IS_BF16)
-            return {query + h * (a.nope + a.rope), a.query_stride, rows};
+            return {query + h * (a.nope + a.rope), a.query_stride, row_of};
         else
             return {more + h * nope_width, a.heads * nope_width, nullptr};
     };
@@ -165,18 +176,15 @@ static void attend(const Attention& a, bf16* output, const bf16* query, const in
     for_each_head(a.heads, all, queries_of, w_uk, a.latent, a.nope, store);
 
     // Contexts of some heads of a request over a part of its slots, a block of slots at a time.
-    const long part_slots = ((a.slots + parts - 1) / parts + BLOCK - 1) / BLOCK * BLOCK;
-    for_each(a.requests * parts * head_blocks, [=](long item) {
+    const long part_slots = ((a.longest + parts - 1) / parts + BLOCK - 1) / BLOCK * BLOCK;
+    for_each(a.requests * parts * head_blocks, [=, &a, &group](long item) {
         const long request = item / (parts * head_blocks), part = item / head_blocks % parts;
         const long first_head = item % head_blocks * heads, some = std::min(heads, a.heads - first_head);
-        const long last = std::min(a.slots, (part + 1) * part_slots);
+        const long length = group.lengths[request], before = length - a.queries;  // slots that all queries see
+        const long last = std::min(length, (part + 1) * part_slots);
         const long together = some == a.heads ? std::max(1L, ROWS / some) : 1;  // queries whose rows follow each other
-        const auto seen_by = [=](long n, long first, long count) {
-            return visible ? count : std::min(count, long(positions[n]) + 1 - first);
-        };
         for (long q = 0; q < a.queries; q += together) {
-            const long n = request * a.queries + q, queries = std::min(together, a.queries - q);
-            const long row = n * a.heads + first_head;
+            const long queries = std::min(together, a.queries - q), row = (request * a.queries + q) * a.heads + first_head;
             float* const to = contexts + part * part_stride + row * kept;
             for (long i = 0; i < queries * some; i++) {
                 std::fill_n(to + i * kept, a.latent, 0.0f);
@@ -184,14 +192,28 @@ static void attend(const Attention& a, bf16* output, const bf16* query, const in
             }
             for (long first = part * part_slots; first < last; first += BLOCK) {
                 const long count = std::min(BLOCK, last - first);
+                int64_t slots[BLOCK];
+                put_slots(slots, group, request, first, count);
+                const Rows<bf16> keys = {cache, a.cache_stride, slots};
+                const auto add = [&](long from, long some_queries, long seen, const bool* visible) {
+                    add_block(a, in_latent + (row + from * some) * width, width, {some_queries, some, seen, keys, visible},
+                              to + from * some * kept, kept);
+                };
+                if (group.trees && first + count > before) {
+                    bool visible[ROWS * BLOCK];
+                    for (long i = 0; i < queries; i++) {
+                        const bool* const nodes = group.trees + (request * a.queries + q + i) * a.queries;
+                        for (long slot = 0; slot < count; slot++)
+                            visible[i * BLOCK + slot] = first + slot < before || nodes[first + slot - before];
+                    }
+                    add(0, queries, count, visible);
+                    continue;
+                }
+                const auto seen_by = [=](long i) { return std::min(count, before + q + i + 1 - first); };
                 for (long i = 0, next; i < queries; i = next) {
-                    const long seen = seen_by(n + i, first, count);
-                    for (next = i + 1; next < queries && seen_by(n + next, first, count) == seen;) next++;
-                    if (seen <= 0) continue;
-                    const Rows<bf16> keys = {cache, a.cache_stride, slots + request * a.slots + first};
-                    const bool* const of_these = visible ? visible + (n + i) * a.slots + first : nullptr;
-                    add_block(a, in_latent + (row + i * some) * width, width, {next - i, some, seen, keys, of_these},
-                              to + i * some * kept, kept);
+                    const long seen = seen_by(i);
+                    for (next = i + 1; next < queries && seen_by(next) == seen;) next++;
+                    if (seen > 0) add(i, next - i, seen, nullptr);
                 }
             }
         }
@@ -209,7 +231,7 @@ static void attend(const Attention& a, bf16* output, const bf16* query, const in
             return {contexts + h * kept, a.heads * kept, nullptr};
     };
     const auto store_values = [=](long n, long h, long first, long count, const float* made) {
-        bf16* const to = output + (rows[n] * a.heads + h) * a.value + first;
+        bf16* const to = output + (row_of[n] * a.heads + h) * a.value + first;
         for (long i = 0; i < count; i++) to[i] = to_bf16(made[i]);
     };
     for_each_head(a.heads, all, contexts_of, w_uv, a.value, a.latent, store_values);
@@ -223,17 +245,14 @@ long longcat_attention_scratch(const Attention* a) {
            (parts_of(*a) * (a->latent + 2) + padded(a->latent + a->rope) + std::max(padded(a->nope), a->latent));
 }
 
-// output: bf16 [T, heads, value], of which rows `rows` are written; query: bf16 [T, heads, nope + rope]; rows: int64
-// [requests, queries]; cache: bf16 [slots of the cache, latent + rope]; slots: int64 [requests, slots]; positions: int64
-// [requests, queries], a query sees the slots up to its own; or `visible`, bool [requests, queries, slots], says which;
-// w_uk: bf16 [heads, latent, nope]; w_uv: bf16 [heads, value, latent]; latent is a multiple of 32. scratch: fp32, as
-// many as `longcat_attention_scratch` says. Where the processor has products in bf16, queries in latent space, what
-// softmax makes of scores, and contexts are rounded to bf16, as kernels for GPUs do; sums are fp32.
-void longcat_attention(const Attention* attention, bf16* output, const bf16* query, const int64_t* rows,
-                       const bf16* cache, const int64_t* slots, const int64_t* positions, const bool* visible,
-                       const bf16* w_uk, const bf16* w_uv, float* scratch) {
-    (tiles().dot_bf16 ? attend<bf16> : attend<float>)(*attention, output, query, rows, cache, slots, positions, visible,
-                                                      w_uk, w_uv, scratch);
+// output: bf16 [T, heads, value], of which the rows of the group's queries are written; query: bf16 [T, heads, nope + rope];
+// cache: bf16 [slots of the cache, latent + rope]; w_uk: bf16 [heads, latent, nope]; w_uv: bf16 [heads, value, latent];
+// latent is a multiple of 32. scratch: fp32, as many as `longcat_attention_scratch` says. Where the processor has products
+// in bf16, queries in latent space, what softmax makes of scores, and contexts are rounded to bf16, as kernels for GPUs do;
+// sums are fp32.
+void longcat_attention(const Group* group, bf16* output, const bf16* query, const bf16* cache, const bf16* w_uk,
+                       const bf16* w_uv, float* scratch) {
+    (tiles().dot_bf16 ? attend<bf16> : attend<float>)(*group, output, query, cache, w_uk, w_uv, scratch);
 }
 
 // cache: bf16 [slots of the cache, latent + rope], cache_stride apart; latents: bf16 [tokens, latent], latent_stride apart;

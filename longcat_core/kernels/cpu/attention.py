@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,59 +15,97 @@ from longcat_core.kernels.cpu.library import GROUP, address_of, is_available, li
 from longcat_core.kernels.cpu.product import product
 from longcat_core.kernels.cpu.prompt import attend_to_expanded
 from longcat_core.layers import latent_attention
-from longcat_core.layers.latent_attention import FEW_TOKENS, PagedBatch, RequestGroup, UpProjection
+from longcat_core.layers.latent_attention import FEW_TOKENS, PagedBatch, UpProjection
 
 _TOKENS_AT_ONCE = 64
 """New tokens of a call, which bounds the memory that it takes."""
 
 
-class Sizes(ctypes.Structure):
+class _Sizes(ctypes.Structure):
     """`Attention` of kernels.h."""
 
-    _fields_ = [  # as ctypes wants it
+    _fields_: ClassVar[Any] = [
         *((name, ctypes.c_long) for name in ("requests", "queries", "heads", "nope", "rope", "latent", "value")),
-        *((name, ctypes.c_long) for name in ("slots", "cache_stride", "query_stride")),
+        *((name, ctypes.c_long) for name in ("longest", "cache_stride", "query_stride")),
         ("scale", ctypes.c_float),
     ]
 
 
-class Case(NamedTuple):
-    """Some requests of a group, as the kernel takes them."""
+class GroupFields(ctypes.Structure):
+    """`Group` of kernels.h."""
 
-    sizes: Sizes
-    rows: Tensor
-    slots: Tensor
-    positions: Tensor
-    visible: Tensor | None
+    _fields_: ClassVar[Any] = [
+        ("attention", _Sizes),
+        *((name, ctypes.c_void_p) for name in ("starts", "lengths", "table", "table_rows")),
+        *((name, ctypes.c_long) for name in ("table_stride", "block_size")),
+        ("trees", ctypes.c_void_p),
+    ]
+
+
+class Group(NamedTuple):
+    """Requests with equally many new tokens, as the kernel takes them."""
+
+    fields: GroupFields
+    tensors: tuple[Tensor | None, ...]
+    """Which the fields point into."""
+    requests: Sequence[int]
 
     @classmethod
-    def of(cls, group: RequestGroup, some: slice, up: UpProjection, cache: Tensor, rope: int, scale: float) -> Case:
-        rows, slots = group.queries[some], group.slots[some]
+    def of(
+        cls,
+        batch: PagedBatch,
+        requests: Sequence[int],
+        up: UpProjection,
+        cache: Tensor,
+        rope: int,
+        scale: float,
+        starts: Sequence[int] | None = None,
+        lengths: Tensor | None = None,
+    ) -> Group:
+        """starts: of the queries, one a request, and lengths: int64 [requests], contiguous, where these are not the
+        batch's.
+
+        Raises:
+            ValueError: for a request whose context is not in the table.
+        """
+        new = batch.new_tokens(requests[0]) if starts is None else 1
+        longest, rows = max(batch.seq_lens[request] for request in requests), batch.rows_of(requests)
+        table, block_size = batch.block_table.int(), batch.block_size
+        if max(rows) >= len(table) or longest > table.shape[1] * block_size:
+            raise ValueError(
+                f"a context of {longest} tokens in rows up to {max(rows)}: wanted at most the {len(table)} rows of "
+                f"{table.shape[1]} blocks of {block_size} tokens that the table has"
+            )
+        table = table if table.stride(1) == 1 else table.contiguous()
+        given = [batch.query_starts[request] for request in requests] if starts is None else starts
+        of_requests = torch.tensor([given, [batch.seq_lens[request] for request in requests], rows])
+        first, second, third = of_requests.unbind()
+        lengths = second if lengths is None else lengths
+        trees = None if batch.trees is None else batch.trees[torch.tensor(requests)].contiguous()
         heads, nope, latent = up.w_uk.shape
-        sizes = Sizes(
-            *rows.shape,
-            heads,
-            nope,
-            rope,
-            latent,
-            up.w_uv.shape[1],
-            slots.shape[1],
-            cache.stride(0),
-            heads * (nope + rope),
-            scale,
+        sizes = len(requests), new, heads, nope, rope, latent, up.w_uv.shape[1]
+        fields = GroupFields(
+            _Sizes(*sizes, longest, cache.stride(0), heads * (nope + rope), scale),
+            first.data_ptr(),
+            lengths.data_ptr(),
+            table.data_ptr(),
+            third.data_ptr(),
+            table.stride(0),
+            block_size,
+            address_of(trees),
         )
-        visible = None if group.trees is None else group.visible()[some].contiguous()
-        return cls(sizes, rows, slots, group.positions[some], visible)
+        return cls(fields, (of_requests, lengths, table, trees), requests)
 
 
-def decoding(batch: PagedBatch, up: UpProjection, cache: Tensor, rope: int, scale: float) -> list[Case] | None:
-    """A batch that the kernel takes as a whole: None if there is nothing in it, or a prompt, which torch is for."""
-    cases = []
-    for group in batch.groups:
-        if _is_for_torch(group, up):
-            return None
-        cases += [Case.of(group, some, up, cache, rope, scale) for some in _at_once(group)]
-    return cases or None
+def is_decoding(batch: PagedBatch, up: UpProjection) -> bool:
+    """Whether the kernel takes a batch as a whole: not if there is nothing in it, or a prompt, which torch is for."""
+    return bool(batch.requests) and not any(_is_for_torch(new, up) for new in batch.requests)
+
+
+def groups_of(batch: PagedBatch, up: UpProjection, cache: Tensor, rope: int, scale: float) -> list[Group]:
+    """Of a batch that the kernel takes."""
+    parts = [part for new in batch.requests for part in _at_once(batch, new)]
+    return [Group.of(batch, part, up, cache, rope, scale) for part in parts]
 
 
 def paged_attention(
@@ -79,23 +117,24 @@ def paged_attention(
         return latent_attention.paged_attention(queries, cache, batch, up, softmax_scale)
     linear = F.linear if multiplies_bf16() else product
     output = queries.new_empty(queries.shape[0], queries.shape[1], up.w_uv.shape[1])
-    for group in batch.groups:
-        if _is_for_torch(group, up):
-            latent_attention.attend(output, queries, cache, group, up, softmax_scale, linear, attend_to_expanded)
+    for new in batch.requests:
+        if _is_for_torch(new, up):
+            for group in batch.groups_of(new):
+                latent_attention.attend(output, queries, cache, group, up, softmax_scale, linear, attend_to_expanded)
         else:
-            for some in _at_once(group):
-                _attend(output, queries, cache, group, some, up, softmax_scale)
+            for part in _at_once(batch, new):
+                _attend(output, queries, cache, batch, part, up, softmax_scale)
     return output
 
 
-def _is_for_torch(group: RequestGroup, up: UpProjection) -> bool:
-    return group.queries.shape[1] > FEW_TOKENS or latent_attention.is_prefill(group, up)
+def _is_for_torch(new: int, up: UpProjection) -> bool:
+    return new > FEW_TOKENS or latent_attention.is_prefill(new, up)
 
 
-def _at_once(group: RequestGroup) -> Iterator[slice]:
-    """The requests of a group, a call's worth at a time."""
-    step = max(1, _TOKENS_AT_ONCE // group.queries.shape[1])
-    return (slice(first, first + step) for first in range(0, len(group.queries), step))
+def _at_once(batch: PagedBatch, new: int) -> Iterator[Sequence[int]]:
+    """The requests with so many new tokens, a call's worth at a time."""
+    requests, step = batch.requests[new], max(1, _TOKENS_AT_ONCE // new)
+    return (requests[first : first + step] for first in range(0, len(requests), step))
 
 
 def write_latents(cache: Tensor, latents: Tensor, rope_keys: Tensor, slots: Tensor) -> None:
@@ -131,21 +170,24 @@ def takes(up: UpProjection) -> bool:
 
 
 def _attend(
-    output: Tensor, queries: Tensor, cache: Tensor, group: RequestGroup, some: slice, up: UpProjection, scale: float
+    output: Tensor,
+    queries: Tensor,
+    cache: Tensor,
+    batch: PagedBatch,
+    requests: Sequence[int],
+    up: UpProjection,
+    scale: float,
 ) -> None:
-    """Some requests of a group."""
+    """Some requests of a batch, with equally many new tokens."""
     w_uk, w_uv, queries = up.w_uk.transpose(1, 2).contiguous(), up.w_uv.contiguous(), queries.contiguous()
-    case = Case.of(group, some, up, cache, queries.shape[-1] - up.w_uk.shape[1], scale)
-    scratch = torch.empty(library().longcat_attention_scratch(ctypes.byref(case.sizes)), dtype=torch.float32)
+    group = Group.of(batch, requests, up, cache, queries.shape[-1] - up.w_uk.shape[1], scale)
+    scratch_size = library().longcat_attention_scratch(ctypes.byref(group.fields.attention))
+    scratch = torch.empty(scratch_size, dtype=torch.float32)
     library().longcat_attention(
-        ctypes.byref(case.sizes),
+        ctypes.byref(group.fields),
         output.data_ptr(),
         queries.data_ptr(),
-        case.rows.data_ptr(),
         cache.data_ptr(),
-        case.slots.data_ptr(),
-        case.positions.data_ptr(),
-        address_of(case.visible),
         w_uk.data_ptr(),
         w_uv.data_ptr(),
         scratch.data_ptr(),

@@ -75,8 +75,8 @@ class HalfLayer:
     ) -> HalfLayerOutput | None:
         """x: bf16 [T, H]; residual: bf16 [T, H], to which x is to be added, or None where x is the residual; the rest,
         and what is raised, as of `Mla`. None where that returns it."""
-        where = self.attention.where(x, cos, sin, cache, slots, batch)
-        if where is None:
+        tokens = self.attention.tokens(x, cos, sin, cache, slots, batch)
+        if tokens is None:
             return None
         if residual is not None:
             require_bf16(residual=residual)
@@ -90,6 +90,6 @@ class HalfLayer:
             x.stride(0),
             address_of(residual),
             0 if residual is None else residual.stride(0),
-            *where.arguments(),
+            ctypes.byref(tokens.fields),
         )
         return made

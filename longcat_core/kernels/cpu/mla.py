@@ -7,12 +7,13 @@ Each of its operators is one of this folder's; alone, at a few tokens, calling t
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from longcat_core.kernels.cpu.attention import Case, Sizes, decoding
+from longcat_core.kernels.cpu.attention import Group, GroupFields, groups_of, is_decoding
 from longcat_core.kernels.cpu.library import GROUP, address_of, library, require_bf16, require_weight, storages
 from longcat_core.kernels.cpu.product import FEW_ROWS, Projection
 from longcat_core.layers.latent_attention import PagedBatch, UpProjection
@@ -51,12 +52,14 @@ class _Mla(ctypes.Structure):
     ]
 
 
-class _Group(ctypes.Structure):
-    """`Group` of kernels.h."""
+class TokensFields(ctypes.Structure):
+    """`Tokens` of kernels.h."""
 
     _fields_: ClassVar[Any] = [
-        ("attention", Sizes),
-        *((name, ctypes.c_void_p) for name in ("rows", "slots", "positions", "visible")),
+        *((name, ctypes.c_void_p) for name in ("cos", "sin", "cache", "slots", "groups")),
+        *((name, ctypes.c_long) for name in ("group_count", "count")),
+        ("wanted", ctypes.c_void_p),
+        ("wanted_count", ctypes.c_long),
     ]
 
 
@@ -105,8 +108,7 @@ class Mla:
 
     def takes(self, tokens: int, cache: Tensor, batch: PagedBatch) -> bool:
         """Whether a call on so many tokens returns something, with a cache of this dtype."""
-        is_taken = 0 < tokens <= FEW_ROWS and cache.dtype == torch.bfloat16
-        return is_taken and self._groups(cache, batch) is not None
+        return 0 < tokens <= FEW_ROWS and cache.dtype == torch.bfloat16 and is_decoding(batch, self._up)
 
     def __call__(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, new_slots: Tensor, batch: PagedBatch
@@ -117,80 +119,102 @@ class Mla:
         Raises:
             ValueError: for other dtypes or sizes, or rows that are not contiguous.
         """
-        where = self.where(x, cos, sin, cache, new_slots, batch)
-        if where is None:
+        tokens = self.tokens(x, cos, sin, cache, new_slots, batch)
+        if tokens is None:
             return None
         output = x.new_empty(len(x), self.hidden)
         library().longcat_mla(
-            ctypes.byref(self.fields), output.data_ptr(), x.data_ptr(), x.stride(0), *where.arguments()
+            ctypes.byref(self.fields), output.data_ptr(), x.data_ptr(), x.stride(0), ctypes.byref(tokens.fields)
         )
         return output
 
-    def where(
+    def tokens(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, new_slots: Tensor, batch: PagedBatch
-    ) -> Where | None:
-        """What a call on these has as its last arguments; None, or raises, as the call."""
+    ) -> Tokens | None:
+        """What the kernels are told of such a call's tokens; None, or raises, as the call."""
         if not self.takes(len(x), cache, batch):
             return None
-        tokens, width = len(x), self._up.w_uk.shape[2] + self._rope
+        groups = _groups(batch, self._up, cache, self._rope, self._scale)
+        self._require(x, cos, sin, cache, new_slots, batch.query_starts[-1])
+        return Tokens.of(cos, sin, cache, new_slots, groups)
+
+    def last_tokens(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: Tensor,
+        new_slots: Tensor,
+        batch: PagedBatch,
+        lengths: Tensor,
+        wanted: Tensor | None = None,
+    ) -> Tokens | None:
+        """The same, where of each of R requests one token is attended from, with a context of its own length, at most
+        the batch's. lengths: integer [R], or [P, R] for P passes, of which the others are those of the first; wanted:
+        integer [R], these tokens; None if there are no others, of which x [R, H] then is.
+        """
+        if not self.takes(len(x), cache, batch):
+            return None
+        requests = range(len(batch.seq_lens))
+        self._require(x, cos, sin, cache, new_slots, len(requests) if wanted is None else batch.query_starts[-1])
+        if lengths.shape[-1] != len(requests) or (wanted is not None and len(wanted) != len(requests)):
+            raise ValueError(f"lengths: {[*lengths.shape]}, wanted as many as the {len(requests)} requests")
+        lengths = lengths.long().contiguous()
+        group = Group.of(batch, requests, self._up, cache, self._rope, self._scale, requests, lengths)
+        return Tokens.of(cos, sin, cache, new_slots, [group], wanted)
+
+    def _require(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, new_slots: Tensor, in_batch: int) -> None:
+        """in_batch: new tokens of it."""
         require_bf16(x=x, cache=cache)
+        tokens, width = len(x), self._up.w_uk.shape[2] + self._rope
         angles = tokens * self._rope // 2
         are_angles = all(each.dtype == torch.float32 and each.numel() == angles for each in (cos, sin))
-        groups = self._groups(cache, batch)
-        assert groups is not None, "as it takes them"
-        fits = x.shape[1] == self.hidden and cache.shape[1] == width and len(new_slots) == groups.tokens == tokens
+        fits = x.shape[1] == self.hidden and cache.shape[1] == width and len(new_slots) == in_batch == tokens
         if not fits or not are_angles:
             raise ValueError(
                 f"x {[*x.shape]}, cos {cos.dtype} {[*cos.shape]}, sin {sin.dtype} {[*sin.shape]}, cache "
-                f"{[*cache.shape]}, {len(new_slots)} slots and a batch of {groups.tokens}, wanted [T, {self.hidden}], "
+                f"{[*cache.shape]}, {len(new_slots)} slots and a batch of {in_batch}, wanted [T, {self.hidden}], "
                 f"torch.float32 [T, 1, {self._rope // 2}] twice, [S, {width}], T and T"
             )
-        return Where(cos.contiguous(), sin.contiguous(), cache, new_slots.long().contiguous(), groups)
-
-    def _groups(self, cache: Tensor, batch: PagedBatch) -> _Groups | None:
-        return _groups(batch, self._up, cache, self._rope, self._scale)
 
 
-class Where(NamedTuple):
-    """New tokens: their angles, and where they are in the cache."""
+class Tokens(NamedTuple):
+    """New tokens, as the kernels take them."""
 
-    cos: Tensor
-    sin: Tensor
-    cache: Tensor
-    new_slots: Tensor
-    groups: _Groups
+    fields: TokensFields
+    outputs: int
+    """Tokens whose outputs are computed."""
+    kept: tuple[Any, ...]
+    """What the fields point into."""
 
-    def arguments(self) -> tuple[Any, ...]:
-        """The last ones of `longcat_mla`."""
-        tensors = (self.cos, self.sin, self.cache, self.new_slots)
-        return *(each.data_ptr() for each in tensors), self.groups.array, len(self.groups.cases), len(self.new_slots)
+    @classmethod
+    def of(
+        cls,
+        cos: Tensor,
+        sin: Tensor,
+        cache: Tensor,
+        new_slots: Tensor,
+        groups: Sequence[Group],
+        wanted: Tensor | None = None,
+    ) -> Tokens:
+        tokens = len(new_slots)
+        cos, sin, new_slots = cos.contiguous(), sin.contiguous(), new_slots.long().contiguous()
+        wanted = None if wanted is None else wanted.long().contiguous()
+        array = (GroupFields * len(groups))(*(group.fields for group in groups))
+        count = tokens if wanted is None else len(wanted)
+        pointers = (each.data_ptr() for each in (cos, sin, cache, new_slots))
+        fields = TokensFields(*pointers, ctypes.addressof(array), len(groups), tokens, address_of(wanted), count)
+        return cls(fields, count, (cos, sin, cache, new_slots, groups, array, wanted))
 
 
-class _Groups(NamedTuple):
-    array: ctypes.Array[_Group]
-    cases: list[Case]
-    """Which the array points into."""
-    tokens: int
-
-
-_last: tuple[PagedBatch, tuple[Any, ...], _Groups | None] | None = None
+_last: tuple[PagedBatch, tuple[Any, ...], list[Group]] | None = None
 """Those of a step, which all layers share."""
 
 
-def _groups(batch: PagedBatch, up: UpProjection, cache: Tensor, rope: int, scale: float) -> _Groups | None:
+def _groups(batch: PagedBatch, up: UpProjection, cache: Tensor, rope: int, scale: float) -> list[Group]:
     global _last
     key = (up.w_uk.shape, up.w_uv.shape, cache.stride(0), rope, scale)
     last = _last
     if last is None or last[0] is not batch or last[1] != key:
-        cases, groups = decoding(batch, up, cache, rope, scale), None
-        if cases is not None:
-            pointers = (
-                (case.sizes, *map(address_of, (case.rows, case.slots, case.positions, case.visible))) for case in cases
-            )
-            groups = _Groups(
-                (_Group * len(cases))(*(_Group(*each) for each in pointers)),
-                cases,
-                sum(case.rows.numel() for case in cases),
-            )
-        _last = last = batch, key, groups
+        _last = last = batch, key, groups_of(batch, up, cache, rope, scale)
     return last[2]

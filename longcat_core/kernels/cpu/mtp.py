@@ -14,7 +14,7 @@ from longcat_core.kernels.cpu.half_layer import HalfLayer
 from longcat_core.kernels.cpu.library import library, require_bf16, storages
 from longcat_core.kernels.cpu.mla import Mla, ProjectionFields
 from longcat_core.kernels.cpu.product import Projection
-from longcat_core.layers.latent_attention import PagedBatch, RequestGroup
+from longcat_core.layers.latent_attention import PagedBatch
 
 
 class Norms(NamedTuple):
@@ -40,11 +40,18 @@ class Vocabulary(NamedTuple):
     head: Tensor
 
 
+class Drafts(NamedTuple):
+    tokens: Tensor
+    """int64 [R], of each request: the first of the greatest logits, in bf16."""
+    hidden_states: Tensor
+    """bf16 [R, H], which they were chosen from: the `hidden_states` of the next step."""
+
+
 class Chains(NamedTuple):
     tokens: Tensor
     """int64 [R, P + 1], of each request, with the one that was given."""
-    logits: Tensor
-    """bf16 [P, R, tokens of the head], which all but the first were chosen from: the first of the greatest."""
+    hidden_states: Tensor
+    """bf16 [P, R, H], which all but the first were chosen from, as of `Drafts`."""
 
 
 class _Mtp(ctypes.Structure):
@@ -91,8 +98,8 @@ class MtpLayer:
     ) -> Tensor | None:
         """embedded and hidden_states: bf16 [T, H]; the rest, and what is raised, as of `Mla`. Returns bf16 [T, H], the
         `hidden_states` of the next step; None where `Mla` returns it."""
-        where = self._half.attention.where(embedded, cos, sin, cache, slots, batch)
-        if where is None:
+        tokens = self._half.attention.tokens(embedded, cos, sin, cache, slots, batch)
+        if tokens is None:
             return None
         require_bf16(hidden_states=hidden_states)
         if hidden_states.shape != embedded.shape:
@@ -105,9 +112,53 @@ class MtpLayer:
             embedded.stride(0),
             hidden_states.data_ptr(),
             hidden_states.stride(0),
-            *where.arguments(),
+            ctypes.byref(tokens.fields),
         )
         return output
+
+    def draft(
+        self,
+        vocabulary: Vocabulary,
+        tokens: Tensor,
+        hidden_states: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: Tensor,
+        slots: Tensor,
+        batch: PagedBatch,
+        wanted: Tensor,
+        lengths: Tensor,
+    ) -> Drafts | None:
+        """A pass over the new tokens of R requests, and a draft after one of each; of others only the cache is written.
+
+        tokens: integer [T], rows of the embedding; hidden_states, cos, sin, cache, slots and batch: as of a call;
+        wanted: integer [R], of each request the token that is drafted after; lengths: integer [R], of the context up to
+        it. None where `Mla` returns it.
+
+        Raises:
+            ValueError: for other dtypes or sizes, or rows that are not contiguous.
+        """
+        of_attention = self._half.attention.last_tokens(hidden_states, cos, sin, cache, slots, batch, lengths, wanted)
+        if of_attention is None:
+            return None
+        self._require(vocabulary, tokens, len(hidden_states))
+        if not 0 <= int(wanted.min()) <= int(wanted.max()) < len(tokens):
+            raise ValueError(f"wanted: {wanted.tolist()}, of {len(tokens)} tokens")
+        tokens = tokens.long().contiguous()
+        output = hidden_states.new_empty(of_attention.outputs, hidden_states.shape[1])
+        drafts = torch.empty(of_attention.outputs, dtype=torch.int64)
+        library().longcat_draft(
+            ctypes.byref(self._fields),
+            drafts.data_ptr(),
+            output.data_ptr(),
+            tokens.data_ptr(),
+            hidden_states.data_ptr(),
+            hidden_states.stride(0),
+            *(weight.data_ptr() for weight in vocabulary),
+            len(vocabulary.head),
+            ctypes.byref(of_attention.fields),
+        )
+        return Drafts(drafts, output)
 
     def chain(
         self,
@@ -125,64 +176,47 @@ class MtpLayer:
 
         tokens: integer [R], rows of the embedding, of the first pass; hidden_states: bf16 [R, H]; cos and sin: fp32
         [P, R, 1, rope / 2]; cache: as of `Mla`; slots and positions: integer [P, R]; batch: of the R requests in order,
-        with equally many new tokens each, whose contexts are as long as any in the chain: no slot beyond a position is
-        read. None where `Mla` returns it.
+        whose contexts are as long as any in the chain: no slot beyond a position is read. None where `Mla` returns it.
 
         Raises:
             ValueError: for other dtypes or sizes, or rows that are not contiguous.
         """
         passes, requests = positions.shape
-        first = _first_pass(batch, positions)
-        where = self._half.attention.where(hidden_states, cos[0], sin[0], cache, slots[0], first)
-        if where is None:
+        angles = [passes, requests, 1, cos.shape[-1]]
+        found = [*cos.shape], [*sin.shape], [*slots.shape]
+        if found != (angles, angles, [passes, requests]):
+            raise ValueError(f"cos, sin, slots: {found}, wanted those of {passes} passes over {requests} tokens")
+        cos, sin, slots = cos.contiguous(), sin.contiguous(), slots.long().contiguous()
+        of_attention = self._half.attention.last_tokens(
+            hidden_states, cos[0], sin[0], cache, slots[0], batch, positions + 1
+        )
+        if of_attention is None:
             return None
-        require_bf16(**vocabulary._asdict())
-        embedding, head = vocabulary
-        found = [[*each.shape] for each in (tokens, embedding, head, cos, sin, slots)]
-        hidden, angles = self._half.attention.hidden, [passes, *where.cos.shape]
-        weights = [len(embedding), hidden], [min(len(head), len(embedding)), hidden]
-        wanted = [[requests], *weights, angles, angles, [passes, requests]]
-        if found != wanted or not (embedding.is_contiguous() and head.is_contiguous()):
-            raise ValueError(
-                f"tokens, embedding, head, cos, sin, slots: {found}, wanted {wanted}, and contiguous weights"
-            )
-        if not 0 <= int(tokens.min()) <= int(tokens.max()) < len(embedding):
-            raise ValueError(f"tokens: {tokens.tolist()}, wanted rows of an embedding of {len(embedding)}")
-        assert len(where.groups.cases) == len(first.groups), "positions of a group's later passes follow its first ones"
+        self._require(vocabulary, tokens, requests)
         chosen = torch.empty(passes + 1, requests, dtype=torch.int64)
         chosen[0] = tokens
-        logits = hidden_states.new_empty(passes, requests, len(head))
-        cos, sin, slots = cos.contiguous(), sin.contiguous(), slots.long().contiguous()
+        outputs = hidden_states.new_empty(passes, *hidden_states.shape)
         library().longcat_chain(
             ctypes.byref(self._fields),
             chosen.data_ptr(),
-            logits.data_ptr(),
+            outputs.data_ptr(),
             hidden_states.data_ptr(),
             hidden_states.stride(0),
-            embedding.data_ptr(),
-            head.data_ptr(),
-            len(head),
-            cos.data_ptr(),
-            sin.data_ptr(),
-            cache.data_ptr(),
-            slots.data_ptr(),
-            where.groups.array,
-            len(where.groups.cases),
-            requests,
+            *(weight.data_ptr() for weight in vocabulary),
+            len(vocabulary.head),
+            ctypes.byref(of_attention.fields),
             passes,
         )
-        return Chains(chosen.T, logits)
+        return Chains(chosen.T, outputs)
 
-
-def _first_pass(batch: PagedBatch, positions: Tensor) -> PagedBatch:
-    """The batch of a chain's first pass. One table of slots is for all passes; positions of a group's requests in later
-    ones are behind its own in memory.
-
-    positions: integer [P, R].
-    """
-    groups = []
-    for group in batch.groups:
-        requests = group.queries[:, 0] // group.queries.shape[1]
-        of_all = positions.long()[:, requests].contiguous()
-        groups.append(RequestGroup(requests.unsqueeze(1), group.slots, of_all[0].unsqueeze(1), False, False))
-    return PagedBatch(tuple(groups))
+    def _require(self, vocabulary: Vocabulary, tokens: Tensor, count: int) -> None:
+        """count: tokens there are to be."""
+        require_bf16(**vocabulary._asdict())
+        embedding, head = vocabulary
+        found = [[*each.shape] for each in (tokens, embedding, head)]
+        hidden = self._half.attention.hidden
+        wanted = [[count], [len(embedding), hidden], [min(len(head), len(embedding)), hidden]]
+        if found != wanted or not (embedding.is_contiguous() and head.is_contiguous()):
+            raise ValueError(f"tokens, embedding, head: {found}, wanted {wanted}, and contiguous weights")
+        if not 0 <= int(tokens.min()) <= int(tokens.max()) < len(embedding):
+            raise ValueError(f"tokens: {tokens.tolist()}, wanted rows of an embedding of {len(embedding)}")

@@ -1,7 +1,9 @@
 // x W^T for a dense projection, and the choice of the instruction set.
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <memory>
 
 #include "kernels.h"
 #include "parallel.h"
@@ -47,8 +49,10 @@ using namespace longcat;
 static constexpr long BLOCK = 32;    // rows of weight, which stay in the second-level cache for all tokens
 static constexpr long AT_ONCE = 64;  // tokens
 
-template <class X, class W>
-static void multiply(bf16* output, Rows<X> x, Weight<W> weight, long tokens, long rows, long k) {
+// store(t, first, count, sums), with the products of token t with `count` rows of the weight, for each token and each block
+// of the weight's rows.
+template <class X, class W, class Store>
+static void multiply(Rows<X> x, Weight<W> weight, long tokens, long rows, long k, Store store) {
     const Tiles& tile = tiles();
     for_each((rows + BLOCK - 1) / BLOCK, [=, &tile](long item) {
         const long first = item * BLOCK, count = std::min(BLOCK, rows - first);
@@ -56,20 +60,36 @@ static void multiply(bf16* output, Rows<X> x, Weight<W> weight, long tokens, lon
         for (long t = 0; t < tokens; t += AT_ONCE) {
             const long some = std::min(AT_ONCE, tokens - t);
             dot(tile, {x(t), x.stride, nullptr}, some, weight, first, count, k, sums, BLOCK);
-            for (long i = 0; i < some; i++)
-                for (long n = 0; n < count; n++) output[(t + i) * rows + first + n] = to_bf16(sums[i * BLOCK + n]);
+            for (long i = 0; i < some; i++) store(t + i, first, count, sums + i * BLOCK);
         }
     });
 }
 
-template <class W>
-static void multiply(bf16* output, const bf16* x, long x_stride, Weight<W> weight, float* scratch, long tokens, long rows,
-                     long k) {
+template <class W, class Store>
+static void multiply(const bf16* x, long x_stride, Weight<W> weight, float* scratch, long tokens, long rows, long k,
+                     Store store) {
     const Tiles& tile = tiles();
-    if (tile.dot_bf16) return multiply(output, Rows<bf16>{x, x_stride, nullptr}, weight, tokens, rows, k);
+    if (tile.dot_bf16) return multiply(Rows<bf16>{x, x_stride, nullptr}, weight, tokens, rows, k, store);
     const long width = padded(k);
     for_each(tokens, [=, &tile](long t) { tile.split(x + t * x_stride, k, scratch + t * width); });
-    multiply(output, Rows<float>{scratch, width, nullptr}, weight, tokens, rows, k);
+    multiply(Rows<float>{scratch, width, nullptr}, weight, tokens, rows, k, store);
+}
+
+namespace {
+struct Best {
+    float value;  // as bf16 has it
+    long row;
+};
+}  // namespace
+
+// The first of the greatest; the first of all if none is a number.
+static Best best_of(const float* sums, long first, long count) {
+    float greatest = -INFINITY;
+    for (long n = 0; n < count; n++) greatest = sums[n] > greatest ? sums[n] : greatest;
+    const bf16 rounded = to_bf16(greatest);
+    long n = 0;
+    while (n < count && to_bf16(sums[n]) != rounded) n++;
+    return {to_float(rounded), first + n % count};
 }
 
 extern "C" {
@@ -91,9 +111,29 @@ int longcat_use(const char* name) {
 // in bf16 needs none.
 void longcat_product(bf16* output, const bf16* x, long x_stride, const void* weight, long weight_stride,
                      const float* scales, float* scratch, long tokens, long rows, long k) {
+    const auto store = [=](long t, long first, long count, const float* sums) {
+        for (long n = 0; n < count; n++) output[t * rows + first + n] = to_bf16(sums[n]);
+    };
     if (scales)
-        multiply(output, x, x_stride, as_fp8(weight, weight_stride, scales, k), scratch, tokens, rows, k);
+        multiply(x, x_stride, as_fp8(weight, weight_stride, scales, k), scratch, tokens, rows, k, store);
     else
-        multiply(output, x, x_stride, as_bf16(weight, weight_stride), scratch, tokens, rows, k);
+        multiply(x, x_stride, as_bf16(weight, weight_stride), scratch, tokens, rows, k, store);
+}
+
+// chosen: int64 [tokens], the first row of the greatest product, rounded to bf16, with each token; the rest as of
+// `longcat_product`; weight: bf16, contiguous.
+void longcat_choose(int64_t* chosen, const bf16* x, long x_stride, const bf16* weight, float* scratch, long tokens, long rows,
+                    long k) {
+    const long blocks = (rows + BLOCK - 1) / BLOCK;
+    const std::unique_ptr<Best[]> found(new Best[tokens * blocks]);
+    Best* const of_blocks = found.get();
+    multiply(x, x_stride, as_bf16(weight, k), scratch, tokens, rows, k,
+             [=](long t, long first, long count, const float* sums) {
+                 of_blocks[t * blocks + first / BLOCK] = best_of(sums, first, count);
+             });
+    for (long t = 0; t < tokens; t++) {
+        const Best* const of_token = of_blocks + t * blocks;
+        chosen[t] = std::max_element(of_token, of_token + blocks, [](Best a, Best b) { return a.value < b.value; })->row;
+    }
 }
 }

@@ -77,3 +77,31 @@ def product(x: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tensor:
             columns,
         )
     return output
+
+
+def choose(x: Tensor, weight: Tensor) -> Tensor:
+    """`product(x, weight).argmax(dim=-1)`, without the products in memory; what is no number is never chosen.
+
+    x: bf16 [T, columns]; weight: bf16 [rows, columns], contiguous. Returns int64 [T], of equal products the first.
+
+    Raises:
+        ValueError: for other dtypes, sizes or strides.
+        RuntimeError: if the library is not there.
+    """
+    require_bf16(x=x, weight=weight)
+    tokens, (rows, columns) = len(x), weight.shape
+    if x.shape[1] != columns or not weight.is_contiguous() or not rows:
+        raise ValueError(f"x {[*x.shape]}, weight {[*weight.shape]}: wanted [T, {columns}] and contiguous rows")
+    chosen = torch.empty(tokens, dtype=torch.int64)
+    scratch = torch.empty(tokens * padded(columns), dtype=torch.float32)
+    library().longcat_choose(
+        chosen.data_ptr(),
+        x.data_ptr(),
+        x.stride(0),
+        weight.data_ptr(),
+        scratch.data_ptr(),
+        tokens,
+        rows,
+        columns,
+    )
+    return chosen

@@ -17,17 +17,14 @@ static void rotate(bf16* x, const float* cos, const float* sin, long pairs) {
 
 extern "C" {
 
-// queries: bf16 [tokens, heads, 2 pairs], tokens query_stride and heads head_stride apart; keys: bf16 [tokens, 2 pairs],
-// key_stride apart; cos and sin: fp32 [tokens, pairs].
-void longcat_rotate(bf16* queries, long query_stride, long head_stride, bf16* keys, long key_stride, const float* cos,
-                    const float* sin, long tokens, long heads, long pairs) {
-    const long at_once = std::max(1L, WORTH_A_THREAD / (2 * pairs * (heads + 1))), blocks = (tokens + at_once - 1) / at_once;
+// x: bf16 [tokens, heads, 2 pairs], tokens x_stride and heads head_stride apart; cos and sin: fp32 [tokens, pairs].
+void longcat_rotate(bf16* x, long x_stride, long head_stride, const float* cos, const float* sin, long tokens, long heads,
+                    long pairs) {
+    const long at_once = std::max(1L, WORTH_A_THREAD / (2 * pairs * heads)), blocks = (tokens + at_once - 1) / at_once;
     for_each(blocks, [=](long block) {
-        for (long t = block * at_once; t < std::min(tokens, (block + 1) * at_once); t++) {
+        for (long t = block * at_once; t < std::min(tokens, (block + 1) * at_once); t++)
             for (long h = 0; h < heads; h++)
-                rotate(queries + t * query_stride + h * head_stride, cos + t * pairs, sin + t * pairs, pairs);
-            rotate(keys + t * key_stride, cos + t * pairs, sin + t * pairs, pairs);
-        }
+                rotate(x + t * x_stride + h * head_stride, cos + t * pairs, sin + t * pairs, pairs);
     });
 }
 }

@@ -15,17 +15,10 @@ def rotate(queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor) -> tuple[Ten
     reference, which it fuses with what is around it."""
     if torch.compiler.is_compiling() or not _takes(queries, keys, cos, sin):
         return rotary.rotate(queries, keys, cos, sin)
-    nope = queries.shape[-1] - keys.shape[-1]
-    library().longcat_rotate(
-        queries.data_ptr() + nope * queries.element_size(),
-        *queries.stride()[:2],
-        keys.data_ptr(),
-        keys.stride(0),
-        cos.data_ptr(),
-        sin.data_ptr(),
-        *queries.shape[:2],
-        cos.shape[-1],
-    )
+    for x in (queries[..., queries.shape[-1] - keys.shape[-1] :], keys):
+        library().longcat_rotate(
+            x.data_ptr(), *x.stride()[:2], cos.data_ptr(), sin.data_ptr(), *x.shape[:2], cos.shape[-1]
+        )
     return queries, keys
 
 

@@ -60,7 +60,7 @@ class LatentAttentionBackend(AttentionBackend):
             assert forward_batch.extend_seq_lens is not None
             new = forward_batch.extend_seq_lens.tolist()
         self.tokens = sum(new)
-        self.forward_metadata = PagedBatch.build(
+        self.forward_metadata = PagedBatch(
             query_starts=[0, *accumulate(new)],
             seq_lens=seq_lens,
             block_table=self._slots_of.req_to_token,
@@ -134,7 +134,7 @@ class DraftingBackend:
         seq_lens = forward_batch.seq_lens.repeat_interleave(self._branches)
         for step, backend in enumerate(self.attn_backends):
             backend.tokens = len(seq_lens)
-            backend.forward_metadata = PagedBatch.build(
+            backend.forward_metadata = PagedBatch(
                 query_starts=range(len(seq_lens) + 1),
                 seq_lens=(seq_lens + step + 1).tolist(),
                 block_table=table,

@@ -17,8 +17,8 @@ from sglang.srt.runtime_context import get_parallel, get_spec
 from sglang.srt.speculative.eagle_utils import per_step_draft_out_cache_loc
 from torch import Tensor
 
-from longcat_core.kernels.cpu.mtp import MtpLayer, Norms
-from longcat_core.kernels.cpu.product import FEW_ROWS, product
+from longcat_core.kernels.cpu.mtp import MtpLayer, Norms, Vocabulary
+from longcat_core.kernels.cpu.product import FEW_ROWS, choose
 from longcat_core.layers import rotary
 from longcat_core.plugin.kept import kept
 from longcat_sglang.devices.cpu.attention import DraftingBackend, LatentAttentionBackend, compiled_mla
@@ -88,7 +88,7 @@ def draft_chain(
         made = layer(embedded, hidden_states, cos[step], sin[step], cache, slots[step], batch)
         assert made is not None, "decode steps of few requests"
         hidden_states = made
-        tokens.append(product(made, head).argmax(dim=-1, keepdim=True))
+        tokens.append(choose(made, head).unsqueeze(1))
     forward_batch.positions.add_(steps)
     parents, scores = drafter._topk1_parents_prealloc[:requests], drafter._topk1_score_indices_prealloc[:requests]
     return parents, scores, torch.cat(tokens, dim=1), None
@@ -117,16 +117,16 @@ def draft_after_verification(
     assert where is not None, "there are tokens"
     positions = (batch.seq_lens.unsqueeze(1) + torch.arange(width)).flatten()
     cos, sin = rotary.cos_sin(positions.unsqueeze(-1), model.inverse_frequencies, model.attention_factor)
-    embedded = F.embedding(result.next_token_ids, model.embed_tokens.weight)
     cache, slots = backend.cache_of(_attention(model)), batch.out_cache_loc
-    made = layer(embedded, verified.hidden_states, cos, sin, cache, slots, where)
+    vocabulary, last = vocabulary_of(causal), torch.arange(0, requests * width, width) + accepted - 1
+    tokens, hidden_states, lengths = result.next_token_ids, verified.hidden_states, batch.seq_lens + accepted
+    made = layer.draft(vocabulary, tokens, hidden_states, cos, sin, cache, slots, where, last, lengths)
     if made is None:  # so many drafts that torch attends to them as to a prompt
         original(worker, batch, result)
         return
-    chosen = made[torch.arange(0, requests * width, width) + accepted - 1]
-    given.topk_index = product(chosen, head_of(causal)).argmax(dim=-1, keepdim=True)
+    given.topk_index = made.tokens.unsqueeze(1)
     given.topk_p = torch.ones_like(given.topk_index, dtype=torch.float32)
-    given.hidden_states, given.cuda_graph_compatible = chosen, True
+    given.hidden_states, given.cuda_graph_compatible = made.hidden_states, True
 
 
 def layer_of_chains(worker: EagleDraftWorker, requests: int, width: int) -> MtpLayer | None:
@@ -151,3 +151,8 @@ def head_of(causal: Any) -> Tensor:
     """A model's weight of logits, bf16 [vocabulary, H]."""
     weight: Tensor = causal.lm_head.weight[: causal.model.config.vocab_size]
     return weight
+
+
+def vocabulary_of(causal: Any) -> Vocabulary:
+    """A drafter's, with weights in bf16."""
+    return Vocabulary(causal.model.embed_tokens.weight, head_of(causal))

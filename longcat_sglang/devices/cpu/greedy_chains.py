@@ -12,23 +12,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from sglang.srt.environ import envs
 from sglang.srt.eplb.expert_distribution import get_global_expert_distribution_recorder
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.speculative.eagle_info import EagleDraftInput
 from sglang.srt.speculative.spec_utils import SIMULATE_ACC_LEN
-from sglang.srt.utils.async_probe import sanitize_nan_logits
 from torch import Tensor
 
 from longcat_core.kernels.cpu.decoder import DecoderLayer
-from longcat_core.kernels.cpu.mtp import MtpLayer, Vocabulary
-from longcat_core.kernels.cpu.product import product
+from longcat_core.kernels.cpu.mtp import MtpLayer
+from longcat_core.kernels.cpu.product import choose
 from longcat_core.layers import rotary
 from longcat_core.layers.latent_attention import PagedBatch
 from longcat_sglang.devices.cpu.attention import LatentAttentionBackend
 from longcat_sglang.devices.cpu.decoding import compiled_layers, through
-from longcat_sglang.devices.cpu.drafting import head_of, layer_of_chains
+from longcat_sglang.devices.cpu.drafting import head_of, layer_of_chains, vocabulary_of
 from longcat_sglang.metrics import rows_that_are_tokens
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Places(NamedTuple):
         width = self.positions.shape[1]
         ends = [length + width for length in self.lengths]
         starts = range(0, (len(ends) + 1) * width, width)
-        return PagedBatch.build(starts, ends, self.table, block_size=1, table_rows=self.rows)
+        return PagedBatch(starts, ends, self.table, block_size=1, table_rows=self.rows)
 
 
 def speculate(
@@ -84,12 +84,12 @@ def speculate(
         return original(worker, batch, on_publish, **kwargs)
     drafts = _drafted(models, given, places, read)
     tokens = torch.cat((given.bonus_tokens.unsqueeze(1).long(), drafts), dim=1)
-    hidden_states, logits = _verified(models, tokens, places, read)
-    predicted = logits.argmax(dim=-1).view(tokens.shape)
+    hidden_states = _verified(models, tokens, places, read)
+    predicted = choose(hidden_states, head_of(models.target)).view(tokens.shape)
     accepted = (predicted[:, :-1] == drafts).int().cumprod(dim=1).sum(dim=1).int() + 1
     if on_publish is not None:
         on_publish(batch.seq_lens + accepted)
-    return _result(models, batch, places, read, hidden_states, logits, predicted, accepted)
+    return _result(models, batch, places, read, hidden_states, predicted, accepted)
 
 
 def _drafted(models: Models, given: EagleDraftInput, places: Places, read: PagedBatch) -> Tensor:
@@ -99,15 +99,15 @@ def _drafted(models: Models, given: EagleDraftInput, places: Places, read: Paged
         return given.topk_index
     assert given.hidden_states is not None, "it was looked at"
     positions, slots, cos, sin = (each[:, :passes].transpose(0, 1) for each in places[:4])
-    vocabulary = Vocabulary(models.drafter.model.embed_tokens.weight, head_of(models.drafter))
+    vocabulary = vocabulary_of(models.drafter)
     first = given.topk_index.squeeze(1)
     made = models.mtp.chain(vocabulary, first, given.hidden_states, cos, sin, _cache(models), slots, read, positions)
     assert made is not None, "decode steps of few requests"
     return made.tokens
 
 
-def _verified(models: Models, tokens: Tensor, places: Places, read: PagedBatch) -> tuple[Tensor, Tensor]:
-    """The target's hidden states [R width, H] and logits [R width, vocabulary] of tokens, int64 [R, width]."""
+def _verified(models: Models, tokens: Tensor, places: Places, read: PagedBatch) -> Tensor:
+    """The target's hidden states [R width, H] of tokens, int64 [R, width]."""
     model, slots = models.target.model, places.slots.flatten()
     choices = model.begin_step()
     caches = [[models.backend.cache_of(attention.attn_mqa) for attention in layer.self_attn] for layer in model.layers]
@@ -116,9 +116,7 @@ def _verified(models: Models, tokens: Tensor, places: Places, read: PagedBatch) 
     hidden_states = through(model, models.layers, embedded, *angles, caches, slots, read, choices)
     if choices is not None:
         model.end_step(choices, rows_that_are_tokens(slots))
-    logits = product(hidden_states, head_of(models.target)).float()
-    sanitize_nan_logits(logits, "verify: target model logits")
-    return hidden_states, logits
+    return hidden_states
 
 
 def _result(
@@ -127,30 +125,38 @@ def _result(
     places: Places,
     read: PagedBatch,
     hidden_states: Tensor,
-    logits: Tensor,
     predicted: Tensor,
     accepted: Tensor,
 ) -> GenerationBatchResult:
     """With the first drafts of the next step. predicted: int64 [R, width]; accepted: int32 [R], tokens gained."""
     requests, width = predicted.shape
     firsts = torch.arange(0, requests * width, width)
-    embedded = F.embedding(predicted.flatten(), models.drafter.model.embed_tokens.weight)
-    angles = places.cos.flatten(0, 1), places.sin.flatten(0, 1)
-    made = models.mtp(embedded, hidden_states, *angles, _cache(models), places.slots.flatten(), read)
+    last = firsts + accepted - 1
+    flat = predicted.flatten()
+    made = models.mtp.draft(
+        vocabulary_of(models.drafter),
+        flat,
+        hidden_states,
+        places.cos.flatten(0, 1),
+        places.sin.flatten(0, 1),
+        _cache(models),
+        places.slots.flatten(),
+        read,
+        wanted=last,
+        lengths=batch.seq_lens + accepted,
+    )
     assert made is not None, "as the target took them"
-    chosen = made[firsts + accepted - 1]
-    first_drafts = product(chosen, head_of(models.drafter)).argmax(dim=-1, keepdim=True)
-    flat = predicted.flatten().int()
+    first_drafts, flat = made.tokens.unsqueeze(1), flat.int()
     nodes = torch.arange(width)
     return GenerationBatchResult(
-        logits_output=LogitsProcessorOutput(next_token_logits=logits, hidden_states=hidden_states),
+        logits_output=LogitsProcessorOutput(next_token_logits=None, hidden_states=hidden_states),
         next_token_ids=flat,
         speculative_num_draft_tokens=width,
         next_draft_input=EagleDraftInput(
             topk_p=torch.ones_like(first_drafts, dtype=torch.float32),
             topk_index=first_drafts,
-            hidden_states=chosen,
-            bonus_tokens=flat[firsts + accepted - 1],
+            hidden_states=made.hidden_states,
+            bonus_tokens=flat[last],
         ),
         accept_lens=accepted,
         accept_index=torch.where(nodes < accepted.unsqueeze(1), firsts.unsqueeze(1) + nodes, -1).int(),
@@ -174,7 +180,7 @@ def _models(worker: EAGLEWorkerV2, batch: ScheduleBatch) -> Models | None:
         return None
     if batch.return_logprob or batch.return_hidden_states or batch.has_grammar or not _is_greedy(batch.sampling_info):
         return None
-    if get_global_expert_distribution_recorder().recording or SIMULATE_ACC_LEN > 0:
+    if get_global_expert_distribution_recorder().recording or SIMULATE_ACC_LEN > 0 or _looks_at_logits():
         return None
     width, steps = worker.speculative_num_draft_tokens, worker.speculative_num_steps
     if steps < 1 or width != steps + 1 or worker.adaptive_controller is not None:
@@ -205,6 +211,10 @@ def _is_greedy(sampling: Any) -> bool:
         and (penalties is None or not penalties.is_required)
         and sampling.sampling_mask_batch_indices is None
     )
+
+
+def _looks_at_logits() -> bool:
+    return envs.SGLANG_SANITIZE_NAN_LOGITS.get() or envs.SGLANG_ENABLE_ASYNC_ASSERT.get()
 
 
 def _are_watched(*causal: Any) -> bool:

@@ -58,7 +58,7 @@ class LatentAttentionMetadataBuilder(AttentionMetadataBuilder[LatentAttentionMet
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> LatentAttentionMetadata:
         step, requests = common_attn_metadata, common_attn_metadata.num_reqs
-        batch = PagedBatch.build(
+        batch = PagedBatch(
             query_starts=step.query_start_loc_cpu[: requests + 1].tolist(),
             seq_lens=step.seq_lens[:requests].tolist(),
             block_table=step.block_table_tensor,

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from vllm.distributed.kv_transfer import has_kv_transfer_group
 
-from longcat_core.kernels.cpu.mtp import MtpLayer, Norms, Vocabulary
-from longcat_core.kernels.cpu.product import FEW_ROWS
+from longcat_core.kernels.cpu.mtp import Drafts, MtpLayer, Norms, Vocabulary
+from longcat_core.kernels.cpu.product import FEW_ROWS, product
 from longcat_core.layers import rotary
 from longcat_core.layers.latent_attention import PagedBatch
 from longcat_core.plugin.kept import kept
@@ -47,8 +47,7 @@ def draft_chain(original: Callable[..., Any], proposer: EagleProposer, *args: An
     read = _read(layer, proposer, cache, rows, kwargs)
     hidden_states: Tensor | None
     if read is not None:
-        hidden_states = read[rows]
-        tokens = causal.compute_logits(hidden_states).argmax(dim=-1, keepdim=True)
+        tokens, hidden_states = read
     elif drafts == 1:
         return original(proposer, *args, **kwargs)
     else:
@@ -63,12 +62,12 @@ def draft_chain(original: Callable[..., Any], proposer: EagleProposer, *args: An
     positions, slots = _places(kwargs["target_positions"][rows] + steps, batch.block_table_tensor, proposer)
     cos, sin = rotary.cos_sin(positions.unsqueeze(-1), model.inverse_frequencies, model.attention_factor)
     lengths = (positions.amax(dim=0) + 1).tolist()
-    whole = PagedBatch.build(range(len(lengths) + 1), lengths, batch.block_table_tensor, proposer.block_size)
+    whole = PagedBatch(range(len(lengths) + 1), lengths, batch.block_table_tensor, proposer.block_size)
     made = layer.chain(vocabulary, tokens.flatten(), hidden_states, cos, sin, cache, slots, whole, positions)
     assert made is not None, "one token of few requests"
     if causal.gated_drafts is not None:
-        for logits in made.logits:
-            causal.gated_drafts.observe(logits)
+        for given in made.hidden_states:
+            causal.gated_drafts.observe(product(given, vocabulary.head))
     return made.tokens
 
 
@@ -84,23 +83,33 @@ def _vocabulary(causal: Any) -> Vocabulary | None:
 
 def _read(
     layer: MtpLayer, proposer: EagleProposer, cache: Tensor, rows: Tensor, arguments: dict[str, Any]
-) -> Tensor | None:
-    """The pass over what the target has read, [T, H]; None where there is more than a few tokens.
+) -> Drafts | None:
+    """The pass over what the target has read, and first drafts, [R, 1]; None where there is more than a few tokens.
 
     rows: of each request's last token, int64 [R].
     """
     batch, positions = arguments["common_attn_metadata"], arguments["target_positions"]
     if len(positions) > FEW_ROWS:
         return None
-    model: Any = proposer.model.model
+    causal: Any = proposer.model
+    model: Any = causal.model
     ids = arguments["target_token_ids"].roll(-1)  # a token is drafted from with the one that comes after it
     ids[rows] = arguments["next_token_ids"].to(ids.dtype)
     cos, sin = rotary.cos_sin(positions.unsqueeze(-1), model.inverse_frequencies, model.attention_factor)
-    where = PagedBatch.build(
+    where = PagedBatch(
         batch.query_start_loc_cpu.tolist(), batch.seq_lens.tolist(), batch.block_table_tensor, proposer.block_size
     )
-    embedded, given = F.embedding(ids, model.embed_tokens.weight), arguments["target_hidden_states"]
-    return layer(embedded, given, cos, sin, cache, batch.slot_mapping[: len(positions)], where)
+    given, slots = arguments["target_hidden_states"], batch.slot_mapping[: len(positions)]
+    vocabulary = None if causal.gated_drafts is not None else _vocabulary(causal)  # a gate sees the logits
+    if vocabulary is not None:
+        lengths = positions[rows] + 1
+        made = layer.draft(vocabulary, ids, given, cos, sin, cache, slots, where, rows, lengths)
+        return None if made is None else Drafts(made.tokens.unsqueeze(1), made.hidden_states)
+    read = layer(F.embedding(ids, model.embed_tokens.weight), given, cos, sin, cache, slots, where)
+    if read is None:
+        return None
+    hidden_states = read[rows]
+    return Drafts(causal.compute_logits(hidden_states).argmax(dim=-1, keepdim=True), hidden_states)
 
 
 def _places(positions: Tensor, block_table: Tensor, proposer: EagleProposer) -> tuple[Tensor, Tensor]:
