@@ -182,9 +182,8 @@ class MtpLayer:
             ValueError: for other dtypes or sizes, or rows that are not contiguous.
         """
         passes, requests = positions.shape
-        angles = [passes, requests, 1, cos.shape[-1]]
-        found = [*cos.shape], [*sin.shape], [*slots.shape]
-        if found != (angles, angles, [passes, requests]):
+        found = [[*each.shape] for each in (cos, sin, slots)]
+        if any(shape[:2] != [passes, requests] for shape in found):
             raise ValueError(f"cos, sin, slots: {found}, wanted those of {passes} passes over {requests} tokens")
         cos, sin, slots = cos.contiguous(), sin.contiguous(), slots.long().contiguous()
         of_attention = self._half.attention.last_tokens(

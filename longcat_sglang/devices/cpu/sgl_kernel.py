@@ -89,10 +89,13 @@ def copy_all_layer_kv_cache_cpu(data_ptrs: Tensor, strides: Tensor, targets: Ten
 
 def _places(req_pool_indices: Tensor, starts: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
     """Row and column of each slot of columns `starts` to `ends`, request by request: two int64 of equal length."""
-    counts = (ends - starts).long()
-    rows = req_pool_indices.long().repeat_interleave(counts)
-    first = starts.long() - counts.cumsum(0) + counts
-    return rows, torch.arange(len(rows)) + first.repeat_interleave(counts)
+    rows: list[int] = []
+    columns: list[int] = []
+    for row, first, last in zip(req_pool_indices.tolist(), starts.tolist(), ends.tolist(), strict=True):
+        rows += [row] * (last - first)
+        columns += range(first, last)
+    of_slots = torch.tensor([rows, columns], dtype=torch.int64)
+    return of_slots[0], of_slots[1]
 
 
 # -- trees -------------------------------------------------------------------------------------------
