@@ -18,6 +18,7 @@ from torch import Tensor
 
 from longcat_core.config import LongcatConfig
 from longcat_core.observation import shared_target
+from longcat_core.observation.expert_choices import stacked
 from longcat_core.target_by_queue import Target, TargetByQueue
 
 GAIN = 0.6
@@ -206,10 +207,11 @@ class DialledRouters:
         published = [router.e_score_correction_bias for router in self._routers]
         self.dial.begin_step(published, [router.dialled for router in self._routers])
 
-    def end_step(self, ids: Tensor, is_real: Tensor | None) -> None:
-        """ids: int32 [layers, T, K]; is_real: int64 [T] or less, 1 for a token, or None where nothing is one."""
+    def end_step(self, ids: Tensor | Sequence[Tensor], is_real: Tensor | None) -> None:
+        """ids: int32 [T, K] of each layer, or [layers, T, K]; is_real: int64 [T] or less, 1 for a token, or None where
+        nothing is one."""
         if is_real is not None:
-            self.dial.end_step(ids[:, : len(is_real)], is_real)
+            self.dial.end_step(stacked(ids)[:, : len(is_real)], is_real)
 
 
 # -- where a dial settles ------------------------------------------------------------------------------------

@@ -55,22 +55,26 @@ def _gathers_tokens() -> bool:
     return is_dp_attention_enabled() and get_parallel().attn_dp_size > 1
 
 
-def tokens_of(forward_batch: ForwardBatch) -> Tensor:
-    """int64 [T], 1 for a token, of the rows that a MoE has. Where these are of other ranks too, each rank says which of
-    its own are tokens, so that all have to ask."""
-    own = rows_that_are_tokens(forward_batch.out_cache_loc)
+FIRST_SLOT = 1
+"""A row is a token if its slot in the cache is this or a later one: slot 0 is SGLang's for rows that pad a captured
+graph, and for all rows of a capture and of a warm-up."""
+
+
+def slots_of(forward_batch: ForwardBatch) -> Tensor:
+    """int64 [T], of the rows that a MoE has. Where these are of other ranks too, 1 for a token and 0 for another row:
+    each rank says which of its own are tokens, so that all have to ask."""
+    own = forward_batch.out_cache_loc
     if not _gathers_tokens():
         return own
     assert forward_batch.global_dp_buffer_len is not None, "ranks have told each other how many rows they have"
     rows = own.new_zeros(forward_batch.global_dp_buffer_len, 1, dtype=torch.float32)
-    dp_gather_replicate(rows, own.float().unsqueeze(1), forward_batch)
+    dp_gather_replicate(rows, (own >= FIRST_SLOT).float().unsqueeze(1), forward_batch)
     return rows.squeeze(1).long()
 
 
 def rows_that_are_tokens(slots: Tensor) -> Tensor:
-    """int64 [T], 1 for a token. slots: integer [T]. A row is a token if it has a slot in the cache: slot 0 is SGLang's
-    for rows that pad a captured graph, and for all rows of a capture and of a warm-up."""
-    return (slots != 0).long()
+    """int64 [T], 1 for a token. slots: as of `slots_of`."""
+    return (slots >= FIRST_SLOT).long()
 
 
 class CountedChoices:
@@ -80,15 +84,16 @@ class CountedChoices:
         ranks = get_parallel().moe_ep_size
         device = torch.get_default_device()
         layers = range(config.num_layers)
-        self._choices = ExpertChoices(layers, config.moe_topk, placement.num_places(config), ranks, device)
+        num_places = placement.num_places(config)
+        self._choices = ExpertChoices(layers, config.moe_topk, num_places, ranks, device, FIRST_SLOT)
         directory = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])  # which --enable-metrics sets in all processes
         dial = None if dialled is None else dialled.dial
         is_first = get_parallel().tp_rank == 0
         self.publication = Publication(self._choices, directory, _labels(), dial) if is_first else None
 
-    def add(self, choices: list[Tensor], is_token: Tensor) -> None:
-        """choices: int32 [T, K] of each layer, by place; is_token: as of `tokens_of`."""
-        self._choices.add(torch.stack(choices), is_token)
+    def add(self, choices: list[Tensor], slots: Tensor) -> None:
+        """choices: int32 [T, K] of each layer, by place; slots: as of `slots_of`."""
+        self._choices.add(choices, slots)
 
 
 def _labels() -> dict[str, str]:

@@ -178,7 +178,7 @@ class LongcatModel(nn.Module):
         if decoded is None:
             decoded = self._by_layers(hidden_states, forward_batch, inputs, choices)
         if choices is not None:
-            self.end_step(choices, metrics.tokens_of(forward_batch))
+            self.end_step(choices, metrics.slots_of(forward_batch))
         return decoded
 
     def begin_step(self) -> list[Tensor] | None:
@@ -187,12 +187,12 @@ class LongcatModel(nn.Module):
             self.dialled.begin_step()
         return None if self.counted is None and self.dialled is None else []
 
-    def end_step(self, choices: list[Tensor], is_token: Tensor) -> None:
-        """choices: int32 [T, K] of each layer; is_token: int64 [T], as of `metrics.tokens_of`."""
+    def end_step(self, choices: list[Tensor], slots: Tensor) -> None:
+        """choices: int32 [T, K] of each layer; slots: int64 [T], as of `metrics.slots_of`."""
         if self.dialled is not None:
-            self.dialled.end_step(torch.stack(choices), is_token)
+            self.dialled.end_step(choices, metrics.rows_that_are_tokens(slots))
         if self.counted is not None:
-            self.counted.add(choices, is_token)
+            self.counted.add(choices, slots)
 
     def _by_layers(
         self, hidden_states: Tensor, forward_batch: ForwardBatch, inputs: dict[str, Any], choices: list[Tensor] | None

@@ -79,17 +79,26 @@ def are_counted_here(vllm_config: VllmConfig) -> bool:
     return parallel.use_sequence_parallel_moe or get_tensor_model_parallel_rank() < counting
 
 
-def rows_that_are_tokens() -> Tensor | None:
-    """int64, 1 for a token, of the step that runs now; None where the cache is not there yet. A row is one if it has a
-    slot in the cache: that is written on the device before each step, captured or not; a row that only pads the step
-    has none, nor has any row of a dummy run."""
+FIRST_SLOT = 0
+"""A row is a token if its slot in the cache is this or a later one. Slots are written on the device before each step,
+captured or not; a row that only pads the step has -1, as have all rows of a dummy run."""
+
+
+def slots_of_step() -> Tensor | None:
+    """int64 [T] or fewer, of the first rows of the step that runs now; None where the cache is not there yet."""
     from vllm.forward_context import get_forward_context
 
     slots = get_forward_context().slot_mapping
     if not slots:
         return None
     assert isinstance(slots, dict), "each microbatch has a forward context of its own"
-    return (next(iter(slots.values())) >= 0).long()
+    return next(iter(slots.values()))
+
+
+def rows_that_are_tokens() -> Tensor | None:
+    """int64, 1 for a token, of the rows of `slots_of_step`."""
+    slots = slots_of_step()
+    return None if slots is None else (slots >= FIRST_SLOT).long()
 
 
 class CountedChoices:
@@ -104,7 +113,7 @@ class CountedChoices:
         ranks = get_ep_group().world_size if parallel.enable_expert_parallel else 1
         device = torch.get_default_device()
         num_places = placement.num_places(vllm_config.model_config, config)
-        self._choices = ExpertChoices(layers, config.moe_topk, num_places, ranks, device)
+        self._choices = ExpertChoices(layers, config.moe_topk, num_places, ranks, device, FIRST_SLOT)
         self._is_shared_out = parallel.use_sequence_parallel_moe
         served_name = vllm_config.model_config.served_model_name
         assert isinstance(served_name, str), "ModelConfig takes the first of several names"
@@ -114,17 +123,19 @@ class CountedChoices:
         dial = None if dialled is None else dialled.dial
         self.publication = Publication(self._choices, directory, labels, dial)
 
-    def add(self, ids: Tensor, rows: int) -> None:
-        """ids: int32 [layers, T, K], by place, where T is `rows`, or this rank's share of them."""
-        from vllm.model_executor.models.utils import sequence_parallel_chunk
-
-        is_real = rows_that_are_tokens()
-        if is_real is None:
+    def add(self, ids: Tensor | list[Tensor], rows: int) -> None:
+        """ids: int32 [T, K] of each layer, or [layers, T, K], by place, where T is `rows`, or this rank's share of
+        them."""
+        slots = slots_of_step()
+        if slots is None:
             return
         if self._is_shared_out:
-            is_real = F.pad(is_real, (0, rows - len(is_real)))
-            is_real = sequence_parallel_chunk(is_real.unsqueeze(1)).squeeze(1)
-        self._choices.add(ids[:, : len(is_real)], is_real)
+            from vllm.model_executor.models.utils import sequence_parallel_chunk
+
+            # From 1, as vLLM pads with zeros what does not divide.
+            chunk = sequence_parallel_chunk(F.pad(slots + 1, (0, rows - len(slots))).unsqueeze(1))
+            slots = chunk.squeeze(1) - 1
+        self._choices.add(ids, slots)
 
 
 def begin_when_warm(original: Callable[..., Any], worker: WorkerBase, *args: Any, **kwargs: Any) -> Any:

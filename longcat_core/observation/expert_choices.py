@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,6 +28,11 @@ class Sums(NamedTuple):
     """int64 [L]: rows of the FFN expert that had most of them in its step."""
     busiest_rank: Tensor
     """int64 [L]: rows of FFN experts on the rank that had most of them in its step; stays 0 where there is one rank."""
+
+
+def stacked(ids: Tensor | Sequence[Tensor]) -> Tensor:
+    """Of each layer [T, K] -> [layers, T, K], if they are not yet."""
+    return ids if isinstance(ids, Tensor) else torch.stack(tuple(ids))
 
 
 def add_step(
@@ -74,18 +80,35 @@ class LayerTotals:
 class ExpertChoices:
     """The sums of all steps of a process, for some layers of a model. Not a module, as they are no weights."""
 
-    def __init__(self, layers: range, top_k: int, n_routed_experts: int, ranks: int, device: torch.device) -> None:
-        """layers: by their number in the whole model; ranks: on which the FFN experts are spread."""
+    def __init__(
+        self,
+        layers: range,
+        top_k: int,
+        n_routed_experts: int,
+        ranks: int,
+        device: torch.device,
+        first_slot: int,
+    ) -> None:
+        """layers: by their number in the whole model; ranks: on which the FFN experts are spread; first_slot: the least
+        that a token has in the engine's cache."""
         self.layers, self.top_k, self.n_routed_experts, self.ranks = layers, top_k, n_routed_experts, ranks
+        self._first_slot = first_slot
         self._rank_of_expert = ranks_of_experts(n_routed_experts, ranks).to(device)
         sizes = ([len(layers), top_k + 1], [len(layers)], [len(layers)])
         self._sums = Sums(*(torch.zeros(size, dtype=torch.int64, device=device) for size in sizes))
 
-    def add(self, ids: Tensor, is_real: Tensor) -> None:
-        """A step's, see `add_step`; on a CPU by the compiled kernel, if it is there."""
-        if choices.takes(ids, is_real):
-            choices.add_step(*self._sums, ids, is_real, self._rank_of_expert, self.ranks)
+    def add(self, ids: Tensor | Sequence[Tensor], slots: Tensor) -> None:
+        """A step's, see `add_step`; on a CPU by the compiled kernel, if it is there.
+
+        ids: int32 [T, K] of each layer, or [L, T, K]; slots: integer [T] or fewer, of the first rows. A row with a
+        lesser one than `first_slot`, or none, only pads the step.
+        """
+        if choices.takes(slots):
+            of_layers, ranks = tuple(ids), (self._rank_of_expert, self.ranks)
+            choices.add_step(*self._sums, of_layers, slots, self._first_slot, *ranks)
         else:
+            is_real = (slots >= self._first_slot).long()
+            ids = stacked(ids)[:, : len(slots)]
             add_step(self._sums, ids, is_real, self.n_routed_experts, self._rank_of_expert, self.ranks)
 
     def totals(self) -> list[LayerTotals]:

@@ -52,9 +52,9 @@ class Device(ABC):
     @abstractmethod
     def decode(
         self, model: LongcatModel, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None
-    ) -> tuple[Tensor, Tensor | None] | None:
+    ) -> tuple[Tensor, list[Tensor] | None] | None:
         """What the model returns, in a decode step: hidden states with the last norm, [T, H], and the ids of the
-        routings. None where the model is to be called."""
+        routings, of each layer [T, K]. None where the model is to be called."""
 
     @abstractmethod
     def fp8_kernels(self, dtype: torch.dtype) -> Fp8Kernels:

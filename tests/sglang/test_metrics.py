@@ -67,7 +67,7 @@ def test_rows_with_a_slot_in_the_cache_are_tokens(slots: list[int], tokens: int,
     """The others pad a captured graph, or are of a capture."""
     counted = CountedChoices(DEFAULT)
     batch: Any = SimpleNamespace(out_cache_loc=torch.tensor(slots))
-    counted.add([IDS] * DEFAULT.num_layers, metrics.tokens_of(batch))
+    counted.add([IDS] * DEFAULT.num_layers, metrics.slots_of(batch))
     for layer in counted._choices.totals():
         assert sum(layer.tokens) == tokens
         assert layer.ffn_choices == [0, 2, 6, 10][tokens]

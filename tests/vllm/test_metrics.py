@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import set_forward_context
@@ -93,12 +94,13 @@ def test_nothing_is_counted_where_memory_comes_and_goes(
         (None, 0),  # a dummy run before there is a cache
     ],
 )
+@pytest.mark.parametrize("ids", [IDS, [*IDS]], ids=["the model's", "a decode step's"])
 def test_rows_with_a_slot_in_the_cache_are_tokens(
-    slots: list[int] | None, tokens: int, counted: CountedChoices, vllm_config: VllmConfig
+    ids: Tensor | list[Tensor], slots: list[int] | None, tokens: int, counted: CountedChoices, vllm_config: VllmConfig
 ) -> None:
     by_layer = None if slots is None else {"model.layers.0.self_attn.0.attn": torch.tensor(slots)}
     with set_forward_context(None, vllm_config, slot_mapping=by_layer):
-        counted.add(IDS, rows=3)
+        counted.add(ids, rows=3)
     for layer in counted._choices.totals():
         assert sum(layer.tokens) == tokens
         assert layer.ffn_choices == [0, 2, 6, 10][tokens]

@@ -149,7 +149,7 @@ def _found() -> tuple[ctypes.CDLL | None, str]:
         ("longcat_rms_norm", (pointer, pointer, *[pointer, number] * 2, pointer, real, number, number), None),
         ("longcat_rotate", (pointer, number, number, pointer, pointer, *[number] * 3), None),
         ("longcat_mla", (*[pointer] * 3, number, pointer), None),
-        ("longcat_count_choices", (*[pointer] * 4, number, number, *[pointer] * 2, *[number] * 5), None),
+        ("longcat_add_choices", (*[pointer] * 5, number, pointer, *[number] * 5), None),
         ("longcat_half_layer", (*[pointer] * 5, number, pointer, number, pointer), None),
         ("longcat_mtp", (*[pointer] * 3, number, pointer, number, pointer), None),
         ("longcat_draft", (*[pointer] * 5, number, pointer, pointer, number, pointer), None),

@@ -29,7 +29,6 @@ from longcat_core.layers.latent_attention import PagedBatch
 from longcat_sglang.devices.cpu.attention import LatentAttentionBackend
 from longcat_sglang.devices.cpu.decoding import compiled_layers, through
 from longcat_sglang.devices.cpu.drafting import head_of, layer_of_chains, vocabulary_of
-from longcat_sglang.metrics import rows_that_are_tokens
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
@@ -115,7 +114,7 @@ def _verified(models: Models, tokens: Tensor, places: Places, read: PagedBatch) 
     angles = places.cos.flatten(0, 1), places.sin.flatten(0, 1)
     hidden_states = through(model, models.layers, embedded, *angles, caches, slots, read, choices)
     if choices is not None:
-        model.end_step(choices, rows_that_are_tokens(slots))
+        model.end_step(choices, slots)
     return hidden_states
 
 

@@ -50,7 +50,7 @@ def step_of(attention: Any, tokens: int) -> Step | None:
 
 def decode(
     model: LongcatModel, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None
-) -> tuple[Tensor, Tensor | None] | None:
+) -> tuple[Tensor, list[Tensor] | None] | None:
     """As `devices.base.Device.decode`."""
     if not isinstance(get_forward_context().attn_metadata, dict):  # as in a profiling run
         return None
@@ -77,7 +77,7 @@ def decode(
     assert residual is not None, "a model has layers"
     norm: Any = model.norm
     normed, _ = add_rms_norm(hidden_states, residual, norm.weight, norm.variance_epsilon)
-    return normed, torch.stack(choices) if model.notes_choices else None
+    return normed, choices if model.notes_choices else None
 
 
 def compiled_layers(model: LongcatModel) -> list[DecoderLayer] | None:

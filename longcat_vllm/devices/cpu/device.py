@@ -48,7 +48,7 @@ class Cpu(Device):
 
     def decode(
         self, model: LongcatModel, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None
-    ) -> tuple[Tensor, Tensor | None] | None:
+    ) -> tuple[Tensor, list[Tensor] | None] | None:
         from longcat_vllm.devices.cpu.decoding import decode
 
         return decode(model, input_ids, positions, inputs_embeds)
