@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,8 +73,20 @@ class LongcatAttention(DeepseekV2AttentionMLA):
         sin: Tensor,
     ) -> Tensor:
         """hidden_states: [T, H]; cos and sin: fp32 [T, 1, rope / 2]. Returns [T, H], a part of the sum over ranks."""
+        return self.project(positions, hidden_states, forward_batch, zero_allocator, cos, sin)()
+
+    def project(
+        self,
+        positions: Tensor,
+        hidden_states: Tensor,
+        forward_batch: ForwardBatch,
+        zero_allocator: BumpAllocator,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> Callable[[], Tensor]:
+        """The part of `forward` before tokens attend to each other. Returns the rest of it, with its result."""
         device = devices.current()
-        return device.attend(self, positions, hidden_states, forward_batch, zero_allocator, cos, sin)
+        return device.project(self, positions, hidden_states, forward_batch, zero_allocator, cos, sin)
 
     def process_weights_after_loading(self) -> None:
         """Take `kv_b_proj` apart into w_kc [heads, nope, latent] and w_vc [heads, latent, v], in SGLang's strides.

@@ -48,8 +48,11 @@ def settle(server_args: ServerArgs) -> None:
     for caution in devices.of(settings.device).cautions(server_args, settings, model_config):
         logger.warning("longcat-serving: %s", caution)
     if settings.enable_single_batch_overlap:
-        for obstacle in devices.of(settings.device).obstacles_to_overlap(settings):
-            logger.warning("longcat-serving: no layer's MoE runs beside its dense path: %s", obstacle)
+        if obstacles := devices.of(settings.device).obstacles_to_overlap(settings):
+            logger.warning("longcat-serving: no layer's MoE runs beside its dense path: %s", "; ".join(obstacles))
+        else:
+            beside = devices.of(settings.device).what_overlaps(settings)
+            logger.info("longcat-serving: beside the dense path of a layer: %s", beside)
     if (backend := devices.of(settings.device).attention_backend) is not None:
         declare_resolution(server_args, "longcat-serving", attention_backend=backend)
     if settings.moe_a2a_backend == "deepep" and settings.moe_runner_backend == "auto":

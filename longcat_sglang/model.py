@@ -121,8 +121,11 @@ class LongcatDecoderLayer(nn.Module):
         hidden_states = ffn.finish(hidden_states)
 
         hidden_states = self._second_attention.prepare(hidden_states, forward_batch)
-        if hidden_states.shape[0]:
-            hidden_states = self.self_attn[1](hidden_states=hidden_states, **attention_inputs)
+        second: Any = self.self_attn[1]
+        attend = second.project(hidden_states=hidden_states, **attention_inputs) if hidden_states.shape[0] else None
+        begun = self.mlp.compute(begun)
+        if attend is not None:
+            hidden_states = attend()
         hidden_states = self._second_attention.finish(hidden_states, forward_batch)
         hidden_states = self._second_ffn.prepare(hidden_states, forward_batch)
         second_ffn: Any = self.mlps[1]

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,13 +18,14 @@ from torch import Tensor, nn
 
 from longcat_core.config import LongcatConfig
 from longcat_core.layers.experts import Shortcut, add_identity, identity_share
+from longcat_core.layers.routing import Routing
 from longcat_sglang import devices, placement
 from longcat_sglang.devices.branch import Begun
 from longcat_sglang.quantization import LongcatFp8Config
 
 
 class LongcatMoE(nn.Module):
-    """Router, FFN experts and zero experts of one layer."""
+    """Router, FFN experts and zero experts of one layer, in the three steps of `devices.branch.Branch`."""
 
     def __init__(
         self, config: LongcatConfig, layer_id: int, quant_config: LongcatFp8Config | None, prefix: str
@@ -51,14 +51,22 @@ class LongcatMoE(nn.Module):
         self.branch = devices.current().branch()
 
     def begin(self, hidden_states: Tensor, choices: list[Tensor] | None = None) -> Begun:
-        """As `forward`, whose result `end` returns. The device decides what runs between the two."""
-        return self.branch.begin(partial(self, choices=choices), hidden_states)
+        """As `forward`, whose result `end` returns. The device decides what runs in which of the three steps."""
+        return self.branch.begin(self, hidden_states, choices)
 
-    def end(self, begun: Begun) -> Shortcut:
-        return self.branch.end(begun)
+    def compute(self, begun: Begun) -> Begun:
+        return self.branch.compute(self, begun)
+
+    def end(self, computed: Begun) -> Shortcut:
+        return self.branch.end(self, computed)
 
     def forward(self, hidden_states: Tensor, choices: list[Tensor] | None = None) -> Shortcut:
         """hidden_states: [T, H]; choices: where the ids of the routing are to be noted."""
+        routing, chosen = self.choose(hidden_states, choices)
+        return self.shortcut(self.experts(hidden_states, chosen), hidden_states, routing)
+
+    def choose(self, hidden_states: Tensor, choices: list[Tensor] | None) -> tuple[Routing, StandardTopKOutput]:
+        """The routing, and what of it SGLang's experts take."""
         logits = self.router(hidden_states)
         routing = self.route(
             logits,
@@ -69,7 +77,10 @@ class LongcatMoE(nn.Module):
         )
         places = placement.place_ids(routing.ids, self.layer_id)
         self.note(routing.ids, choices, places)
-        routed = self.experts(hidden_states, StandardTopKOutput(routing.weights, places, logits))
+        return routing, StandardTopKOutput(routing.weights, places, logits)
+
+    def shortcut(self, routed: Tensor, hidden_states: Tensor, routing: Routing) -> Shortcut:
+        """routed: [T, H], what the FFN experts make of `hidden_states`."""
         if get_moe_a2a_backend().is_none():
             return Shortcut(routed, identity_share(hidden_states, routing.identity))
         return Shortcut(None, add_identity(routed, hidden_states, routing.identity))

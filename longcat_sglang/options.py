@@ -333,9 +333,10 @@ SERVED: tuple[Option, ...] = (
     Option(
         "--enable-single-batch-overlap",
         Outcome.SERVED,
-        "The MoE beside the dense path, on a second stream in decoding's graphs. Without effect, which is logged, on a "
-        "CPU and with --moe-a2a-backend. Off by default, as no GPU has run it.",
-        f"{READ}; the order of a layer's operations in the tests, with a stand-in for streams",
+        "The MoE beside the dense path, on a second stream in decoding's graphs; with --moe-a2a-backend deepep tokens "
+        "on their way to experts and back, but in graphs in pieces ([more](overlap.md)). Without effect, which is "
+        "logged, on a CPU. Off by default, as no GPU has run it.",
+        f"{READ}; the order of a layer's operations in the tests, with stand-ins for streams and for DeepEP's kernels",
     ),
     Option(
         "--enable-dp-attention",

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
@@ -68,15 +68,15 @@ def stages(noted: list[tuple[str, str]]) -> list[tuple[tuple[str, ...], tuple[st
     return list(zip(first, second, strict=True))
 
 
-def problems(noted: list[tuple[str, str]]) -> list[str]:
-    """Of an order of operations."""
+def problems(noted: list[tuple[str, str]], absent: Collection[str] = TRANSPORT) -> list[str]:
+    """Of an order of operations. absent: those that the deployment does not have."""
     if sums := [name for stream, name in noted if stream == SIDE and name.endswith("_sum")]:
         return [f"{name} on the second stream, where sums are made on the first" for name in sums]
     schedule = Schedule("as run", tuple(Stage(str(number), tracks) for number, tracks in enumerate(stages(noted))))
-    return list(faults(schedule, _without(SHORTCUT_LAYER, TRANSPORT)))
+    return list(faults(schedule, _without(SHORTCUT_LAYER, absent)))
 
 
-def _without(layer: Mapping[str, Operation], absent: set[str]) -> dict[str, Operation]:
+def _without(layer: Mapping[str, Operation], absent: Collection[str]) -> dict[str, Operation]:
     """What waits for what is absent waits for what that waits for."""
 
     def waited_for(name: str) -> tuple[str, ...]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from longcat_core.config import LongcatConfig
@@ -42,7 +43,7 @@ class Device(ABC):
         """What SGLang's attention rotates with, one for all attentions of a model; None where `attend` rotates."""
 
     @abstractmethod
-    def attend(
+    def project(
         self,
         attention: LongcatAttention,
         positions: Tensor,
@@ -51,8 +52,11 @@ class Device(ABC):
         zero_allocator: BumpAllocator,
         cos: Tensor,
         sin: Tensor,
-    ) -> Tensor:
-        """hidden_states: [T, H]; cos and sin: fp32 [T, 1, rope / 2]. Returns [T, H], a part of the sum over ranks."""
+    ) -> Callable[[], Tensor]:
+        """An attention up to where tokens attend to each other, as far as the device parts them there.
+
+        hidden_states: [T, H]; cos and sin: fp32 [T, 1, rope / 2]. Returns what computes the rest, and the output,
+        [T, H], a part of the sum over ranks."""
 
     @abstractmethod
     def dense_ffn(self, ffn: LongcatFFN, hidden_states: Tensor) -> Tensor | None:
@@ -128,6 +132,10 @@ class Device(ABC):
     @abstractmethod
     def obstacles_to_overlap(self, settings: Any) -> list[str]:
         """Why a layer's MoE cannot run beside its dense path here, with these options."""
+
+    @abstractmethod
+    def what_overlaps(self, settings: Any) -> str:
+        """What runs beside a layer's dense path here, as the log says it, if there is no obstacle."""
 
     @abstractmethod
     def implementations(self) -> list[Finding]:

@@ -184,14 +184,27 @@ def test_sglangs_products_for_one_token_still_take_an_id_of_minus_one_for_the_la
     assert torch.equal(computed(-1), computed(2))
 
 
-def test_a_gpus_attention_is_sglangs_own_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(DeepseekV2AttentionMLA, "forward", lambda *given: calls.append(given) or "attended")
+def test_a_gpus_attention_is_the_two_halves_of_sglangs_own_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, Any]] = []
+
+    def prepare(self: Any, *given: Any, **named: Any) -> str:
+        calls.append(("prepare", [*given, *[value for value in named.values() if value]]))
+        return "prepared"
+
+    def core(self: Any, prepared: str) -> str:
+        calls.append(("core", prepared))
+        return "attended"
+
+    monkeypatch.setattr(DeepseekV2AttentionMLA, "forward_prepare", prepare)
+    monkeypatch.setattr(DeepseekV2AttentionMLA, "forward_core", core)
     monkeypatch.setattr(model.devices, "current", Cuda)
     attention = LongcatAttention.__new__(LongcatAttention)
     given: list[Any] = ["positions", "hidden_states", "forward_batch", "zeros"]
-    assert LongcatAttention.forward(attention, *given, cos="cos", sin="sin") == "attended"
-    assert calls == [(attention, *given)]
+    rest = LongcatAttention.project(attention, *given, cos="cos", sin="sin")
+    assert calls == [("prepare", given)]
+    assert rest() == LongcatAttention.forward(attention, *given, cos="cos", sin="sin") == "attended"
+    assert DeepseekV2AttentionMLA.forward(attention, *given) == "attended"
+    assert calls == 3 * [("prepare", given), ("core", "prepared")]
 
 
 def test_an_attention_may_take_a_zero_for_each_absorbed_weight(monkeypatch: pytest.MonkeyPatch) -> None:

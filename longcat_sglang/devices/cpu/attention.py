@@ -157,7 +157,7 @@ class DraftingBackend:
 def attend(
     attention: LongcatAttention, hidden_states: Tensor, forward_batch: ForwardBatch, cos: Tensor, sin: Tensor
 ) -> Tensor:
-    """The forward pass of MLA around `LatentAttentionBackend`, as `devices.base.Device.attend`."""
+    """The forward pass of MLA around `LatentAttentionBackend`: [T, H] -> [T, H], as `LongcatAttention.forward`."""
     backend = get_attn_backend()
     assert isinstance(backend, LatentAttentionBackend), "a CPU has no other"
     # SGLang plans no attention for a rank without requests, which may be given rows as the others are.

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from longcat_core.config import LongcatConfig
@@ -40,7 +42,7 @@ class Cpu(Device):
     def rotary_embedding(self, config: LongcatConfig) -> None:
         return None
 
-    def attend(
+    def project(
         self,
         attention: LongcatAttention,
         positions: Tensor,
@@ -49,10 +51,10 @@ class Cpu(Device):
         zero_allocator: BumpAllocator,
         cos: Tensor,
         sin: Tensor,
-    ) -> Tensor:
+    ) -> Callable[[], Tensor]:
         from longcat_sglang.devices.cpu.attention import attend
 
-        return attend(attention, hidden_states, forward_batch, cos, sin)
+        return partial(attend, attention, hidden_states, forward_batch, cos, sin)
 
     def dense_ffn(self, ffn: LongcatFFN, hidden_states: Tensor) -> Tensor | None:
         from longcat_sglang.devices.cpu.linear import compiled_ffn
@@ -160,6 +162,9 @@ class Cpu(Device):
 
     def obstacles_to_overlap(self, settings: Any) -> list[str]:
         return ["a CPU has no streams"]
+
+    def what_overlaps(self, settings: Any) -> str:
+        return "nothing"
 
     def implementations(self) -> list[Finding]:
         import torch

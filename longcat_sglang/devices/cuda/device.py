@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from longcat_core.config import LongcatConfig
@@ -48,7 +49,7 @@ class Cuda(Device):
 
         return LongcatRotaryEmbedding(config)
 
-    def attend(
+    def project(
         self,
         attention: LongcatAttention,
         positions: Tensor,
@@ -57,11 +58,10 @@ class Cuda(Device):
         zero_allocator: BumpAllocator,
         cos: Tensor,
         sin: Tensor,
-    ) -> Tensor:
-        """SGLang's own forward pass, which dispatches to its MLA backends and rotates by `rotary_embedding`."""
-        from sglang.srt.models.deepseek_v2 import DeepseekV2AttentionMLA
-
-        return DeepseekV2AttentionMLA.forward(attention, positions, hidden_states, forward_batch, zero_allocator)
+    ) -> Callable[[], Tensor]:
+        """SGLang's own two halves, which dispatch to its MLA backends and rotate by `rotary_embedding`."""
+        prepared = attention.forward_prepare(positions, hidden_states, forward_batch, zero_allocator)
+        return partial(attention.forward_core, prepared)
 
     def dense_ffn(self, ffn: LongcatFFN, hidden_states: Tensor) -> None:
         return None
@@ -107,11 +107,11 @@ class Cuda(Device):
         from sglang.srt.runtime_context import get_server_args, get_stream
 
         settings = resolved_view(get_server_args())
-        if not settings.enable_single_batch_overlap or self.obstacles_to_overlap(settings):
+        if not settings.enable_single_batch_overlap:
             return InARow()
-        from longcat_sglang.devices.cuda.overlap import SecondStream
+        from longcat_sglang.devices.cuda.overlap import Exchange, SecondStream
 
-        return SecondStream(get_stream("longcat_moe"))
+        return SecondStream(get_stream("longcat_moe")) if settings.moe_a2a_backend == "none" else Exchange()
 
     def restore_experts(self, experts: Any) -> None:
         """SGLang does so itself."""
@@ -153,9 +153,12 @@ class Cuda(Device):
         return obstacles
 
     def obstacles_to_overlap(self, settings: Any) -> list[str]:
+        return []
+
+    def what_overlaps(self, settings: Any) -> str:
         if settings.moe_a2a_backend == "none":
-            return []
-        return [f"--moe-a2a-backend {settings.moe_a2a_backend} has streams and waits of its own, which were not tried"]
+            return "its MoE, on a second stream, in CUDA graphs of whole steps; in other steps it comes first"
+        return "tokens on their way to experts and back; in CUDA graphs in pieces the MoE comes first"
 
     def implementations(self) -> list[Finding]:
         from longcat_sglang.options import SKIP_ZERO_EXPERTS
