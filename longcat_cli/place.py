@@ -32,11 +32,11 @@ def command(
     errors = Console(stderr=True, highlight=False)
     with errors.status("importing torch"):
         from longcat_core.parallel import location
-        from longcat_core.parallel.placement import linear, place
+        from longcat_core.parallel.placement import counted_rows, linear, place
     try:
         if output.suffix != ".json":
             raise ValueError(f"{output}: wanted a name that ends in .json, by which engines know it")
-        rows = location.counts_of(location.read(str(counts), location.COUNTS)).numpy()
+        rows = counted_rows(location.counts_of(location.read(str(counts), location.COUNTS)).numpy())
         _, layers, experts = rows.shape
         if (experts + redundant) % ranks:
             raise ValueError(f"--ranks: {ranks}, wanted a divisor of the {experts} experts and {redundant} redundant")

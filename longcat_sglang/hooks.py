@@ -194,6 +194,16 @@ HOOKS: tuple[Hook, ...] = (
         upstream="sgl-project/sglang#31290 (open, for XPU)",
     ),
     Wrapper(
+        name="policy of placement",
+        target="sglang.srt.eplb.expert_location.ExpertLocationMetadata.init_by_eplb",
+        around="longcat_sglang.placement:place_by_load",
+        concerns="longcat_sglang.engine:configures_longcat",
+        wrap="longcat_sglang.registration:wrap_when_imported",
+        wrapped_by="longcat_sglang.registration:module_when_imported",
+        why="SGLang's algorithms look at means alone, and move most experts whenever they balance. None can be added.",
+        remove_when="A model, or a plugin, can add an algorithm.",
+    ),
+    Wrapper(
         name="recorded choices",
         target="sglang.srt.eplb.expert_distribution._ExpertDistributionRecorderReal._on_hook",
         around="longcat_sglang.devices.cpu.patches:note_choices_while_recording",

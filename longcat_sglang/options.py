@@ -275,6 +275,7 @@ CHECKED_BY_VALUE: tuple[Option, ...] = (
     _refused("--tp-size", "it has to divide the attention heads", RUN),
     _refused("--ep-size", "it has to divide the FFN experts, redundant ones included", RUN),
     _refused("--init-expert-location", "it has to be of this model's experts, and they on several ranks", RUN),
+    _refused("--eplb-algorithm deepseek_hierarchical", "those in `_hierarchical` want experts in groups", RUN),
     _refused("--speculative-draft-model-path", "the MTP layer is in the model's own checkpoint", RUN),
     _refused("--speculative-num-steps", "it has to be a number of drafts", RUN),
     _refused("--speculative-num-draft-tokens", "it has to fit the tree", RUN),

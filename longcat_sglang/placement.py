@@ -1,37 +1,53 @@
-"""Where experts are: SGLang's options for that, checked beforehand, and the places of experts that tokens choose."""
+"""Where experts are: SGLang's options for that, checked beforehand, our policy, and the places of experts chosen."""
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
 
 from longcat_core.config import LongcatConfig
 from longcat_core.parallel import location
+from longcat_core.parallel.placement import place_while_serving
 from longcat_core.plugin.options import Option, Outcome
 
 if TYPE_CHECKING:
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.eplb.expert_location import ExpertLocationMetadata
     from torch import Tensor
 
     from longcat_sglang.devices.base import Device
 
 IN_ORDER = "trivial"
 """What --init-expert-location is where nothing is given."""
+OURS = "auto"
+"""What --eplb-algorithm is where nothing is given: then experts are placed by our policy."""
+ALGORITHMS = ("deepseek", "deepseek_vec", "elasticity_aware")
+"""SGLang's own that can place experts which are in no groups, as LongCat's are not."""
 
 _KNOWN_BY = "two ranks on a CPU, in the tests; a GPU: read in SGLang 0.5.21"
 SERVED: tuple[Option, ...] = (
     Option(
         "--enable-eplb",
         Outcome.SERVED,
-        "SGLang counts rows of FFN experts, and moves experts between ranks by its own policy. A choice of a zero "
-        "expert is no row.",
+        "SGLang counts rows of FFN experts, and moves experts between ranks. A choice of a zero expert is no row.",
         _KNOWN_BY,
+    ),
+    Option(
+        f"--eplb-algorithm {OURS}",
+        Outcome.SERVED,
+        "Our policy, which leaves experts where they are if a move brings nothing. SGLang's own are served as well: "
+        f"{', '.join(f'`{name}`' for name in ALGORITHMS)}.",
+        f"{_KNOWN_BY}; SGLang's own algorithms: read",
     ),
     Option(
         "--init-expert-location FILE",
         Outcome.SERVED,
-        "Places of experts, as `longcat place` writes them, or counts, from which SGLang places them; checked before "
-        "any worker starts. A choice of a zero expert has no place.",
+        "Places of experts, as `longcat place` writes them, or counts, from which they are placed as --eplb-algorithm "
+        "says; checked before any worker starts. A choice of a zero expert has no place.",
         _KNOWN_BY,
     ),
     Option(
@@ -68,6 +84,8 @@ def problems(settings: Any, longcat: LongcatConfig) -> list[str]:
             for option, is_given in options.items()
             if is_given
         ]
+    if settings.enable_eplb or given != IN_ORDER:
+        found += _problems_with_policy(settings.eplb_algorithm, longcat, ranks, redundant)
     if given != IN_ORDER and settings.load_format == "sharded_state":
         found.append(
             "load_format: 'sharded_state', which has experts where they were when it was saved, wanted another with "
@@ -79,6 +97,19 @@ def problems(settings: Any, longcat: LongcatConfig) -> list[str]:
         except ValueError as error:
             found.append(f"init_expert_location: {error}; correct it, or leave --init-expert-location out")
     return found
+
+
+def _problems_with_policy(algorithm: str, longcat: LongcatConfig, ranks: int, redundant: int) -> list[str]:
+    if algorithm not in (OURS, *ALGORITHMS):
+        wanted = ", ".join((OURS, *ALGORITHMS))
+        return [f"eplb_algorithm: {algorithm!r}, wanted one of {wanted}; give one, or leave --eplb-algorithm out"]
+    most = longcat.n_routed_experts * (ranks - 1)
+    if algorithm == OURS and ranks > 1 and redundant > most:
+        return [
+            f"ep_num_redundant_experts: {redundant}, wanted at most {most}, with which every rank has every expert; "
+            f"give --ep-num-redundant-experts fewer, or --eplb-algorithm {ALGORITHMS[0]}"
+        ]
+    return []
 
 
 def _check(given: str, longcat: LongcatConfig, redundant: int) -> None:
@@ -104,6 +135,39 @@ def num_places(longcat: LongcatConfig) -> int:
 
     redundant: int = get_exec().moe.ep_num_redundant_experts
     return longcat.n_routed_experts + redundant
+
+
+def place_by_load(
+    original: Callable[..., ExpertLocationMetadata], model_config: ModelConfig, logical_count: Any, **kwargs: Any
+) -> ExpertLocationMetadata:
+    """Where experts are to be by how often they were chosen, unless one of SGLang's own algorithms is asked for.
+
+    logical_count: [layers, experts], or of each of some steps, alike on all ranks. Each rank places some of the layers,
+    from which all get the same places, and sooner.
+    """
+    from sglang.srt.eplb.expert_location import ExpertLocationMetadata, get_global_expert_location_metadata
+    from sglang.srt.runtime_context import get_device, get_exec, get_parallel
+
+    moe, parallel = get_exec().moe, get_parallel()
+    if moe.eplb_algorithm != OURS:
+        return original(model_config, logical_count, **kwargs)
+    counts = torch.as_tensor(logical_count)
+    counts = counts.reshape(-1, *counts.shape[-2:])
+    _, layers, experts = counts.shape
+    now = get_global_expert_location_metadata()
+    places = torch.zeros(layers, experts + moe.ep_num_redundant_experts, dtype=torch.int64)
+    for layer in range(dist.get_rank(), layers, dist.get_world_size()):
+        placed = place_while_serving(
+            counts[:, layer].double().cpu().numpy(),
+            parallel.ep_size,
+            moe.ep_num_redundant_experts,
+            ranks_a_node=parallel.ep_size // parallel.nnodes,
+            current=None if now is None else now.physical_to_logical_map_cpu[layer].numpy(),
+        )
+        places[layer] = torch.from_numpy(placed)
+    places = places.to(get_device().device)
+    dist.all_reduce(places)
+    return ExpertLocationMetadata.init_by_mapping(model_config, places)
 
 
 def weights_of(layers: Iterable[Any], device: Device) -> dict[int, list[Tensor]]:

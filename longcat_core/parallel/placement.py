@@ -63,6 +63,20 @@ def step_rows(steps: Sequence[Ints], experts: int) -> Floats:
     return np.stack([np.bincount(ids[(ids >= 0) & (ids < experts)], minlength=experts) for ids in steps]).astype(float)
 
 
+def counted_rows(counts: Floats) -> Floats:
+    """What `place` reads of an engine's counts: [steps, layers, experts] -> [as many steps or fewer, layers, experts].
+
+    Steps of which nothing was counted are left out, as a recorder has room for more than it has met. What all counts
+    have as a common divisor is divided out: ranks that compute the same tokens each count all of their rows, and a
+    recorder adds them up. Of R ranks each count is then R times the rows, and differs by more than chance explains.
+    """
+    counts = counts[counts.any(axis=(1, 2))]
+    whole = counts.astype(np.int64)
+    if (whole != counts).any() or not whole.any():
+        return counts
+    return counts / np.gcd.reduce(whole, axis=None)
+
+
 def linear(layers: int, experts: int, ranks: int, redundant: int = 0) -> Placement:
     """Experts in order, then the first `redundant` of them again, as evenly as can be: where engines begin."""
     order = np.arange(experts + redundant) % experts
@@ -138,6 +152,21 @@ def place(
     )
 
 
+def place_while_serving(
+    counts: Floats, ranks: int, redundant: int, *, ranks_a_node: int | None = None, current: Ints | None = None
+) -> Ints:
+    """One layer by what an engine has counted: [places], rank r has the r-th of equal parts, as `current` has them.
+
+    counts: [steps, experts]. Where nothing was counted, experts stay where they are, or are in order. The other
+    parameters are as those of `place`, with as many slots as experts.
+    """
+    rows = counted_rows(counts[:, None])
+    before = None if current is None else Placement(current.reshape(1, ranks, -1))
+    if not len(rows):
+        return (before or linear(1, counts.shape[1], ranks, redundant)).physical_to_logical[0]
+    return place(rows, ranks, redundant, ranks_a_node=ranks_a_node, current=before).physical_to_logical[0]
+
+
 def _common_changes(rows: Floats) -> Floats:
     """What moves many experts at once from step to step: rows [steps, experts] -> [experts, changes].
 
@@ -149,8 +178,13 @@ def _common_changes(rows: Floats) -> Floats:
     if steps == 1:
         return np.zeros((experts, 0))
     chance = np.sqrt(rows.mean(axis=0))
-    _, values, directions = np.linalg.svd((rows - rows.mean(axis=0)) / chance.clip(min=1e-9), full_matrices=False)
-    variances, noise = values**2 / (steps - 1), experts / (steps - 1)
+    changes, noise = (rows - rows.mean(axis=0)) / chance.clip(min=1e-9), experts / (steps - 1)
+    if steps > experts:  # the same, sooner
+        values, columns = np.linalg.eigh(changes.T @ changes)
+        variances, directions = values / (steps - 1), columns.T
+    else:
+        _, values, directions = np.linalg.svd(changes, full_matrices=False)
+        variances = values**2 / (steps - 1)
     kept = variances > 1.05 * (1 + math.sqrt(noise)) ** 2
     return (directions[kept] * np.sqrt(variances[kept] - 1 - noise)[:, None]).T * chance[:, None]
 

@@ -8,7 +8,16 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from longcat_core.parallel.placement import Floats, Placement, linear, place, step_rows
+from longcat_core.parallel.placement import (
+    Floats,
+    Placement,
+    _common_changes,
+    counted_rows,
+    linear,
+    place,
+    place_while_serving,
+    step_rows,
+)
 
 
 def drawn(seed: int, steps: int = 32, layers: int = 2, experts: int = 32) -> Floats:
@@ -68,6 +77,44 @@ def test_experts_that_are_busy_together_are_apart() -> None:
 def test_chance_alone_is_no_reason_to_part_experts() -> None:
     rows = np.random.default_rng(0).poisson(200, (24, 1, 64)).astype(float)
     assert (place(rows, 16).experts == place(rows.mean(axis=0, keepdims=True), 16).experts).all()
+
+
+def test_rows_that_each_of_eight_ranks_has_counted_are_no_more_than_chance() -> None:
+    rows = np.random.default_rng(0).poisson(200, (24, 1, 64)).astype(float)
+    assert (counted_rows(8 * rows) == rows).all()
+    assert (place(8 * rows, 16).experts != place(rows, 16).experts).any()
+    assert (place_while_serving(8 * rows[:, 0], 16, 0) == place(rows, 16).physical_to_logical[0]).all()
+
+
+@pytest.mark.parametrize("counts", [[], [[[0.5, 4.0]]], [[[3.0, 4.0]], [[0.0, 2.0]]]])
+def test_counts_without_a_common_divisor_stay_as_they_are(counts: list[list[list[float]]]) -> None:
+    assert counted_rows(np.array([*counts, [[0.0, 0.0]]])).tolist() == counts
+
+
+def test_common_changes_of_many_steps_are_those_of_all_products() -> None:
+    """With more steps than experts they are found in another way."""
+    rows = drawn(0, steps=100, layers=1)[:, 0]
+    chance = np.sqrt(rows.mean(axis=0))
+    _, values, directions = np.linalg.svd((rows - rows.mean(axis=0)) / chance, full_matrices=False)
+    noise = 32 / 99
+    variances = np.where(values**2 / 99 > 1.05 * (1 + noise**0.5) ** 2, values**2 / 99 - 1 - noise, 0)
+    found, wanted = _common_changes(rows), directions.T * np.sqrt(variances) * chance[:, None]
+    assert found.shape[1] == 1
+    np.testing.assert_allclose(found @ found.T, wanted @ wanted.T, rtol=1e-9, atol=1e-9)
+
+
+def test_steps_of_which_nothing_was_counted_say_nothing() -> None:
+    rows = drawn(0, layers=1)[:, 0]
+    with_empty = np.concatenate([rows, np.zeros((32, 32))])
+    assert (place_while_serving(with_empty, 4, 4) == place_while_serving(rows, 4, 4)).all()
+
+
+def test_experts_stay_where_nothing_was_counted_or_all_are_alike() -> None:
+    current = place(drawn(0, layers=1), 4, 4).physical_to_logical[0]
+    assert (place_while_serving(np.zeros((3, 32)), 4, 4, current=current) == current).all()
+    assert (place_while_serving(np.zeros((3, 32)), 4, 4) == [*range(32), *range(4)]).all()
+    swapped = linear(1, 32, 4).physical_to_logical[0][::-1].copy()
+    assert (place_while_serving(np.full((3, 32), 100.0), 4, 0, current=swapped) == swapped).all()
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,10 @@ ASKED: dict[str, dict[str, Any]] = {
     "--tokenizer-worker-num": {"tokenizer_worker_num": 2, "tool_call_parser": "longcat"},
     "--ep-dispatch-algorithm lp": {"ep_dispatch_algorithm": "lp"},
     "--init-expert-location": {"init_expert_location": "counts.pt"},
+    "--eplb-algorithm deepseek_hierarchical": {
+        "eplb_algorithm": "deepseek_hierarchical",
+        "init_expert_location": "counts.pt",
+    },
     "--elastic-ep-backend": {"elastic_ep_backend": "mooncake"},
     "--enable-elastic-expert-backup": {"enable_elastic_expert_backup": True},
     "--moe-a2a-backend deepep": {"moe_a2a_backend": "deepep"},

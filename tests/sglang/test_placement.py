@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,9 +14,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from sglang.srt.eplb import expert_location
+from sglang.srt.eplb import eplb_algorithms, expert_location
 from sglang.srt.eplb.expert_distribution import (
     _ExpertDistributionRecorderReal,
     _SelectExpertsSinglePassGatherer,
@@ -27,6 +29,7 @@ from sglang.srt.eplb.expert_location_updater import ExpertLocationUpdater
 from sglang.srt.runtime_context import get_context
 
 from longcat_core.parallel.location import COUNTS, PLACES
+from longcat_core.parallel.placement import place
 from longcat_sglang import placement
 from longcat_sglang.devices.cpu import patches
 from tests.cases import CASES, DEFAULT, Case
@@ -90,23 +93,66 @@ def test_scales_of_experts_move_with_their_weights() -> None:
     assert {number: len(weights) for number, weights in found.items()} == {0: 4, 1: 4}
 
 
-def note_moves(noted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Append to a file how many places have another expert than before."""
+MODEL_CONFIG: Any = SimpleNamespace(hf_config=SimpleNamespace(longcat=DEFAULT))
+
+
+def policy(algorithm: str, rank: int, ranks: int, counts: Any, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The places that one of some ranks gives, of other ranks' layers zeros."""
+    options: dict[str, Any] = {"tp_size": 2, "ep_size": 2, "device": "cpu", "ep_num_redundant_experts": 2}
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: rank)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: ranks)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda _: None)
+    monkeypatch.setattr(ExpertLocationMetadata, "init_by_mapping", lambda config, places: (config, places.tolist()))
+    with get_context().override_server_args(eplb_algorithm=algorithm, **options):
+        config, places = placement.place_by_load(lambda *given: given, MODEL_CONFIG, counts)
+    assert config is MODEL_CONFIG
+    found: list[list[int]] = places
+    return found
+
+
+BUSY_TOGETHER = [[[90, 10, 90, 10, 50, 50, 50, 50]] * LAYERS, [[10, 90, 10, 90, 50, 50, 50, 50]] * LAYERS]
+"""Counts of two steps."""
+
+
+def test_ours_is_the_policy_unless_another_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    places = policy("auto", 0, 1, BUSY_TOGETHER, monkeypatch)
+    assert places == place(np.array(BUSY_TOGETHER, dtype=float), 2, 2, ranks_a_node=2).physical_to_logical.tolist()
+    assert policy("deepseek", 0, 1, BUSY_TOGETHER, monkeypatch) is BUSY_TOGETHER
+
+
+def test_ranks_place_a_share_of_the_layers_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = policy("auto", 0, 1, BUSY_TOGETHER, monkeypatch)
+    parts = [policy("auto", rank, 3, torch.tensor(BUSY_TOGETHER), monkeypatch) for rank in range(3)]
+    assert torch.tensor(parts).sum(dim=0).tolist() == whole
+    assert [[any(layer) for layer in part] for part in parts] == [[True, False], [False, True], [False, False]]
+
+
+def test_experts_stay_where_none_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = [BUSY_TOGETHER[0][0], [0] * EXPERTS]
+    assert policy("auto", 0, 1, counts, monkeypatch)[1] == [*IN_ORDER, 0, 1]
+    now = SimpleNamespace(physical_to_logical_map_cpu=torch.tensor([REPLICATED] * LAYERS))
+    monkeypatch.setattr(expert_location, "get_global_expert_location_metadata", lambda: now)
+    assert policy("auto", 0, 1, counts, monkeypatch)[1] == REPLICATED
+
+
+def note_places(noted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Append to a file where experts were and where they are now, and have no policy but ours."""
     update = ExpertLocationMetadata.update
 
     def noting(self: ExpertLocationMetadata, other: ExpertLocationMetadata, update_layer_ids: list[int]) -> None:
-        before = self.physical_to_logical_map.clone()
+        before = self.physical_to_logical_map.tolist()
         update(self, other, update_layer_ids=update_layer_ids)
         with noted.open("a") as file:
-            file.write(f"{int((before != self.physical_to_logical_map).sum())} ")
+            file.write(json.dumps([before, self.physical_to_logical_map.tolist()]) + "\n")
 
     monkeypatch.setattr(ExpertLocationMetadata, "update", noting)
+    monkeypatch.delattr(eplb_algorithms, "rebalance_experts")
 
 
 def test_experts_that_move_while_64_requests_run_change_no_token(
     checkpoint_of: Callable[[Case], Path], tmp_path: Path
 ) -> None:
-    case, noted, new_tokens = CASES["default"], tmp_path / "moves", 16
+    case, noted, new_tokens = CASES["default"], tmp_path / "places", 16
     prompts = [case.prompts(1, 1 + n % 20, seed=n)[0] for n in range(64)]
     balancing = {"enable_eplb": True, "eplb_rebalance_num_iterations": 5, "expert_distribution_recorder_buffer_size": 5}
     with serving(
@@ -115,10 +161,12 @@ def test_experts_that_move_while_64_requests_run_change_no_token(
         expert_parallel=True,
         ep_num_redundant_experts=2,
         **balancing,
-        **in_each_rank(partial(note_moves, noted)),
+        **in_each_rank(partial(note_places, noted)),
     ) as served:
         answers = served.greedy(prompts, new_tokens)
-    assert sum(int(moved) > 0 for moved in noted.read_text().split()) >= 4, "twice on both ranks"
+    updates = Counter(noted.read_text().splitlines())
+    assert set(updates.values()) == {2}, "alike on both ranks"
+    assert sum(before != after for before, after in map(json.loads, updates)) >= 2, "experts moved twice"
     truth = oracle(case.config, case.published())
     for prompt, tokens in zip(prompts, answers, strict=True):
         assert_greedy_equal(tokens, greedy(truth, prompt, new_tokens))
@@ -141,9 +189,11 @@ def problems(
     load_format: str = "auto",
     balances: bool = False,
     all_to_all: str = "none",
+    algorithm: str = "auto",
 ) -> list[str]:
     settings = SimpleNamespace(ep_num_redundant_experts=redundant, ep_size=ranks, tp_size=4, load_format=load_format)
     settings.init_expert_location, settings.enable_eplb, settings.moe_a2a_backend = given, balances, all_to_all
+    settings.eplb_algorithm = algorithm
     return placement.problems(settings, DEFAULT)
 
 
@@ -177,6 +227,14 @@ def test_an_all_to_all_has_experts_on_all_ranks() -> None:
         ({"ranks": 3}, "ep_size: 3, wanted a divisor of the 8 FFN experts; give --ep-size one"),
         ({"redundant": 1}, "ep_size: 2, wanted a divisor of the 9 FFN experts, of which 1 are redundant; give"),
         ({"balances": True, "ranks": 1}, "ep_size: 1, wanted more for --enable-eplb, as one rank has every expert"),
+        (
+            {"balances": True, "algorithm": "ours"},
+            "eplb_algorithm: 'ours', wanted one of auto, deepseek, deepseek_vec, el",
+        ),
+        (
+            {"balances": True, "redundant": 10},
+            "ep_num_redundant_experts: 10, wanted at most 8, with which every rank ha",
+        ),
         ({"redundant": 2, "ranks": 1}, "leave --ep-num-redundant-experts out"),
         ({"given": of(IN_ORDER), "ranks": 1}, "ep_size: 1, wanted more for --init-expert-location, as one rank has"),
         ({"given": of(IN_ORDER), "redundant": 2}, "8 places in a layer, wanted 10, for 8 FFN experts and --ep-num-re"),
@@ -192,6 +250,17 @@ def test_what_sglang_would_get_wrong_or_fail_over_is_refused(asked: dict[str, An
 
 
 # -- what the patches are for is still so ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", sorted({"auto", *(each.name for each in eplb_algorithms.EplbAlgorithm)}))
+def test_sglangs_algorithms_are_served_or_refused(algorithm: str) -> None:
+    for_groups = algorithm.endswith("_hierarchical")
+    assert bool(problems(balances=True, algorithm=algorithm)) is for_groups
+    assert problems(algorithm=algorithm) == [], "which nothing asks"
+    if for_groups and algorithm.startswith("deepseek"):
+        chosen = eplb_algorithms.EplbAlgorithm[algorithm]
+        with pytest.raises(TypeError, match="NoneType"):
+            eplb_algorithms.rebalance_experts(torch.ones(1, LAYERS, EXPERTS), EXPERTS, EXPERTS // 2, None, 1, chosen)
 
 
 def test_sglangs_recorder_still_asks_a_cpu_whether_it_captures_a_graph() -> None:
