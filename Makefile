@@ -10,7 +10,7 @@ PIP = $(@D)/bin/python -m pip --disable-pip-version-check install
 KERNELS_CPU = $(wildcard longcat_core/kernels/cpu/*.cpp longcat_core/kernels/cpu/*.h longcat_core/kernels/cpu/*.inc)
 SITE = $$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 
-.PHONY: vllm sglang agents mlx demo demo-agent test test-vllm test-sglang cuda-check cuda-check-vllm cuda-check-sglang lint bench
+.PHONY: vllm sglang agents mlx demo demo-agent test test-vllm test-sglang test-by-hand cuda-check cuda-check-vllm cuda-check-sglang lint bench
 
 vllm: .venv-vllm/.installed
 sglang: .venv-sglang/.installed
@@ -32,6 +32,11 @@ test-vllm: vllm agents
 test-sglang: sglang agents
 	@echo "== SGLang"
 	.venv-sglang/bin/python -m pytest tests/engines tests/sglang
+
+# What CI has no time for; docs/development.md says when it was run last.
+test-by-hand: vllm sglang
+	.venv-vllm/bin/python -m pytest -m by_hand tests/engines tests/vllm
+	.venv-sglang/bin/python -m pytest -m by_hand tests/engines tests/sglang
 
 cuda-check: cuda-check-vllm cuda-check-sglang
 

@@ -342,8 +342,9 @@ SERVED: tuple[Option, ...] = (
     Option(
         "--enable-dp-attention",
         Outcome.SERVED,
-        "With drafts too. A draft gate is refused with it, and expert choices are not counted in `/metrics`.",
-        f"a CPU: {RUN}, in fp32 and with drafts in chains; a GPU: built and stepped in a dry run, without drafts",
+        "With drafts too. A draft gate is refused with it.",
+        f"a CPU: {RUN}, in fp32 and with drafts in chains, by hand in bf16, in FP8, and two pairs of ranks; a GPU: "
+        "built and stepped in a dry run, without drafts",
     ),
     *placement.SERVED,
     Option("--enable-return-routed-experts", Outcome.SERVED, "-1 stands for a zero expert.", READ),

@@ -224,7 +224,8 @@ OPTIONS: tuple[Option, ...] = (
         "path of the layer runs ([more](overlap.md)); on a GPU it is vLLM's own, and not tried. With "
         "--tensor-parallel-size each rank sends a share of the tokens that it has in common with others, as in vLLM's "
         "models.",
-        "two ranks on a CPU, with drafts too, the refusal, and the shares of two ranks, in the tests; a server by hand",
+        "two ranks on a CPU, with drafts too, the refusal, and the shares of two ranks, in the tests; by hand in bf16, "
+        "in FP8, two pairs of ranks, and a server",
     ),
     Option(
         """--additional-config '{"longcat": {"overlap": true}}'""",

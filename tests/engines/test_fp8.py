@@ -21,17 +21,13 @@ from longcat_core.quantization import Quantization
 from longcat_core.weights.audit import CheckpointError
 from longcat_core.weights.names import MTP_PREFIX, SCALE_SUFFIX
 from tests.cases import drafting_tensors, published, write_checkpoint
-from tests.fp8 import CONFIG, dequantised, released
+from tests.fp8 import CLEAR, CONFIG, VERY_CLEAR, dequantised, released
 from tests.harness import engine
 from tests.oracle import greedy, oracle, oracle_logits, typical_error
 
 PLAIN = replace(CONFIG, quantization=None)
 PROMPT = torch.randint(CONFIG.vocab_size, (90,), generator=torch.Generator().manual_seed(0)).tolist()
 CHUNK = 32
-CLEAR = 0.05
-"""Tokens are the exact model's wherever its two best logits are so far apart."""
-VERY_CLEAR = 4 * CLEAR
-"""As far as bf16 may move two logits, so that tokens are the exact model's whatever else is in the batch."""
 
 FP8 = Quantization("fp8")
 QUANTIZATIONS: dict[str, Quantization] = {

@@ -107,3 +107,10 @@ def test_two_ranks_are_as_one_and_make_four_sums_a_layer_each_for_a_norm(
     for each in noted(notes):
         assert each.collectives == {"all_reduce": sums + 1}
         assert each.sums_into_a_norm >= sums
+
+
+@pytest.mark.by_hand
+def test_four_ranks_with_two_experts_each_are_as_one(directory: Path) -> None:
+    """Of two ranks each is the first or the last."""
+    with engine.serving(directory, tensor_parallel=4, expert_parallel=True) as served:
+        assert_true(served)

@@ -19,6 +19,7 @@ from sglang.srt.server_args import ZMQ_TCP_PORT_DELTA
 from torch import Tensor
 
 from longcat_cli.make_checkpoint import make_checkpoint
+from longcat_core.quantization import Quantization
 from longcat_core.reference import LongcatForCausalLM
 from longcat_sglang import metrics
 from longcat_sglang.devices.cpu import attention, patches, platform
@@ -27,6 +28,7 @@ from tests.cases import Case
 from tests.engines.test_metrics import assert_counts_what_the_reference_chooses
 from tests.engines.test_scheduling import assert_true, prompts, truth
 from tests.engines.test_speculation import assert_drafts_are_the_references, assert_tokens
+from tests.fp8 import Release
 from tests.oracle import assert_greedy_equal
 from tests.server import serving as serving_over_http
 from tests.sglang import engine
@@ -75,6 +77,29 @@ def test_ranks_with_other_requests_have_the_tokens_of_one_rank(
         assert_true(served)
         for prompt, wanted in list(zip(prompts(), truth(), strict=True))[-2:]:  # while the other rank has none
             assert_greedy_equal(served.greedy([prompt], NEW_TOKENS)[0], wanted)
+
+
+@pytest.mark.by_hand
+def test_two_pairs_of_ranks_that_share_experts_have_the_tokens_of_one_rank(
+    checkpoint_of: Callable[[Case], Path],
+) -> None:
+    """Both of a pair attend to the same requests."""
+    with serving(checkpoint_of(CASE), expert_parallel=True, **data_parallel(4)) as served:
+        assert_true(served)
+
+
+@pytest.mark.by_hand
+@pytest.mark.parametrize("expert_parallel", [False, True])
+@pytest.mark.parametrize("quantization", [None, Quantization("fp8")], ids=["bf16", "FP8"])
+def test_in_bf16_and_fp8_ranks_choose_what_is_clear(
+    quantization: Quantization | None, expert_parallel: bool, tmp_path: Path
+) -> None:
+    release, asked = Release(quantization), prompts()
+    with serving(
+        release.write(tmp_path), dtype="bfloat16", chunk=16, expert_parallel=expert_parallel, **data_parallel(2)
+    ) as served:
+        release.assert_chooses_what_is_clear(served.greedy(asked, NEW_TOKENS), asked)
+        release.assert_chooses_what_is_clear(served.greedy(asked[:1], NEW_TOKENS), asked[:1])  # the other has none
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

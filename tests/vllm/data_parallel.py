@@ -17,14 +17,15 @@ Product = tuple[int, int]
 
 
 class Answer(NamedTuple):
-    """Of one rank."""
+    """Of one data-parallel rank, which can be several tensor-parallel ones."""
 
     tokens: list[list[int]]
     """Of each of its prompts."""
     sent_bytes: int
     """To experts of other ranks meanwhile."""
     operations: list[str | Product]
-    """Of one step, in the order in which they ran: names of operators, without those that are not looked at."""
+    """Of one step of the first of them, in the order in which they ran: names of operators, without those that are not
+    looked at."""
 
 
 def answers(
@@ -64,10 +65,11 @@ def main(folder: Path, rank: int) -> None:
 
     task = json.loads((folder / "task.json").read_text())
     with serving(Path(task["checkpoint"]), **task["arguments"]) as served:
-        ((before, _),) = served.llm.collective_rpc("noted")
+        before = served.llm.collective_rpc("noted")
         tokens = served.greedy(task["prompts"][rank], task["new_tokens"])
-        ((after, operations),) = served.llm.collective_rpc("noted")
-    (folder / f"answer.{rank}").write_text(json.dumps(Answer(tokens, after - before, operations)))
+        after = served.llm.collective_rpc("noted")
+    sent = [new - old for (new, _), (old, _) in zip(after, before, strict=True)]
+    (folder / f"answer.{rank}").write_text(json.dumps(Answer(tokens, sum(sent), after[0][1])))
 
 
 if __name__ == "__main__":

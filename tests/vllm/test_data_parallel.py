@@ -12,8 +12,10 @@ import pytest
 from longcat_core.kernels.cpu import library
 from longcat_core.parallel.location import PLACES
 from longcat_core.parallel.schedule import SERIAL, SHORTCUT_LAYER, SINGLE_BATCH, Schedule, Stage, faults
+from longcat_core.quantization import Quantization
 from longcat_nano import CHECKPOINT
 from tests.cases import CASES, Case
+from tests.fp8 import Release
 from tests.oracle import assert_greedy_equal, greedy, oracle
 from tests.vllm.data_parallel import Answer, Product, answers
 
@@ -65,8 +67,8 @@ def stages(layer: Sequence[str], schedule: Schedule) -> list[int]:
     return [numbers[name] for name in layer]
 
 
-def assert_true(each: Sequence[Answer], prompts: Sequence[list[list[int]]]) -> None:
-    truth = oracle(CONFIG, CASE.published())
+def assert_true(each: Sequence[Answer], prompts: Sequence[list[list[int]]], case: Case = CASE) -> None:
+    truth = oracle(case.config, case.published())
     for answer, asked in zip(each, prompts, strict=True):
         for prompt, tokens in zip(asked, answer.tokens, strict=True):
             assert_greedy_equal(tokens, greedy(truth, prompt, NEW_TOKENS))
@@ -114,6 +116,34 @@ def test_they_have_them_with_an_expert_on_both_ranks(checkpoint_of: Callable[[Ca
     each = answers(checkpoint_of(CASE), tmp_path / "ranks", prompts, NEW_TOKENS, enforce_eager=False, **asked)
     assert_true(each, prompts)
     assert all(answer.sent_bytes > 0 for answer in each)
+
+
+@pytest.mark.by_hand
+def test_two_pairs_of_ranks_that_share_experts_have_the_tokens_of_one_rank(
+    checkpoint_of: Callable[[Case], Path], tmp_path: Path
+) -> None:
+    """Both of a pair have the same tokens, and send a share of them each. The prompts' lengths are odd and even."""
+    case = CASES["default"]
+    prompts = [case.prompts(3, 9), [*case.prompts(1, 2), *case.prompts(1, 30, seed=1)]]
+    options = {"tensor_parallel": 2, "enforce_eager": True}
+    each = answers(checkpoint_of(case), tmp_path / "ranks", prompts, NEW_TOKENS, **options)
+    assert_true(each, prompts, case)
+    assert all(answer.sent_bytes > 0 for answer in each)
+
+
+@pytest.mark.by_hand
+@pytest.mark.parametrize("enforce_eager", [True, False])
+@pytest.mark.parametrize("quantization", [None, Quantization("fp8")], ids=["bf16", "FP8"])
+def test_in_bf16_and_fp8_ranks_choose_what_is_clear(
+    quantization: Quantization | None, enforce_eager: bool, tmp_path: Path
+) -> None:
+    release, case = Release(quantization), CASES["default"]  # of as many tokens
+    prompts = [case.prompts(3, 9), [*case.prompts(1, 2), *case.prompts(1, 30, seed=1)]]
+    checkpoint, options = release.write(tmp_path / "release"), {"dtype": "bfloat16", "enforce_eager": enforce_eager}
+    each = answers(checkpoint, tmp_path / "ranks", prompts, NEW_TOKENS, **options)
+    for answer, asked in zip(each, prompts, strict=True):
+        release.assert_chooses_what_is_clear(answer.tokens, asked)
+        assert answer.sent_bytes > 0
 
 
 @pytest.mark.skipif(not library.is_available(), reason=library.description())
