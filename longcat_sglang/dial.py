@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +26,9 @@ logger = logging.getLogger(__name__)
 TARGET, LEAST, RESET = "longcat_ffn_experts", "longcat_least_ffn_experts", "longcat_reset_dial"
 """Fields of /set_internal_state, which have to be numbers: another target; the bound to which it falls as the queue
 grows; whether to begin anew with the model as published."""
+NAME = "ffn_experts"
+"""Of the target in what answers a request."""
+_EVENT = "data: {"
 
 
 def obstacles(settings: Any, longcat: LongcatConfig, target: Target) -> list[str]:
@@ -97,10 +102,39 @@ def follow_queue(
     return original(scheduler, batch, *args, **kwargs)
 
 
-def add_target(original: Callable[..., dict[str, Any]], meta_info: dict[str, Any]) -> dict[str, Any]:
-    """To the `metadata` of a response that is finished, beside the version of its weights."""
-    metadata, target = original(meta_info), shared_target.read()
-    return metadata if target is None else {**metadata, "ffn_experts": target}
+def name_target_of_answers(original: Callable[..., Any], manager: Any, *args: Any, **kwargs: Any) -> Any:
+    """In the `meta_info` of an answer that is finished, of /generate and of an engine in Python."""
+    return _named(original(manager, *args, **kwargs))
+
+
+async def _named(answers: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[dict[str, Any]]:
+    async with aclosing(answers):
+        async for answer in answers:
+            if answer["meta_info"].get("finish_reason") and (target := shared_target.read()) is not None:
+                answer["meta_info"][NAME] = target
+            yield answer
+
+
+async def name_target_of_responses(original: Callable[..., Any], serving: Any, *args: Any, **kwargs: Any) -> Any:
+    """In the `metadata` of /v1 responses, beside the version of the weights; in a stream in the event that ends a
+    choice, which has no such field otherwise."""
+    response = await original(serving, *args, **kwargs)
+    metadata, target = getattr(response, "metadata", None), shared_target.read()
+    if hasattr(response, "body_iterator"):
+        response.body_iterator = _named_events(response.body_iterator)
+    elif metadata is not None and target is not None:
+        metadata[NAME] = target
+    return response
+
+
+async def _named_events(events: AsyncIterable[Any]) -> AsyncGenerator[Any]:
+    async for event in events:
+        # Quotation marks in the text of an answer are escaped.
+        ends_a_choice = isinstance(event, str) and event.startswith(_EVENT) and '"finish_reason":"' in event
+        if ends_a_choice and (target := shared_target.read()) is not None:
+            yield f'{_EVENT}"metadata":{json.dumps({NAME: target})},{event.removeprefix(_EVENT)}'
+        else:
+            yield event
 
 
 def _of_scheduler(scheduler: Scheduler) -> DialledRouters | None:

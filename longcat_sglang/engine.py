@@ -61,6 +61,10 @@ def tokenizes_for_longcat(manager: Any, *_: Any, **__: Any) -> bool:
     return is_longcat(manager.model_config.hf_config)
 
 
+def responds_for_longcat(serving: Any, *_: Any, **__: Any) -> bool:
+    return tokenizes_for_longcat(serving.tokenizer_manager)
+
+
 def parses_longcats_reasoning(serving: Any, *_: Any, **__: Any) -> bool:
     return bool(serving.reasoning_parser == PARSER)
 

@@ -16,7 +16,7 @@ from longcat_core.observation.publication import INTERVAL_S
 from longcat_nano import CHECKPOINT
 from tests.harness import engine
 from tests.prometheus import needs_prometheus, queries, scraping
-from tests.requests import COMPLETIONS, MODEL
+from tests.requests import CHAT, COMPLETIONS, MODEL
 from tests.server import Server, serving, wait_until
 
 TARGET, BIAS, TAKEN = "longcat:ffn_experts_target", "longcat:zero_expert_bias", "longcat:ffn_experts_per_token"
@@ -77,12 +77,20 @@ def test_the_mean_comes_to_the_target_that_metrics_show(server: Server) -> None:
     assert min(biases(server)) > 0
 
 
-def test_the_last_event_of_a_stream_names_it_where_events_have_a_field(server: Server) -> None:
-    request = {"model": MODEL, "prompt": TEXT[:64], "max_tokens": 4, "stream": True}
-    *events, last, end = server.http.post(COMPLETIONS, json=request).raise_for_status().text.split("\n\n")[:-1]
+STREAMS: dict[str, dict[str, Any]] = {
+    COMPLETIONS: {"model": MODEL, "prompt": TEXT[:64], "max_tokens": 4},
+    CHAT: {"model": MODEL, "messages": [{"role": "user", "content": TEXT[:64]}], "max_tokens": 4},
+    **engine.OWN_STREAMS,
+}
+
+
+@pytest.mark.parametrize("route", STREAMS)
+def test_the_last_event_of_a_stream_names_it(route: str, server: Server) -> None:
+    request = {**STREAMS[route], "stream": True}
+    *events, last, end = server.http.post(route, json=request).raise_for_status().text.split("\n\n")[:-1]
     assert end == "data: [DONE]"
     named = [engine.TARGET_IN_A_RESPONSE.format(LOWER) in event for event in (*events, last)]
-    assert named == [False] * len(events) + [engine.STREAMS_NAME_THE_TARGET]
+    assert named == [False] * len(events) + [True]
 
 
 @needs_prometheus

@@ -205,7 +205,8 @@ def target_of(answer: dict[str, Any]) -> float:
     return float(answer["metadata"]["ffn_experts"])
 
 
-STREAMS_NAME_THE_TARGET = False
+OWN_STREAMS: dict[str, dict[str, Any]] = {"/generate": {"text": "def ", "sampling_params": {"max_new_tokens": 4}}}
+"""Requests whose answers can come in a stream, by the routes that only this engine has."""
 TARGET_IN_A_RESPONSE = '"ffn_experts"'
 MOST_RUNNING = "--max-running-requests"
 """The flag for how many requests run at once."""

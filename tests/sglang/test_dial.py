@@ -3,22 +3,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import inspect
-from collections.abc import Sequence
+import json
+from collections.abc import AsyncIterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from fastapi.responses import StreamingResponse
+from sglang.srt.entrypoints.openai.protocol import (
+    ChatCompletionStreamResponse,
+    CompletionResponseStreamChoice,
+    CompletionStreamResponse,
+)
+from sglang.srt.entrypoints.openai.sse_utils import build_sse_content
 from sglang.srt.managers.io_struct import SetInternalStateReq, SetInternalStateReqOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from sglang.srt.utils.weight_versions import build_endpoint_weight_version_metadata
 
 from longcat_core.dial import DialledRouters
 from longcat_core.observation import shared_target
+from longcat_core.plugin.hooks import Wrapper, guarded
 from longcat_core.target_by_queue import PATIENCE, PLACES
 from longcat_sglang import dial
+from longcat_sglang.hooks import HOOKS
 from tests.cases import DEFAULT
 from tests.dialled import CPU
 
@@ -143,25 +154,120 @@ def test_sglang_still_refuses_fields_that_it_does_not_know() -> None:
     assert not original(SimpleNamespace(), request).updated
 
 
-def test_metadata_have_the_present_target(monkeypatch: pytest.MonkeyPatch) -> None:
+ANSWERS, RESPONSES = (
+    guarded(hook.around, hook.concerns)
+    for name in ("target in answers", "target in responses")
+    for hook in HOOKS
+    if isinstance(hook, Wrapper) and hook.name == name
+)
+LONGCATS, ANOTHERS = (
+    SimpleNamespace(model_config=SimpleNamespace(hf_config=SimpleNamespace(**fields)))
+    for fields in ({"longcat": DEFAULT}, {"num_layers": 2})
+)
+"""What has the model's configuration in the process that answers requests."""
+
+
+@pytest.fixture
+def dialled(monkeypatch: pytest.MonkeyPatch) -> Scheduler:
+    """A rank of a server in this process that was started with a dial, of which nothing is written yet."""
     monkeypatch.setenv(shared_target.FILE, "")  # to be as it was afterwards
     monkeypatch.setattr(shared_target, "_made", None)
-    meta_info = {"weight_version": "7", "id": "1"}
-    original: Any = inspect.unwrap(build_endpoint_weight_version_metadata)
-    shared_target.settle(has_dial=False)
     scheduler = Scheduler()
-    assert dial.add_target(original, meta_info) == {"weight_version": "7"}
     shared_target.settle(has_dial=True)
-    assert dial.add_target(original, meta_info) == {"weight_version": "7"}, "no rank has written yet"
+    return scheduler
+
+
+async def _all(items: Any) -> list[Any]:
+    return [item async for item in items]
+
+
+def answered(manager: Any) -> list[dict[str, Any]]:
+    """`meta_info` of an answer in two parts."""
+
+    async def original(*given: object) -> AsyncIterator[dict[str, Any]]:
+        assert given == (manager, "request")
+        for finish_reason in (None, {"type": "length"}):
+            yield {"meta_info": {"weight_version": "7", "finish_reason": finish_reason}}
+
+    return [answer["meta_info"] for answer in asyncio.run(_all(ANSWERS(original, manager, "request")))]
+
+
+def responded(manager: Any, response: Any) -> Any:
+    async def original(*given: object) -> Any:
+        assert given == (serving, "request")
+        return response
+
+    async def respond() -> Any:
+        found = await RESPONSES(original, serving, "request")
+        return await _all(found.body_iterator) if isinstance(found, StreamingResponse) else found
+
+    serving = SimpleNamespace(tokenizer_manager=manager)
+    return asyncio.run(respond())
+
+
+def test_an_answer_names_the_present_target_when_it_is_finished(dialled: Scheduler) -> None:
+    assert "ffn_experts" not in answered(LONGCATS)[1], "no rank has written yet"
     for target in (3, 2.375):
-        assert scheduler.set(longcat_ffn_experts=target)
-        assert dial.add_target(original, meta_info) == {"weight_version": "7", "ffn_experts": target}
+        assert dialled.set(longcat_ffn_experts=target)
+        first, last = answered(LONGCATS)
+        assert "ffn_experts" not in first
+        assert last == {"weight_version": "7", "finish_reason": {"type": "length"}, "ffn_experts": target}
 
 
-def test_sglang_still_has_nothing_else_in_metadata() -> None:
-    """If this fails, a model may have a way to add to them, and the hook can go."""
-    original: Any = inspect.unwrap(build_endpoint_weight_version_metadata)
-    assert original({"weight_version": "7", "longcat": 1}) == {"weight_version": "7"}
+def test_a_response_names_it_in_its_metadata(dialled: Scheduler) -> None:
+    assert dialled.set(longcat_ffn_experts=3)
+    whole = SimpleNamespace(metadata={"weight_version": "7"})
+    assert responded(LONGCATS, whole).metadata == {"weight_version": "7", "ffn_experts": 3}
+    without = SimpleNamespace(data=[0.5])
+    assert responded(LONGCATS, without) is without
+
+
+def events_of_a_stream() -> list[str]:
+    """Text that looks like an end, two ends as chats and completions have them, and what follows."""
+    about: dict[str, Any] = {"chunk_id": "1", "created": 0, "model": "m", "index": 0}
+    choice = CompletionResponseStreamChoice(index=0, text="x", finish_reason="length")
+    return [
+        build_sse_content(**about, content='data: {"finish_reason":"stop"}'),
+        build_sse_content(**about, finish_reason="stop"),
+        f"data: {CompletionStreamResponse(id='1', model='m', choices=[choice]).model_dump_json()}\n\n",
+        "data: [DONE]\n\n",
+    ]
+
+
+def test_a_stream_names_it_in_the_event_that_ends_a_choice(dialled: Scheduler) -> None:
+    assert dialled.set(longcat_ffn_experts=2.375)
+    events = events_of_a_stream()
+    text, chats, completions, done = responded(LONGCATS, StreamingResponse(as_they_come(events)))
+    assert [text, done] == [events[0], events[-1]]
+    for found, was in zip((chats, completions), events[1:3], strict=True):
+        assert found.endswith("}\n\n")
+        fields = json.loads(found.removeprefix("data: "))
+        assert fields.pop("metadata") == {"ffn_experts": 2.375}
+        assert fields == json.loads(was.removeprefix("data: "))
+
+
+async def as_they_come(events: list[str]) -> AsyncIterator[str]:
+    for event in events:
+        yield event
+
+
+def test_a_model_that_the_same_process_serves_later_has_no_target(dialled: Scheduler) -> None:
+    """Where it is no LongCat, nobody takes the file away."""
+    assert dialled.set(longcat_ffn_experts=3)
+    assert shared_target.read() == 3
+    assert not any("ffn_experts" in meta_info for meta_info in answered(ANOTHERS))
+    assert responded(ANOTHERS, SimpleNamespace(metadata={"weight_version": "7"})).metadata == {"weight_version": "7"}
+    events = events_of_a_stream()
+    assert responded(ANOTHERS, StreamingResponse(as_they_come(events))) == events
+    shared_target.settle(has_dial=False)  # as for a LongCat without one
+    assert "ffn_experts" not in answered(LONGCATS)[1]
+    assert responded(LONGCATS, StreamingResponse(as_they_come(events))) == events
+
+
+def test_sglang_still_has_no_field_for_a_model() -> None:
+    """If this fails, a model may have a way to add to responses, and the hooks can go."""
+    assert build_endpoint_weight_version_metadata({"weight_version": "7", "longcat": 1}) == {"weight_version": "7"}
+    assert "metadata" not in {*CompletionStreamResponse.model_fields, *ChatCompletionStreamResponse.model_fields}
 
 
 def test_sglang_still_tells_a_model_nothing_of_what_waits() -> None:

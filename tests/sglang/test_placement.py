@@ -159,6 +159,7 @@ def test_experts_that_move_while_64_requests_run_change_no_token(
         checkpoint_of(case),
         tensor_parallel=2,
         expert_parallel=True,
+        init_expert_location=json.dumps({COUNTS: BUSY_TOGETHER}),
         ep_num_redundant_experts=2,
         **balancing,
         **in_each_rank(partial(note_places, noted)),
@@ -166,7 +167,9 @@ def test_experts_that_move_while_64_requests_run_change_no_token(
         answers = served.greedy(prompts, new_tokens)
     updates = Counter(noted.read_text().splitlines())
     assert set(updates.values()) == {2}, "alike on both ranks"
-    assert sum(before != after for before, after in map(json.loads, updates)) >= 2, "experts moved twice"
+    moves = [*map(json.loads, updates)]
+    assert moves[0][0] == place(np.array(BUSY_TOGETHER, dtype=float), 2, 2).physical_to_logical.tolist()
+    assert sum(before != after for before, after in moves) >= 2, "experts moved twice"
     truth = oracle(case.config, case.published())
     for prompt, tokens in zip(prompts, answers, strict=True):
         assert_greedy_equal(tokens, greedy(truth, prompt, new_tokens))

@@ -177,7 +177,8 @@ def target_of(answer: dict[str, Any]) -> float:
     return float(answer["system_fingerprint"].rpartition("-ffn")[2])
 
 
-STREAMS_NAME_THE_TARGET = True
+OWN_STREAMS: dict[str, dict[str, Any]] = {}
+"""Requests whose answers can come in a stream, by the routes that only this engine has."""
 TARGET_IN_A_RESPONSE = '-ffn{}"'
 MOST_RUNNING = "--max-num-seqs"
 """The flag for how many requests run at once."""
