@@ -190,11 +190,6 @@ def _unsupported_speculation(speculation: SpeculativeConfig, model: ModelConfig)
 
 def _unsupported_parallelism(parallel: ParallelConfig) -> list[str]:
     problems = []
-    if parallel.enable_eplb:
-        problems.append(
-            "enable_eplb: vLLM gives its balancing's state to routers of its own only, and would balance nothing; "
-            f"place experts when they are loaded, by {placement.OPTION}, and leave --enable-eplb out"
-        )
     if shares_experts_over_a_transport(parallel) and parallel.all2all_backend == TRANSPORT_WITH_TOO_FEW_COLUMNS:
         problems.append(
             f"all2all_backend: {TRANSPORT_WITH_TOO_FEW_COLUMNS!r}, wanted allgather_reducescatter or "

@@ -177,6 +177,17 @@ HOOKS: tuple[Hook, ...] = (
         "is copied (`async_tensor_h2d`), and each step of a chain adds one to both.",
         remove_when="They are two tensors on a CPU too.",
     ),
+    Entry(
+        name="time of moving experts",
+        target="vllm.v1.worker.cpu.shm._EventPlaceholder.elapsed_time",
+        put="longcat_vllm.devices.cpu.patches:time_events",
+        found="longcat_vllm.devices.cpu.patches:what_times_events",
+        stage=Stage.MODEL,
+        device="cpu",
+        why="On a CPU the first move of experts ends the engine: vLLM logs how long it took, by events that have stand-"
+        "ins there without that method (distributed/eplb/eplb_state.py:957).",
+        remove_when="vLLM's stand-in has it, or a CPU takes another clock.",
+    ),
     Wrapper(
         name="requests without an adapter",
         target="vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU._shrink_prefill",

@@ -110,7 +110,9 @@ class CountedChoices:
         from vllm.distributed import get_ep_group
 
         parallel = vllm_config.parallel_config
-        ranks = get_ep_group().world_size if parallel.enable_expert_parallel else 1
+        # Where experts move, ids are of experts and not of places, and how busy ranks are is vLLM's `log_balancedness`.
+        has_fixed_places = parallel.enable_expert_parallel and not parallel.enable_eplb
+        ranks = get_ep_group().world_size if has_fixed_places else 1
         device = torch.get_default_device()
         num_places = placement.num_places(vllm_config.model_config, config)
         self._choices = ExpertChoices(layers, config.moe_topk, num_places, ranks, device, FIRST_SLOT)
@@ -124,8 +126,8 @@ class CountedChoices:
         self.publication = Publication(self._choices, directory, labels, dial)
 
     def add(self, ids: Tensor | list[Tensor], rows: int) -> None:
-        """ids: int32 [T, K] of each layer, or [layers, T, K], by place, where T is `rows`, or this rank's share of
-        them."""
+        """ids: int32 [T, K] of each layer, or [layers, T, K], by place if that is fixed, where T is `rows`, or this
+        rank's share of them."""
         slots = slots_of_step()
         if slots is None:
             return

@@ -43,7 +43,7 @@ from longcat_vllm import devices, dial, hooks, metrics, placement, quantization,
 from longcat_vllm.adapters import AdapterNames
 from longcat_vllm.attention import LongcatAttention
 from longcat_vllm.ffn import LongcatFFN
-from longcat_vllm.moe import LongcatMoE, ZeroExpertAwareExperts
+from longcat_vllm.moe import LongcatMoE, MovableExperts, ZeroExpertAwareExperts
 
 logger = logging.getLogger(f"vllm.{__name__}")
 LAYOUT = Layout(fused_qkv_a="fused_qkv_a_proj", experts="experts.routed_experts")
@@ -164,6 +164,8 @@ class LongcatCausalLM(nn.Module):
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = PACKED
     _audited = staticmethod(audit.audited)
     model: Any
+    expert_weights: Any = ()
+    """Of experts that move between ranks."""
 
     def __init__(self, vllm_config: VllmConfig, config: LongcatConfig, plan: Mapping[str, Target]) -> None:
         super().__init__()
@@ -194,6 +196,11 @@ class LongcatCausalLM(nn.Module):
         experts = (module for module in self.modules() if isinstance(module, ZeroExpertAwareExperts))
         self._experts_are_packed = any(devices.current().has_packed(module) for module in experts)
         try:
+            if len(self.expert_weights):
+                raise CheckpointError(
+                    "weights cannot be loaded again where experts move between ranks; restart the server with the new "
+                    "ones"
+                )
             if hasattr(self.config, placement.FIELD) and any(parameter.is_meta for parameter in parameters.values()):
                 raise CheckpointError(
                     "weights cannot be reloaded where a file places experts; restart the server with the new ones"
@@ -235,7 +242,7 @@ class LongcatCausalLM(nn.Module):
         return {target.parameter}
 
 
-class LongcatFlashForCausalLM(LongcatCausalLM, SupportsLoRA, SupportsPP):
+class LongcatFlashForCausalLM(LongcatCausalLM, MovableExperts, SupportsLoRA, SupportsPP):
     lora_skip_prefixes: ClassVar[list[str]] = [names.MTP_PREFIX]
     """Adapters do not change drafts; an adapted model verifies them as it would any others."""
 
@@ -261,10 +268,12 @@ class LongcatFlashForCausalLM(LongcatCausalLM, SupportsLoRA, SupportsPP):
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
         devices.current().choose_kernels(self)
         self.counted: metrics.CountedChoices | None = None
-        layers = range(self.model.start_layer, self.model.end_layer)
-        self.dialled = dial.of_layers(vllm_config, config, [self.model.layers[n] for n in layers])
+        numbers = range(self.model.start_layer, self.model.end_layer)
+        layers = [self.model.layers[n] for n in numbers]
+        self.offer([layer.mlp for layer in layers])
+        self.dialled = dial.of_layers(vllm_config, config, layers)
         if self.model.is_counted:
-            self.counted = metrics.CountedChoices(vllm_config, config, layers, self.dialled)
+            self.counted = metrics.CountedChoices(vllm_config, config, numbers, self.dialled)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         return self.model.embed_input_ids(input_ids)

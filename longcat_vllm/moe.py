@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from vllm.config import ParallelConfig
 from vllm.distributed import tensor_model_parallel_all_gather
+from vllm.distributed.eplb.eplb_state import EplbLayerState, EplbState
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory, GateLinear
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, RoutingMethodType
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
@@ -18,11 +19,13 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.layers.quantization import QuantizationConfig
+from vllm.model_executor.models.interfaces import MixtureOfExperts
 from vllm.model_executor.models.utils import sequence_parallel_chunk
 
 from longcat_core.config import LongcatConfig
 from longcat_core.layers.experts import Shortcut, add_identity, identity_share
 from longcat_core.layers.routing import Routing
+from longcat_core.weights.blocks import FP8
 from longcat_vllm import devices, placement
 from longcat_vllm.devices.branch import Branch
 from longcat_vllm.quantization import LongcatFp8Config
@@ -56,18 +59,29 @@ class LongcatMoE(nn.Module):
         self.router = LongcatRouter(config, prefix=f"{prefix}.router")
         self.route = devices.current().router_functions().route
         self.placed = placement.of_layer(prefix, config)
-        num_places = config.n_routed_experts if self.placed is None else len(self.placed)
+        num_experts = config.n_routed_experts if self.placed is None else len(self.placed)
+        places = None if self.placed is None else self.placed.of_experts
+        self.balancing: EplbLayerState | None = None
+        self.balanced = devices.current().balanced
+        redundant = 0
+        if parallel_config.enable_eplb:
+            self.balancing = EplbLayerState()
+            redundant = parallel_config.eplb_config.num_redundant_experts
+            first = EplbState.build_initial_global_physical_to_logical_map(num_experts, redundant)
+            places = placement.of_experts(first, num_experts)
         self.experts = FusedMoEFactory(
-            num_experts=num_places,
+            num_experts=num_experts,
+            num_redundant_experts=redundant,
+            enable_eplb=parallel_config.enable_eplb,
             top_k=config.moe_topk,
             hidden_size=config.hidden_size,
             intermediate_size=config.expert_ffn_hidden_size,
             renormalize=False,
             quant_config=quant_config,
             prefix=f"{prefix}.experts",
-            router=PrecomputedRouting(config.moe_topk, num_places),
+            router=PrecomputedRouting(config.moe_topk, num_experts + redundant, self.balancing),
             routed_experts_cls=ZeroExpertAwareExperts,
-            routed_experts_args={"places": None if self.placed is None else self.placed.of_experts},
+            routed_experts_args={"places": places},
             is_sequence_parallel=self.is_sequence_parallel,
             reduce_results=False,
         )
@@ -91,6 +105,8 @@ class LongcatMoE(nn.Module):
             routing = routing._replace(ids=self.placed(routing.ids))
         if choices is not None:
             choices.append(routing.ids)
+        if self.balancing is not None:
+            routing = routing._replace(ids=self.balanced(routing.ids, self.balancing))
         return Begun(hidden_states, routing, num_tokens, self.branch.begin(hidden_states, routing, between))
 
     def compute(self, begun: Begun, between: Tensor) -> Begun:
@@ -162,8 +178,10 @@ class PrecomputedRouting(BaseRouter):
     ZeroExpertRouter does so). In place of router logits it passes the result of `pack`: [T, 2 K].
     """
 
-    def __init__(self, top_k: int, num_experts: int) -> None:
-        super().__init__(top_k=top_k, global_num_experts=num_experts)
+    def __init__(self, top_k: int, num_experts: int, balancing: EplbLayerState | None = None) -> None:
+        """balancing: of a layer whose experts move. vLLM fills in what is in the router, and gives one to routers that
+        it makes itself only."""
+        super().__init__(top_k=top_k, global_num_experts=num_experts, eplb_state=balancing)
 
     @property
     def routing_method_type(self) -> RoutingMethodType:
@@ -188,7 +206,7 @@ class PrecomputedRouting(BaseRouter):
 class ZeroExpertAwareExperts(RoutedExperts):
     """vLLM's container of expert weights, with kernels that skip ids of -1.
 
-    places: of each FFN expert, if it is not the one that has its number.
+    places: of each FFN expert when it is loaded, if it is not the one that has its number.
     """
 
     def __init__(self, *args: Any, places: Sequence[Sequence[int]] | None = None, **kwargs: Any) -> None:
@@ -223,14 +241,73 @@ class ZeroExpertAwareExperts(RoutedExperts):
         choose = partial(super()._get_quant_method, prefix, quant_config if is_fp8 else None, moe_config)
         return devices.current().experts_method(choose, moe_config, is_fp8)
 
+    def get_expert_weights(self) -> list[Tensor]:
+        """What moves with an expert: [experts of this rank, numbers of each], those in FP8 as bytes, as gloo gathers no
+        FP8."""
+        return [weight.view(torch.uint8) if weight.dtype == FP8 else weight for weight in super().get_expert_weights()]
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """
         Raises:
-            RuntimeError: if the weights are packed already, as loading them would pack them again.
+            RuntimeError: if the weights are packed already, as loading them would pack them again, or experts move, as
+                nothing in a saved state says where they are.
         """
+        if self.moe_config.moe_parallel_config.enable_eplb:
+            raise RuntimeError(
+                f"{prefix}: experts move between ranks, and a saved state would not say where they are; serve without "
+                "--enable-eplb to save it, or serve the checkpoint"
+            )
         if devices.current().has_packed(self):
             raise RuntimeError(
                 f"{prefix}: the weights of the experts are packed for this device's kernel, and would be packed "
                 "again when they are loaded; save the state with --moe-backend triton on a GPU, or serve the checkpoint"
             )
         super()._save_to_state_dict(destination, prefix, keep_vars)
+
+
+def _form_of(weights: Iterable[Tensor]) -> str:
+    return ", ".join(f"{list(weight.shape)} of {str(weight.dtype).removeprefix('torch.')}" for weight in weights)
+
+
+class MovableExperts(MixtureOfExperts):
+    """What vLLM's balancing asks of a model whose experts it moves, zero experts not among them."""
+
+    num_expert_groups = 1
+    num_shared_experts = 0
+
+    def offer(self, layers: Iterable[LongcatMoE]) -> None:
+        """layers: of this pipeline stage."""
+        layers = list(layers)
+        configs = [layer.experts.moe_config for layer in layers]
+        self.expert_weights = []  # once there is something that moves them
+        self.moe_layers = [layer.experts for layer in layers]
+        self.num_moe_layers = len(layers)
+        self.num_logical_experts = self.num_routed_experts = configs[0].num_logical_experts
+        self.num_physical_experts = configs[0].num_experts
+        self.num_local_physical_experts = configs[0].num_local_experts
+        self.num_redundant_experts = self.num_physical_experts - self.num_logical_experts
+
+    def set_eplb_state(
+        self, expert_load_view: Tensor, logical_to_physical_map: Tensor, logical_replica_count: Tensor
+    ) -> None:
+        """
+        Raises:
+            RuntimeError: if vLLM has not reached a layer's router, which would balance nothing without a word, or the
+                experts of a layer are not in the form of the first one's, as some in FP8 and some in bf16.
+        """
+        super().set_eplb_state(expert_load_view, logical_to_physical_map, logical_replica_count)
+        first = _form_of(self.expert_weights[0])
+        for number, (layer, weights) in enumerate(zip(self.moe_layers, self.expert_weights, strict=True)):
+            if layer.eplb_state is None or layer.eplb_state.expert_load_view is None:
+                raise RuntimeError(
+                    f"the router of layer {number} of {self.num_moe_layers} has no state of --enable-eplb, wanted "
+                    "vLLM's, without which no expert would move; leave --enable-eplb out"
+                )
+            if (found := _form_of(weights)) != first:
+                raise RuntimeError(
+                    f"the experts of layer {number} of {self.num_moe_layers} are {found}, wanted {first} as in layer "
+                    "0, as vLLM moves those of all layers through one buffer; leave --enable-eplb out"
+                )
+
+    def update_physical_experts_metadata(self, num_physical_experts: int, num_local_physical_experts: int) -> None:
+        raise NotImplementedError("--enable-elastic-ep, which deployment.check refuses")

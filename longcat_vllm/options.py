@@ -164,10 +164,21 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "--enable-eplb",
-        Outcome.REFUSED,
-        "vLLM hands the state of its balancing to routers of its own alone: nothing would be balanced, and no error. "
-        "Experts are placed when they are loaded, by the option above.",
-        f"the refusal in the tests; the reason {READ}",
+        Outcome.SERVED,
+        "vLLM counts rows of FFN experts, and moves experts between ranks by its own policy ([more](placement.md)). A "
+        "choice of a zero expert is no row. Refused with `init_expert_location`, --load-format sharded_state, "
+        "--enable-elastic-ep, pipeline stages without the V2 model runner, and a number of experts that ranks do not "
+        "divide; as the model is loaded, with experts of some layers in FP8 and of others in bf16. New weights for a "
+        "running server are refused too. vLLM itself refuses it on a CPU.",
+        "dry run of eight ranks; the kernel that looks ids up interpreted; no GPU has run it",
+    ),
+    Option(
+        """--additional-config '{"longcat": {"eplb": {}}}'""",
+        Outcome.SERVED,
+        "The same on a CPU, with `num_redundant_experts`, `window_size`, `step_interval`, `log_balancedness` and "
+        "`log_balancedness_interval` of --eplb-config in it. Refused on a GPU, with drafts of the MTP layer, "
+        "--worker-cls and the V2 model runner; as the model is loaded, if experts in FP8 need several kernels.",
+        "two ranks on a CPU, in the tests",
     ),
     Option(
         "--enable-return-routed-experts",

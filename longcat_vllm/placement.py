@@ -1,8 +1,10 @@
-"""Where experts are: our option for that, settled beforehand, and the places of experts that tokens choose."""
+"""Where experts are: our options for that and vLLM's, settled beforehand, and the places of experts that tokens
+choose."""
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,17 +13,61 @@ from torch import Tensor, nn
 from longcat_core.config import LongcatConfig
 from longcat_core.parallel import location, placement
 from longcat_core.plugin.engine import refuse
-from longcat_vllm import loading, requested
+from longcat_vllm import devices, loading, requested
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import ModelConfig, ParallelConfig, VllmConfig
 
 FIELD = "longcat_places"
 """Of the model's configuration, where a file says where experts are."""
 OPTION = requested.OPTIONS["init_expert_location"]
+_ONE_RANK = (
+    "one rank has every expert; give --enable-expert-parallel with --tensor-parallel-size or --data-parallel-size"
+)
 
 
 def settle(vllm_config: VllmConfig, longcat: LongcatConfig) -> None:
+    """Settle whether experts move, and where they are if a file says it.
+
+    Raises:
+        ValueError: for what vLLM would get wrong, or fail over in its workers.
+    """
+    _settle_moves(vllm_config, longcat)
+    _settle_places(vllm_config, longcat)
+
+
+def _settle_moves(vllm_config: VllmConfig, longcat: LongcatConfig) -> None:
+    """Of vLLM's --enable-eplb, or of what stands for it on a CPU."""
+    asked, device, parallel = requested.of(vllm_config), devices.current(), vllm_config.parallel_config
+    ranks, option = _ranks(parallel), "enable_eplb"
+    if asked.eplb is not None:
+        option = requested.OPTIONS["eplb"]
+        obstacles = [_ONE_RANK] if ranks == 1 else []
+        obstacles += device.obstacles_to_eplb(vllm_config, asked.eplb)
+        refuse([f"{option}: {obstacle}, or leave it out" for obstacle in obstacles])
+        device.prepare_eplb(vllm_config, asked.eplb)
+    if not parallel.enable_eplb:
+        return
+    problems = list[str]()
+    experts, redundant = longcat.n_routed_experts, parallel.eplb_config.num_redundant_experts
+    if (experts + redundant) % ranks:
+        problems.append(
+            f"{experts} FFN experts and {redundant} redundant ones, wanted a multiple of the {ranks} ranks that share "
+            "them; correct num_redundant_experts"
+        )
+    if asked.init_expert_location is not None:
+        problems.append(f"vLLM begins with experts in their order; leave {OPTION} out")
+    if (load_format := vllm_config.load_config.load_format) in loading.SHARDED:
+        problems.append(f"{load_format!r} has experts where they were when it was saved; leave --load-format out")
+    if parallel.enable_elastic_ep:
+        problems.append("ranks that come and go would be given no experts; leave --enable-elastic-ep out")
+    if parallel.pipeline_parallel_size > 1 and not vllm_config.use_v2_model_runner:
+        # `sample_tokens` returns before `eplb_step` on all stages but the last (vLLM 0.32).
+        problems.append("this model runner moves experts of the last stage only; leave --pipeline-parallel-size out")
+    refuse([f"{option}: {problem}, or leave it out" for problem in problems])
+
+
+def _settle_places(vllm_config: VllmConfig, longcat: LongcatConfig) -> None:
     """Read where experts are, or place them by their counts, once for all ranks.
 
     A field of the model's configuration reaches all processes, and vLLM's cache of compiled graphs, which have the
@@ -33,14 +79,8 @@ def settle(vllm_config: VllmConfig, longcat: LongcatConfig) -> None:
     given, parallel = requested.of(vllm_config).init_expert_location, vllm_config.parallel_config
     if given is None:
         return
-    ranks, problems = 1, list[str]()
-    if parallel.enable_expert_parallel:
-        ranks = parallel.tensor_parallel_size * parallel.data_parallel_size * parallel.prefill_context_parallel_size
-    if ranks == 1:
-        problems.append(
-            "one rank has every expert; give --enable-expert-parallel with --tensor-parallel-size or "
-            "--data-parallel-size"
-        )
+    ranks = _ranks(parallel)
+    problems = [_ONE_RANK] if ranks == 1 else []
     if parallel.expert_placement_strategy != "linear":
         problems.append(
             f"expert_placement_strategy is {parallel.expert_placement_strategy!r}, with which ranks have other places; "
@@ -56,6 +96,13 @@ def settle(vllm_config: VllmConfig, longcat: LongcatConfig) -> None:
         hf_config.longcat_places = _places(given, longcat, ranks).tolist()
     except ValueError as error:
         refuse([f"{OPTION}: {error}; correct it, or leave it out"])
+
+
+def _ranks(parallel: ParallelConfig) -> int:
+    """On which the FFN experts of a layer are spread."""
+    if not parallel.enable_expert_parallel:
+        return 1
+    return parallel.tensor_parallel_size * parallel.data_parallel_size * parallel.prefill_context_parallel_size
 
 
 def _places(given: str, longcat: LongcatConfig, ranks: int) -> Tensor:
@@ -81,12 +128,17 @@ def num_places(model_config: ModelConfig, longcat: LongcatConfig) -> int:
     return longcat.n_routed_experts if places is None else len(places[0])
 
 
+def of_experts(places: Sequence[int], experts: int) -> list[list[int]]:
+    """The places of each FFN expert. places: the expert in each of a layer's."""
+    return [[n for n, held in enumerate(places) if held == expert] for expert in range(experts)]
+
+
 class Placed(nn.Module):
     """The places of a layer's FFN experts."""
 
     def __init__(self, places: list[int], experts: int) -> None:
         super().__init__()
-        self.of_experts = [[n for n, held in enumerate(places) if held == expert] for expert in range(experts)]
+        self.of_experts = of_experts(places, experts)
         replicas = location.replicas_of(self.of_experts)
         self.places: Tensor
         self.counts: Tensor

@@ -18,6 +18,7 @@ OPTIONS = {
     "ffn_experts": """--additional-config '{"longcat": {"ffn_experts": NUMBER}}'""",
     "full_queue": """--additional-config '{"longcat": {"full_queue": NUMBER}}'""",
     "init_expert_location": """--additional-config '{"longcat": {"init_expert_location": "FILE"}}'""",
+    "eplb": """--additional-config '{"longcat": {"eplb": {}}}'""",
 }
 """As typed, by field of `Requested`."""
 

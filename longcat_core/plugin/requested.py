@@ -16,6 +16,7 @@ KINDS = {
     "ffn_experts": "a number above 0, or two of them",
     "full_queue": "a whole number above 0",
     "init_expert_location": "a file",
+    "eplb": "an object",
 }
 """Of fields of `Requested`; all others are true or false."""
 
@@ -37,6 +38,9 @@ class Requested:
     """Requests that wait where the lesser of two bounds is the target. If nothing is said, as many as run at most."""
     init_expert_location: str | None = None
     """A file that says where experts are, see `longcat_core.parallel.location`. SGLang has an option of that name."""
+    eplb: Mapping[str, Any] | None = None
+    """On a CPU, experts move between ranks while vLLM serves, as its --eplb-config says. SGLang has options of its own
+    for that."""
 
     @classmethod
     def read(cls, given: Any, names: Collection[str], prefix: str, option: str) -> Requested:
@@ -74,7 +78,7 @@ def _fits(name: str, value: Any) -> bool:
         return _is_positive(value) or (isinstance(value, list) and len(value) == 2 and all(map(_is_positive, value)))
     if name == "full_queue":
         return _is_positive(value) and isinstance(value, int)
-    return isinstance(value, str if name == "init_expert_location" else bool)
+    return isinstance(value, {"init_expert_location": str, "eplb": Mapping}.get(name, bool))
 
 
 def _is_positive(value: Any) -> bool:
@@ -96,6 +100,6 @@ def refuse_what_the_own_class_lacks(
         [
             f"{option}: {engine}'s own class, which serves here as {why}, does not have it; leave it out"
             for name, option in options.items()
-            if getattr(requested, name)
+            if getattr(requested, name) not in (None, False)
         ]
     )

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from longcat_core.config import LongcatConfig
 from longcat_core.layers.routing import RouterFunctions
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
     from vllm.config import ParallelConfig, VllmConfig
+    from vllm.distributed.eplb.eplb_state import EplbLayerState
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
     from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -88,6 +89,11 @@ class Device(ABC):
         does."""
 
     @abstractmethod
+    def balanced(self, ids: Tensor, state: EplbLayerState) -> Tensor:
+        """Where vLLM moves experts while it serves: ids, int32 [T, K], as the branch is to get them. Either it is given
+        places, and rows of experts are counted here, or that is left to vLLM's router."""
+
+    @abstractmethod
     def expert_map(self, num_experts: int, device: torch.device | str) -> Tensor | None:
         """For a rank that has all FFN experts: the expert map that the kernel needs, int32 [num_experts], or None if
         it needs none."""
@@ -119,6 +125,14 @@ class Device(ABC):
     @abstractmethod
     def prepare_overlap(self, vllm_config: VllmConfig) -> None:
         """Set what has to be set for it before any worker starts. Only where it will be so."""
+
+    @abstractmethod
+    def obstacles_to_eplb(self, vllm_config: VllmConfig, given: Mapping[str, Any]) -> list[str]:
+        """Why our option does not let experts move here, with these options."""
+
+    @abstractmethod
+    def prepare_eplb(self, vllm_config: VllmConfig, given: Mapping[str, Any]) -> None:
+        """Set what has to be set for it before any worker starts."""
 
     @abstractmethod
     def implementations(self, config: LongcatConfig | None) -> list[Finding]:

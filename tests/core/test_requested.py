@@ -41,6 +41,15 @@ def test_what_is_no_option_of_ours_is_named(given: Any, message: str) -> None:
         Requested.read(given, OPTIONS, "our_", "--more")
 
 
+def test_an_object_is_read_where_one_is_wanted_and_is_not_lost_if_it_is_empty() -> None:
+    options = OPTIONS | {"eplb": "--more eplb"}
+    assert Requested.read({"eplb": {"window_size": 5}}, options, "our_", "--more").eplb == {"window_size": 5}
+    with pytest.raises(ValueError, match="our_eplb: True, wanted an object; correct --more"):
+        Requested.read({"eplb": True}, options, "our_", "--more")
+    with pytest.raises(ValueError, match="--more eplb: X's own class"):
+        refuse_what_the_own_class_lacks("X", ["it is quantised"], Requested(eplb={}), options)
+
+
 NUMBERED = OPTIONS | {"ffn_experts": "--more ffn_experts", "full_queue": "--more full_queue"}
 
 

@@ -39,10 +39,11 @@ BESIDE = {
     Deployment("8xH200", "chat-4-layers", f"{TP8} {OVERLAP}", v2_model_runner=False): ("experts", "routing"),
 }
 """Deployments whose experts run beside the dense path, and kinds of kernels that are then on the second stream."""
+MOVING = Deployment("8xH200", "chat-fp8-4-layers", f'{EP8} --enable-eplb --eplb-config {{"num_redundant_experts":32}}')
 BLACKWELL = Deployment("8xB200", "chat-4-layers", EP8)
 BLACKWELL_FP8 = Deployment("8xB200", "chat-fp8-4-layers", EP8)
 RUNNING = [FP8, FOUR_LAYERS, FP8_CACHE, TENSOR_PARALLEL, LITE, DATA_PARALLEL, *MTP, LAST_STAGE]
-RUNNING += [OURS, OURS_MLA, OURS_MLA_FP8, BLACKWELL, BLACKWELL_FP8, *BESIDE]
+RUNNING += [OURS, OURS_MLA, OURS_MLA_FP8, MOVING, BLACKWELL, BLACKWELL_FP8, *BESIDE]
 
 
 def name_of(deployment: Deployment) -> str:
@@ -193,6 +194,15 @@ def test_the_experts_of_a_layer_are_two_products_or_one_call(report_of: Reports)
     assert launches(report_of(FP8), "decode", 1, "run_moe") == 1
     assert launches(report_of(OURS), "decode", 1, "triton gate_up_kernel") == 1
     assert launches(report_of(OURS), "decode", 1, "triton down_kernel") == 1
+
+
+@pytest.mark.deployments(MOVING)
+@pytest.mark.parametrize("step", ["prefill", "decode"])
+def test_each_layer_places_and_counts_rows_where_experts_move(step: str, report_of: Reports) -> None:
+    """By vLLM's router, which does so only with the state of its balancing."""
+    report, layers = report_of(MOVING), range(MODELS[MOVING.model]["num_layers"])
+    assert [launches(report, step, layer, "_eplb_map_and_record") for layer in layers] == [1] * len(layers)
+    assert report.choices["expert map"] == "(544,) torch.int32", "512 FFN experts and 32 redundant ones"
 
 
 OVERLAP_TRACED = Deployment("8xH200", "chat-fp8-4-layers", f"{EP8} {OVERLAP}", is_traced=True)

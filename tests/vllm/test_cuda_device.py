@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from vllm.distributed.eplb.eplb_state import EplbLayerState
 
 from longcat_core import spellings
 from longcat_core.config import RopeConfig
@@ -18,6 +19,7 @@ from longcat_core.drafting.gate import DraftGate
 from longcat_core.layers import rotary
 from longcat_core.reference import LongcatForCausalLM
 from longcat_core.weights.audit import CheckpointError
+from longcat_vllm import devices, placement
 from longcat_vllm.devices.cpu.device import Cpu
 from longcat_vllm.devices.cuda.device import Cuda
 from tests.cases import DEFAULT, Case, in_dtype, write_checkpoint
@@ -122,14 +124,44 @@ def test_doctor_says_of_which_deployment_it_speaks_and_what_has_to_be_compiled(
     assert ("vllm download-kernels" in experts) is (chosen == "FlashInferExperts")
 
 
-def test_expert_load_balancing_is_refused() -> None:
-    from longcat_vllm.deployment import _unsupported_parallelism
-
-    parallel: Any = SimpleNamespace(
-        enable_eplb=True, data_parallel_size=1, prefill_context_parallel_size=1, enable_expert_parallel=False
+def moved(ours: dict[str, Any], redundant: int = 0, load_format: str = "auto", v2: bool = True, **changes: Any) -> Any:
+    """Eight ranks with --enable-eplb, and what is asked of us."""
+    plain = {"tensor_parallel_size": 8, "data_parallel_size": 1, "prefill_context_parallel_size": 1}
+    plain |= {"pipeline_parallel_size": 1, "enable_expert_parallel": True, "enable_eplb": True}
+    plain |= {"enable_elastic_ep": False, "eplb_config": SimpleNamespace(num_redundant_experts=redundant)}
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(**plain | changes),
+        additional_config={"longcat": ours},
+        load_config=SimpleNamespace(load_format=load_format),
+        use_v2_model_runner=v2,
     )
-    (problem,) = _unsupported_parallelism(parallel)
-    assert "leave --enable-eplb out" in problem
+
+
+@pytest.mark.parametrize(
+    ("asked", "wanted"),
+    [
+        ({"ours": {}, "redundant": 3}, "8 FFN experts and 3 redundant ones, wanted a multiple of the 8 ranks that sha"),
+        ({"ours": {"init_expert_location": "places.json"}}, "vLLM begins with experts in their order; leave --addit"),
+        ({"ours": {}, "load_format": "sharded_state"}, "where they were when it was saved; leave --load-format out"),
+        ({"ours": {}, "enable_elastic_ep": True}, "leave --enable-elastic-ep out, or leave it out"),
+        ({"ours": {}, "pipeline_parallel_size": 2, "v2": False}, "experts of the last stage only; leave --pipeline-p"),
+        ({"ours": {"eplb": {}}}, "it is for CPUs, for which vLLM has none; give --enable-eplb and --eplb-config"),
+    ],
+)
+def test_moves_of_experts_that_vllm_would_get_wrong_are_refused(
+    asked: dict[str, Any], wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "current", Cuda)
+    with pytest.raises(ValueError, match=wanted):
+        placement.settle(moved(**asked), DEFAULT)
+
+
+def test_experts_move_by_vllms_own_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "current", Cuda)
+    placement.settle(moved({}), DEFAULT)
+    placement.settle(moved({}, redundant=8, pipeline_parallel_size=2), DEFAULT)
+    ids, state = torch.tensor([[0, -1]]), EplbLayerState()
+    assert Cuda().balanced(ids, state) is ids, "which vLLM's router places, as the dry run shows"
 
 
 def test_a_quantised_model_is_refused_on_a_cpu(checkpoint_of: Callable[[Case], Path]) -> None:

@@ -124,6 +124,15 @@ def test_each_rank_counts_its_share_of_tokens_that_are_sent_to_experts_of_others
         assert found == [2, 0][rank]
 
 
+def test_no_busiest_rank_is_counted_where_experts_move(
+    counted: CountedChoices, vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm.distributed.get_ep_group", lambda: SimpleNamespace(world_size=2))
+    parallel, layers = vllm_config.parallel_config, range(DEFAULT.num_layers)
+    for parallel.enable_expert_parallel, parallel.enable_eplb, ranks in ((True, False, 2), (True, True, 1)):
+        assert CountedChoices(vllm_config, DEFAULT, layers)._choices.ranks == ranks
+
+
 def test_counts_are_shown_when_the_worker_is_warm(counted: CountedChoices, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     monkeypatch.setattr(Publication, "begin", lambda _: events.append("shown"))

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +16,14 @@ from longcat_core.weights.precision import Fp8Kernels
 from longcat_vllm import requested
 from longcat_vllm.devices.base import MOE_BACKENDS, Device
 from longcat_vllm.devices.branch import Branch, InARow
-from longcat_vllm.engine import shares_experts_over_a_transport
+from longcat_vllm.engine import mtp_speculation, shares_experts_over_a_transport
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
     from vllm.config import ParallelConfig, VllmConfig
+    from vllm.config.parallel import EPLBConfig
+    from vllm.distributed.eplb.eplb_state import EplbLayerState
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
     from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -30,6 +32,11 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backend import AttentionBackend
 
     from longcat_vllm.model import LongcatModel
+
+WORKER = "longcat_vllm.devices.cpu.balancing.BalancingWorker"
+STOCK_WORKERS = ("auto", "vllm.v1.worker.cpu_worker.CPUWorker")
+EPLB = ("num_redundant_experts", "window_size", "step_interval", "log_balancedness", "log_balancedness_interval")
+"""Of --eplb-config, what can be chosen on a CPU."""
 
 
 class Cpu(Device):
@@ -91,6 +98,11 @@ class Cpu(Device):
         exchanged = Exchanged(experts)
         return InARow(exchanged) if requested.current().overlap is False else exchanged
 
+    def balanced(self, ids: Tensor, state: EplbLayerState) -> Tensor:
+        from longcat_vllm.devices.cpu.balancing import place_and_count
+
+        return place_and_count(ids, state)
+
     def expert_map(self, num_experts: int, device: torch.device | str) -> None:
         return None
 
@@ -140,6 +152,30 @@ class Cpu(Device):
     def prepare_overlap(self, vllm_config: VllmConfig) -> None:
         """Nothing has to be."""
 
+    def obstacles_to_eplb(self, vllm_config: VllmConfig, given: Mapping[str, Any]) -> list[str]:
+        parallel, obstacles = vllm_config.parallel_config, []
+        if unknown := sorted(given.keys() - set(EPLB)):
+            obstacles.append(f"{', '.join(unknown)} in it, wanted {' or '.join(EPLB)}; correct it")
+        else:
+            try:
+                _eplb_config(given)
+            except ValueError as error:
+                obstacles.append(f"{error}; correct it")
+        if parallel.worker_cls not in (*STOCK_WORKERS, WORKER):
+            obstacles.append(f"worker_cls is {parallel.worker_cls!r}, wanted vLLM's own; leave --worker-cls out")
+        if mtp_speculation(vllm_config) is not None:
+            # `_create_draft_vllm_config` makes a configuration anew, which is checked again (vLLM 0.32).
+            obstacles.append("vLLM refuses it on a CPU as it makes a configuration of drafts; leave them out")
+        if vllm_config.use_v2_model_runner:
+            obstacles.append("this model runner is not known to move experts on a CPU; unset VLLM_USE_V2_MODEL_RUNNER")
+        return obstacles
+
+    def prepare_eplb(self, vllm_config: VllmConfig, given: Mapping[str, Any]) -> None:
+        """vLLM refuses its own option on a CPU when it makes the configuration, before it knows the model."""
+        parallel = vllm_config.parallel_config
+        parallel.enable_eplb, parallel.eplb_config = True, _eplb_config(given)
+        parallel.worker_cls = WORKER
+
     def implementations(self, config: LongcatConfig | None) -> list[Finding]:
         import torch
 
@@ -164,6 +200,17 @@ class Cpu(Device):
             Finding("products", few_rows + products()),
             Finding("cores", _cores()),
         ]
+
+
+def _eplb_config(given: Mapping[str, Any]) -> EPLBConfig:
+    """Without a thread and a stream of its own, and with what sends tensors of a CPU as they are.
+
+    Raises:
+        ValueError: as vLLM does.
+    """
+    from vllm.config.parallel import EPLBConfig
+
+    return EPLBConfig(**given, use_async=False, communicator="torch_nccl")
 
 
 def _cores() -> str:

@@ -36,6 +36,10 @@ class CompactedRowsMethod(FusedMoEMethodBase):
 
     create_weights = UnquantizedFusedMoEMethod.create_weights
 
+    @property
+    def supports_eplb(self) -> bool:
+        return True  # every parameter, a scale too, has the experts as its first axis, packed or not
+
     def process_weights_after_loading(self, layer: Any) -> None:
         layer.cpu_kernel = self.select_kernel(layer)
         logger.info_once("LongCat experts on CPU: %s over rows of FFN experts only.", layer.cpu_kernel)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from longcat_core import spellings
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
     from vllm.config import ParallelConfig, VllmConfig
+    from vllm.distributed.eplb.eplb_state import EplbLayerState
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
     from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -107,6 +108,9 @@ class Cuda(Device):
         from longcat_vllm.devices.cuda.overlap import SecondStream
 
         return SecondStream(experts)
+
+    def balanced(self, ids: Tensor, state: EplbLayerState) -> Tensor:
+        return ids  # vLLM's router has a kernel for both, which leaves an id of -1 as it is (router/base_router.py)
 
     def expert_map(self, num_experts: int, device: torch.device | str) -> Tensor | None:
         """The identity. With a map, vLLM's Triton experts drop an id of -1 (`moe_align_block_size`, `moe_sum`);
@@ -217,6 +221,12 @@ class Cuda(Device):
 
     def prepare_overlap(self, vllm_config: VllmConfig) -> None:
         vllm_config.parallel_config.worker_cls = WORKER
+
+    def obstacles_to_eplb(self, vllm_config: VllmConfig, given: Mapping[str, Any]) -> list[str]:
+        return ["it is for CPUs, for which vLLM has none; give --enable-eplb and --eplb-config"]
+
+    def prepare_eplb(self, vllm_config: VllmConfig, given: Mapping[str, Any]) -> None:
+        """It is vLLM's own."""
 
     def implementations(self, config: LongcatConfig | None) -> list[Finding]:
         import torch

@@ -3,8 +3,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
+from vllm.distributed.eplb.eplb_state import compute_logical_maps
+from vllm.platforms import current_platform
 
 from longcat_core.plugin.requested import Requested
 from tests.interpreted import Layer, layers
@@ -35,3 +41,29 @@ def test_few_tokens_take_vllms_shortcut_and_are_right(tokens: int, takes_shortcu
     assert layer.error(run.output) < 1e-5
     dropped = run.rows[layer.is_dropped()]
     assert dropped.eq(0).all() if takes_shortcut else dropped.isnan().all()
+
+
+def map_and_count() -> Callable[..., Tensor]:
+    """What vLLM's router has on a GPU."""
+    spec = importlib.util.find_spec("vllm.model_executor.layers.fused_moe.router.base_router")
+    assert spec is not None
+    assert spec.loader is not None
+    router = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(current_platform), "is_cuda_alike", lambda _: True)
+        spec.loader.exec_module(router)
+    found: Callable[..., Tensor] = router.eplb_map_to_physical_and_record
+    return found
+
+
+def test_a_zero_expert_has_no_place_where_experts_move_and_is_not_counted() -> None:
+    places = torch.tensor([7, 6, 5, 4, 3, 2, 1, 0, 7, 7])
+    of_experts, counts = compute_logical_maps(places, 8)
+    ids = torch.randint(-1, 8, (100, 12), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    rows, tokens = torch.zeros(len(places), dtype=torch.int32), torch.tensor(90, dtype=torch.int32)
+    placed = map_and_count()(ids, rows, of_experts, counts, torch.tensor(True), tokens)
+    assert torch.equal(placed < 0, ids < 0)
+    assert torch.equal(torch.cat((places, torch.tensor([-1])))[placed.long()], ids.long())
+    assert placed[ids == 7].unique().tolist() == [0, 8, 9]
+    real = placed[:90]
+    assert torch.equal(rows.long(), torch.bincount(real[real >= 0].long(), minlength=len(places)))
