@@ -17,7 +17,7 @@ from longcat_core import spellings
 from longcat_core.plugin.requested import Requested
 from longcat_vllm import requested
 from longcat_vllm.devices.cuda import device
-from longcat_vllm.devices.cuda.decode_plan import DecodeStep, shorten
+from longcat_vllm.devices.cuda.decode_plan import DecodeStep
 from tests.cases import DEFAULT, Case
 from tests.engines.test_bad_checkpoints import CASE, refusal
 from tests.vllm import flashinfer_mla
@@ -91,9 +91,14 @@ def test_a_step_may_have_any_number_of_requests_up_to_the_limit() -> None:
         torch.testing.assert_close(batch.attend(shared.plan(batch.step())), batch.expected())
 
 
-def test_another_layout_of_the_plan_is_refused() -> None:
-    with pytest.raises(RuntimeError, match=r"plan has 19 fields, wanted 18 as in FlashInfer 0\.7"):
-        shorten([0] * 19, torch.zeros(8, dtype=torch.uint8), torch.zeros(2).int(), torch.zeros(1).int())
+def test_another_layout_of_the_plan_is_refused_before_any_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the option to leave out is one that there is. Without drafts the plan is not written to."""
+    as_in_0_7 = flashinfer_mla.plan
+    monkeypatch.setattr(flashinfer_mla, "plan", lambda *given: [*as_in_0_7(*given), 0])
+    with pytest.raises(RuntimeError, match=r"plan has 19 fields, wanted 18 as in FlashInfer 0\.7") as refused:
+        plans()
+    assert f"leave {requested.OPTIONS['flashinfer_mla']} out" in str(refused.value)
+    plans(num_drafts=0)
 
 
 # -- the option --------------------------------------------------------------------------------------------

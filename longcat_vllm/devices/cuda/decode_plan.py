@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longcat_vllm import requested
+
 WORKSPACE_BYTES = 32 << 20
 """For partial results: 2 x 132 multiprocessors x 64 rows x (512 x 2 + 4) bytes are 17.4 MB (`MLAPlan`)."""
 STEPS_IN_FLIGHT = 2
@@ -60,6 +62,11 @@ class DecodePlans:
     """
 
     def __init__(self, sizes: DecodeSizes, device: torch.device) -> None:
+        """
+        Raises:
+            RuntimeError: if FlashInfer's plan is laid out otherwise than `shorten` needs it, which is seen here, before
+                any request.
+        """
         self.sizes, self.device = sizes, device
         room = _room(sizes.max_requests)
         self._workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
@@ -69,6 +76,8 @@ class DecodePlans:
         self._lengths = torch.zeros(room, dtype=torch.int32, device=device)
         self._wrappers: dict[int, Any] = {}
         self._staged: deque[Any] = deque(maxlen=STEPS_IN_FLIGHT * (1 + sizes.num_drafts))
+        if sizes.num_drafts:
+            self.plan(_step_of_one_token(device))
 
     def plan(self, step: DecodeStep) -> Any:
         """FlashInfer's wrapper, ready for `run`. It is the same object for each step that has room in it.
@@ -133,6 +142,12 @@ class DecodePlans:
         return self._wrappers[room]
 
 
+def _step_of_one_token(device: torch.device) -> DecodeStep:
+    one = torch.ones(1, dtype=torch.int32)
+    starts = torch.arange(2, dtype=torch.int32)
+    return DecodeStep(starts, 1, one, one.to(device), torch.zeros(1, 1, dtype=torch.int32, device=device))
+
+
 def _room(num_requests: int) -> int:
     return 1 << max(num_requests - 1, 0).bit_length()
 
@@ -177,7 +192,7 @@ def shorten(plan_info: Any, workspace: Tensor, query_starts: Tensor, lengths: Te
     if len(offsets) != _FIELDS:
         raise RuntimeError(
             f"FlashInfer's MLA plan has {len(offsets)} fields, wanted {_FIELDS} as in FlashInfer 0.7; "
-            "leave the option attention out of longcat's, so that vLLM's own MLA is used"
+            f"leave {requested.OPTIONS['flashinfer_mla']} out, so that vLLM's own MLA is used"
         )
     capacity = (offsets[_PAGE_START] - offsets[_QUERY_START]) // 4
     fields = workspace.view(torch.int32)
