@@ -163,6 +163,22 @@ def test_engines_are_changed_by_the_table_of_hooks_alone(source: str) -> None:
         assert PATCHING.search((ROOT / source).read_text()) is None
 
 
+LOGGER = re.compile(r"(?:getLogger|init_logger)\(([^)]*)\)")
+NAMED = {"longcat_vllm": 'f"vllm.{__name__}"', "longcat_sglang": "__name__"}
+"""vLLM gives handlers to its own logger alone, SGLang to all."""
+
+
+@pytest.mark.parametrize("source", [source for source in ROOMS if source.split("/")[0] in ENGINES])
+def test_what_an_engines_package_logs_is_shown_by_the_engine(source: str) -> None:
+    assert {*LOGGER.findall((ROOT / source).read_text())} <= {NAMED[source.split("/")[0]]}
+
+
+@pytest.mark.parametrize("source", [source for source in ROOMS if source.startswith("longcat_core/")])
+def test_core_logs_nothing_but_warnings_by_itself(source: str) -> None:
+    """vLLM shows no others of a logger that is not its own."""
+    assert re.search(r"\blogger\.(debug|info)\(", (ROOT / source).read_text()) is None
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_file_begins_by_saying_what_it_is(source: str) -> None:
     text = (ROOT / source).read_text()

@@ -24,7 +24,7 @@ from longcat_core.kernels.cpu.product import is_quicker
 from longcat_core.layers.experts import ExpertFFN, grouped_ffn, routed_experts
 from longcat_core.quantization import PUBLISHED_BLOCK
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")
 
 
 class CompactedRowsMethod(FusedMoEMethodBase):
