@@ -167,9 +167,9 @@ OPTIONS: tuple[Option, ...] = (
         Outcome.SERVED,
         "vLLM counts rows of FFN experts, and moves experts between ranks by its own policy ([more](placement.md)). A "
         "choice of a zero expert is no row. Refused with `init_expert_location`, --load-format sharded_state, "
-        "--enable-elastic-ep, pipeline stages without the V2 model runner, and a number of experts that ranks do not "
-        "divide; as the model is loaded, with experts of some layers in FP8 and of others in bf16. New weights for a "
-        "running server are refused too. vLLM itself refuses it on a CPU.",
+        "--enable-elastic-ep, pipeline stages or pooling without the V2 model runner, and a number of experts that "
+        "ranks do not divide; as the model is loaded, with experts of some layers in FP8 and of others in bf16. New "
+        "weights for a running server are refused too. vLLM itself refuses it on a CPU.",
         "dry run of eight ranks; the kernel that looks ids up interpreted; no GPU has run it",
     ),
     Option(

@@ -61,9 +61,13 @@ def _settle_moves(vllm_config: VllmConfig, longcat: LongcatConfig) -> None:
         problems.append(f"{load_format!r} has experts where they were when it was saved; leave --load-format out")
     if parallel.enable_elastic_ep:
         problems.append("ranks that come and go would be given no experts; leave --enable-elastic-ep out")
-    if parallel.pipeline_parallel_size > 1 and not vllm_config.use_v2_model_runner:
-        # `sample_tokens` returns before `eplb_step` on all stages but the last (vLLM 0.32).
-        problems.append("this model runner moves experts of the last stage only; leave --pipeline-parallel-size out")
+    if not vllm_config.use_v2_model_runner:  # whose `eplb_step` is at the end of `sample_tokens` (vLLM 0.32)
+        if parallel.pipeline_parallel_size > 1:
+            problems.append(
+                "this model runner moves experts of the last stage only; leave --pipeline-parallel-size out"
+            )
+        if vllm_config.model_config.runner_type == "pooling":
+            problems.append("this model runner moves no experts where nothing is sampled; leave --runner out")
     refuse([f"{option}: {problem}, or leave it out" for problem in problems])
 
 

@@ -133,6 +133,7 @@ def moved(ours: dict[str, Any], redundant: int = 0, load_format: str = "auto", v
         parallel_config=SimpleNamespace(**plain | changes),
         additional_config={"longcat": ours},
         load_config=SimpleNamespace(load_format=load_format),
+        model_config=SimpleNamespace(runner_type="generate"),
         use_v2_model_runner=v2,
     )
 

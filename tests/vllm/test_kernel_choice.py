@@ -118,7 +118,6 @@ def asked(**changes: Any) -> Any:
         "data_parallel_size": 2,
         "prefill_context_parallel_size": 1,
         "enable_expert_parallel": True,
-        "enable_eplb": False,
     }
     together = SimpleNamespace(**plain | changes)
     return SimpleNamespace(model_config=together, parallel_config=together, kernel_config=together)

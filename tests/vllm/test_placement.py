@@ -220,6 +220,7 @@ def test_scales_of_experts_move_with_their_weights() -> None:
         ({}, {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}}, "leave them out, or leave it out"),
         ({}, {"load_format": "sharded_state"}, "where they were when it was saved"),
         ({}, {"pipeline_parallel_size": 2}, "moves experts of the last stage only"),
+        ({}, {"runner": "pooling"}, "moves no experts where nothing is sampled; leave --runner out"),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has vLLM's own option")
