@@ -38,21 +38,22 @@ def are_counted_here() -> bool:
     """Whether this rank counts choices: with --enable-metrics, the first of those whose MoE has the same rows; and all
     where the first does not know by itself which rows are tokens."""
     server_args: Any = get_server_args()
-    if not server_args.enable_metrics or (get_parallel().tp_rank != 0 and not _gathers_tokens()):
+    if not server_args.enable_metrics or not (_shows_counts() or _gathers_tokens()):
         return False
-    hindrances = {
-        "--moe-a2a-backend": not get_moe_a2a_backend().is_none(),
-        "--enable-memory-saver": server_args.enable_memory_saver,
-    }
-    for option, is_given in hindrances.items():
-        if is_given:
-            logger.warning("The experts that tokens take are not counted with %s yet.", option)
-    return not any(hindrances.values())
+    if server_args.enable_memory_saver:
+        logger.warning("The experts that tokens take are not counted with --enable-memory-saver yet.")
+        return False
+    return True
+
+
+def _shows_counts() -> bool:
+    """Whether no other rank's MoE has the same rows and shows what it counts."""
+    return get_parallel().tp_rank == 0 or not get_moe_a2a_backend().is_none()
 
 
 def _gathers_tokens() -> bool:
     """Whether a MoE has the rows of requests of other ranks too."""
-    return is_dp_attention_enabled() and get_parallel().attn_dp_size > 1
+    return is_dp_attention_enabled() and get_parallel().attn_dp_size > 1 and get_moe_a2a_backend().is_none()
 
 
 FIRST_SLOT = 1
@@ -62,8 +63,11 @@ graph, and for all rows of a capture and of a warm-up."""
 
 def slots_of(forward_batch: ForwardBatch) -> Tensor:
     """int64 [T], of the rows that a MoE has. Where these are of other ranks too, 1 for a token and 0 for another row:
-    each rank says which of its own are tokens, so that all have to ask."""
+    each rank says which of its own are tokens, so that all have to ask. In front of an all-to-all each has a share of
+    the rows that it attends to with others, as even as can be (layers/layer_boundary/ops.py)."""
     own = forward_batch.out_cache_loc
+    if not get_moe_a2a_backend().is_none():
+        return own.tensor_split(get_parallel().attn_tp_size)[get_parallel().attn_tp_rank]
     if not _gathers_tokens():
         return own
     assert forward_batch.global_dp_buffer_len is not None, "ranks have told each other how many rows they have"
@@ -88,8 +92,7 @@ class CountedChoices:
         self._choices = ExpertChoices(layers, config.moe_topk, num_places, ranks, device, FIRST_SLOT)
         directory = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])  # which --enable-metrics sets in all processes
         dial = None if dialled is None else dialled.dial
-        is_first = get_parallel().tp_rank == 0
-        self.publication = Publication(self._choices, directory, _labels(), dial) if is_first else None
+        self.publication = Publication(self._choices, directory, _labels(), dial) if _shows_counts() else None
 
     def add(self, choices: list[Tensor], slots: Tensor) -> None:
         """choices: int32 [T, K] of each layer, by place; slots: as of `slots_of`."""

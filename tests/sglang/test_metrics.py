@@ -30,6 +30,8 @@ def settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace
         is_none=lambda: True,
         has_dp_attention=False,
         attn_dp_size=1,
+        attn_tp_size=1,
+        attn_tp_rank=0,
     )
     for name in ("get_server_args", "get_parallel", "get_moe_a2a_backend"):
         monkeypatch.setattr(metrics, name, lambda: found)
@@ -50,16 +52,41 @@ def test_the_first_rank_counts_where_metrics_are_asked_for(settings: SimpleNames
     assert not metrics.are_counted_here()
 
 
-@pytest.mark.parametrize("hindrance", [{"enable_memory_saver": True}, {"is_none": lambda: False}])
-def test_nothing_is_counted_where_rows_or_memory_are_others(
-    hindrance: dict[str, Any], settings: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+def test_nothing_is_counted_where_memory_comes_and_goes(
+    settings: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []  # an engine that ran in this process before may have turned loggers off
-    monkeypatch.setattr(metrics.logger, "warning", lambda text, *values: said.append(text % values))
-    vars(settings).update(hindrance)
+    monkeypatch.setattr(metrics.logger, "warning", said.append)
+    settings.enable_memory_saver = True
     assert not metrics.are_counted_here()
     assert len(said) == 1
-    assert "are not counted with --" in said[0]
+    assert "are not counted with --enable-memory-saver" in said[0]
+
+
+@pytest.mark.parametrize("attention_ranks", [1, 2, 4])
+def test_in_front_of_an_all_to_all_four_ranks_count_each_token_once(
+    attention_ranks: int, settings: SimpleNamespace
+) -> None:
+    """Of `attention_ranks` that attend to the same rows, each has a share of them in its MoE; the others have rows of
+    requests of their own. A step is padded to what these can share, and all of it is shown."""
+    settings.is_none, settings.has_dp_attention = lambda: False, attention_ranks < 4
+    settings.attn_tp_size, settings.attn_dp_size = attention_ranks, 4 // attention_ranks
+    counted = [0] * (DEFAULT.moe_topk + 1)
+    for rank in range(4):
+        settings.tp_rank, settings.attn_tp_rank = rank, rank % attention_ranks
+        slots = 100 * (rank // attention_ranks) + torch.arange(1, 9)
+        slots[-3:] = 0
+        of_all = torch.stack([IDS[row % 3] for row in range(8)])
+        rows = of_all.tensor_split(attention_ranks)[settings.attn_tp_rank]
+        assert metrics.are_counted_here()
+        choices = CountedChoices(DEFAULT)
+        assert choices.publication is not None
+        batch: Any = SimpleNamespace(out_cache_loc=slots)
+        choices.add([rows] * DEFAULT.num_layers, metrics.tokens_of(batch))
+        for number, tokens in enumerate(choices._choices.totals()[0].tokens):
+            counted[number] += tokens
+    groups = settings.attn_dp_size
+    assert counted == [{2: 2, 4: 3}.get(number, 0) * groups for number in range(DEFAULT.moe_topk + 1)]
 
 
 @pytest.mark.parametrize(("slots", "tokens"), [([40, 41, 42], 3), ([1, 17, 0], 2), ([0, 0, 0], 0)])
