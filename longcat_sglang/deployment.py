@@ -16,7 +16,7 @@ from longcat_core.plugin.gate import uses_gate
 from longcat_core.plugin.hooks import Stage
 from longcat_core.plugin.requested import refuse_what_the_own_class_lacks
 from longcat_sglang import devices, dial, hooks, loading, options, placement, requested
-from longcat_sglang.engine import OWN_CLASS, drafts_with_mtp
+from longcat_sglang.engine import OVERLAP, OWN_CLASS, drafts_with_mtp
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -48,11 +48,7 @@ def settle(server_args: ServerArgs) -> None:
     for caution in devices.of(settings.device).cautions(server_args, settings, model_config):
         logger.warning("longcat-serving: %s", caution)
     if settings.enable_single_batch_overlap:
-        if obstacles := devices.of(settings.device).obstacles_to_overlap(settings):
-            logger.warning("longcat-serving: no layer's MoE runs beside its dense path: %s", "; ".join(obstacles))
-        else:
-            beside = devices.of(settings.device).what_overlaps(settings)
-            logger.info("longcat-serving: beside the dense path of a layer: %s", beside)
+        _settle_overlap(server_args, settings)
     if (backend := devices.of(settings.device).attention_backend) is not None:
         declare_resolution(server_args, "longcat-serving", attention_backend=backend)
     if settings.moe_a2a_backend == "deepep" and settings.moe_runner_backend == "auto":
@@ -62,6 +58,21 @@ def settle(server_args: ServerArgs) -> None:
     if drafts_with_mtp(settings) and drafts_some and settings.speculative_eagle_topk is None:
         # SGLang compares it with 1 even if it is None (arg_groups/speculative_hook.py).
         declare_resolution(server_args, "longcat-serving", speculative_eagle_topk=1)
+
+
+def _settle_overlap(server_args: ServerArgs, settings: Any) -> None:
+    """Ask our layers for it, and SGLang no more: what it does for its own layers fails on Hopper, and each process that
+    is asked for it ends there (layers/moe/utils.py, `initialize_moe_config`)."""
+    from sglang.srt.arg_groups.overrides import declare_resolution
+
+    device = devices.of(settings.device)
+    if obstacles := device.obstacles_to_overlap(settings):
+        logger.warning("longcat-serving: no layer's MoE runs beside its dense path: %s", "; ".join(obstacles))
+        return
+    logger.info("longcat-serving: beside the dense path of a layer: %s", device.what_overlaps(settings))
+    overrides = json.dumps({**json.loads(settings.json_model_override_args), OVERLAP: True})
+    declared = {"enable_single_batch_overlap": False, "json_model_override_args": overrides}
+    declare_resolution(server_args, "longcat-serving", **declared)
 
 
 def check(server_args: Any, settings: Any, model_config: Any) -> None:

@@ -25,6 +25,8 @@ MTP_ALGORITHMS = ("NEXTN", "EAGLE")
 """SGLang's names for drafting with a layer that takes the target's hidden states."""
 OWN_CLASS = "longcat_own_class"
 """Field of the configuration object: true where a LongCat-Flash is left to SGLang's own class."""
+OVERLAP = "longcat_overlap"
+"""Another: true where a layer's MoE runs beside its dense path (`deployment.settle`)."""
 
 
 def is_longcat(hf_config: Any) -> bool:

@@ -337,7 +337,8 @@ SERVED: tuple[Option, ...] = (
         "The MoE beside the dense path, on a second stream in decoding's graphs; with --moe-a2a-backend deepep tokens "
         "on their way to experts and back, but in graphs in pieces ([more](overlap.md)). Without effect, which is "
         "logged, on a CPU. Off by default, as no GPU has run it.",
-        f"{READ}; the order of a layer's operations in the tests, with stand-ins for streams and for DeepEP's kernels",
+        f"{READ}; the order of a layer's operations in the tests, with stand-ins for streams and for DeepEP's kernels; "
+        "the second stream in a dry run",
     ),
     Option(
         "--enable-dp-attention",

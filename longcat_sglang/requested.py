@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from longcat_core.plugin.options import Option, Outcome
 from longcat_core.plugin.requested import Requested
-from longcat_sglang.engine import OWN_CLASS
+from longcat_sglang.engine import OVERLAP, OWN_CLASS
 
 OPTIONS = {
     "draft_gate": """--json-model-override-args '{"longcat_draft_gate": true}'""",
@@ -55,9 +56,10 @@ def of(settings: Any) -> Requested:
         ValueError: for another name or value.
     """
     given = json.loads(settings.json_model_override_args)
-    ours = {name: given[name] for name in given if name.startswith(_PREFIX) and name != OWN_CLASS}
+    ours = {name: given[name] for name in given if name.startswith(_PREFIX) and name not in (OWN_CLASS, OVERLAP)}
     ours = {name.removeprefix(_PREFIX): value for name, value in ours.items()}
-    return Requested.read(ours, OPTIONS, _PREFIX, "--json-model-override-args")
+    asked = Requested.read(ours, OPTIONS, _PREFIX, "--json-model-override-args")
+    return replace(asked, overlap=given.get(OVERLAP))
 
 
 def current() -> Requested:

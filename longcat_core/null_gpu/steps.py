@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
-import torch
 from torch import nn
 
 from longcat_core.null_gpu import launches
+from longcat_core.null_gpu.elsewhere import streams
 from longcat_core.planning.dry_run import Operation, Step
 
 
@@ -27,6 +26,8 @@ class Executed:
     in_layers: list[Counter[str]] = field(default_factory=list)
     beside: list[Counter[str]] = field(default_factory=list)
     """Of those in layers, on another stream than the step's."""
+    unordered: list[int] = field(default_factory=list)
+    """Of those beside, launched before their stream waited for the step's, or not waited for within the layer."""
 
     def finished(self, name: str) -> Step:
         operations = [
@@ -39,7 +40,7 @@ class Executed:
             )
             for kernel, count in self.launches.most_common()
         ]
-        return Step(name, self.tokens, self.requests, tuple(operations))
+        return Step(name, self.tokens, self.requests, tuple(operations), tuple(self.unordered))
 
 
 @contextmanager
@@ -49,17 +50,20 @@ def counting(step: Executed, model: nn.Module) -> Iterator[None]:
     layers = decoder_layers(model)
     step.in_layers = step.in_layers or [Counter() for _ in layers]
     step.beside = step.beside or [Counter() for _ in layers]
+    step.unordered = step.unordered or [0 for _ in layers]
     before: dict[int, tuple[Counter[str], Counter[str]]] = {}
 
-    with _streams() as elsewhere:
+    with streams() as elsewhere:
 
         def enter(layer: nn.Module, *_: Any) -> None:
-            before[id(layer)] = launches.counted(), elsewhere.copy()
+            before[id(layer)] = launches.counted(), elsewhere.launched.copy()
+            elsewhere.begin()
 
         def leave(layer: nn.Module, *_: Any) -> None:
             launched, on_other_streams = before.pop(id(layer))
             step.in_layers[layers.index(layer)] += launches.counted() - launched
-            step.beside[layers.index(layer)] += elsewhere - on_other_streams
+            step.beside[layers.index(layer)] += elsewhere.launched - on_other_streams
+            step.unordered[layers.index(layer)] += elsewhere.unordered()
 
         handles = [layer.register_forward_pre_hook(enter) for layer in layers]
         handles += [layer.register_forward_hook(leave) for layer in layers]
@@ -70,25 +74,6 @@ def counting(step: Executed, model: nn.Module) -> Iterator[None]:
             step.launches += launches.counted() - start
             for handle in handles:
                 handle.remove()
-
-
-@contextmanager
-def _streams() -> Iterator[Counter[str]]:
-    """What is launched, while this lasts, when another stream is current than at its start."""
-    elsewhere: Counter[str] = Counter()
-    home, set_stream = torch.cuda.current_stream(), torch.cuda.set_stream
-    since = launches.counted()
-
-    def switch(stream: Any) -> None:
-        nonlocal since
-        now = launches.counted()
-        if torch.cuda.current_stream() != home:
-            elsewhere.update(now - since)
-        since = now
-        set_stream(stream)
-
-    with mock.patch.object(torch.cuda, "set_stream", switch):
-        yield elsewhere
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

@@ -79,6 +79,9 @@ class Step:
     tokens: int
     requests: int
     operations: tuple[Operation, ...]
+    unordered: tuple[int, ...] = ()
+    """Of what a layer launches on another stream than the step's: what may run before its input is there, or after its
+    result is read, as streams did not wait for each other within the layer."""
 
     @property
     def launches(self) -> int:
@@ -173,6 +176,7 @@ def _report(raw: dict[str, Any]) -> Report:
                     Operation(**{**operation, **{name: tuple(operation[name]) for name in ("in_layers", "beside")}})
                     for operation in step["operations"]
                 ),
+                "unordered": tuple(step["unordered"]),
             }
         )
         for step in raw["steps"]

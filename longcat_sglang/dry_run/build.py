@@ -18,6 +18,7 @@ from sglang.srt.distributed import bootstrap, parallel_state
 from sglang.srt.layers.moe import initialize_moe_config
 from sglang.srt.layers.quantization.fp8_utils import initialize_fp8_gemm_config
 from sglang.srt.model_executor.model_runner import ModelRunner
+from sglang.srt.model_executor.runner_utils.capture_mode import model_capture_mode
 from sglang.srt.runtime_context import SpawnRanks, publish, spawn_world_rank
 from sglang.srt.server_args import prepare_server_args
 
@@ -93,7 +94,8 @@ def _built(request: Request, arguments: Any, report: Report) -> Report:
 
 
 def _stepped(runner: Any, request: Request) -> tuple[Step, ...]:
-    """As SGLang's own benchmark of one batch: a step of all prompts, and one of decoding."""
+    """As SGLang's own benchmark of one batch: a step of all prompts, and one of decoding, of which SGLang makes a CUDA
+    graph. It is run as for that, without the graph."""
     length = max(request.prompt_tokens // request.requests, 1)
     stepped = one_batch._TorchBenchRunner(runner)
 
@@ -105,6 +107,6 @@ def _stepped(runner: Any, request: Request) -> tuple[Step, ...]:
     with counting(prefill, runner.model):
         tokens, _, batch = stepped.extend(prompts())
     decode = Executed(request.requests, request.requests)
-    with counting(decode, runner.model):
+    with counting(decode, runner.model), model_capture_mode():
         stepped.decode(torch.ones_like(tokens), batch)
     return (prefill.finished("prefill"), decode.finished("decode"))

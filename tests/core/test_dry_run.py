@@ -21,6 +21,7 @@ STEP = Step(
         Operation("product", "cublasSgemm_v2", 2, (1, 1), (0, 1)),
         Operation("norm", "vllm::rms_norm_kernel", 9, (4, 4)),
     ),
+    unordered=(0, 1),
 )
 REPORT = Report(
     Request("chat", ("--enforce-eager",), (("VLLM_USE_V2_MODEL_RUNNER", "0"),)),

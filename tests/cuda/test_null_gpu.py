@@ -44,6 +44,28 @@ with torch.cuda.graph(graph):
 before = launches.counted()
 graph.replay()
 found["replay"] = dict(launches.counted() - before)
+from longcat_core.null_gpu.steps import Executed, counting
+class Layer(torch.nn.Linear):
+    def forward(self, rows, fork, join):
+        here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        if fork:
+            side.wait_stream(here)
+        with torch.cuda.stream(side):
+            branch = rows + 1
+            done = side.record_event()
+        rows = rows.relu()
+        if join:
+            here.wait_event(done)
+        return rows + branch
+model = torch.nn.Module()
+model.layers = torch.nn.ModuleList(Layer(4, 4, device="cuda") for _ in range(2))
+found["unordered"] = []
+for fork, join in ((True, True), (True, False), (False, True)):
+    step = Executed(1, 1)
+    with counting(step, model):
+        for layer in model.layers:
+            layer(torch.empty(3, 4, device="cuda"), fork, join)
+    found["unordered"].append([step.unordered, [each.total() for each in step.beside]])
 if (child := os.fork()) == 0:
     os._exit(0 if torch.ones(3, device="cuda").is_cuda else 1)
 found["fork"] = os.waitpid(child, 0)[1]
@@ -87,6 +109,12 @@ def test_shapes_are_checked_as_on_a_gpu(found: dict[str, Any]) -> None:
 
 def test_a_graph_is_captured_and_its_replay_launches_nothing_by_itself(found: dict[str, Any]) -> None:
     assert found["replay"] == {}
+
+
+def test_a_second_stream_that_does_not_wait_or_is_not_waited_for_is_seen(found: dict[str, Any]) -> None:
+    in_order, join_left_out, fork_left_out = found["unordered"]
+    assert in_order == [[0, 0], [1, 1]]
+    assert join_left_out == fork_left_out == [[1, 1], [1, 1]]
 
 
 def test_a_fork_has_the_gpu_too(found: dict[str, Any]) -> None:

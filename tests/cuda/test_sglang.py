@@ -22,7 +22,8 @@ FEW_TOKENS = "--max-total-tokens 65536"
 FP8_CACHE = SGLang("8xH200", "chat-4-layers", f"{EP8} --kv-cache-dtype fp8_e4m3 {FEW_TOKENS}")
 FP8_CACHE_READ = SGLang("8xH200", "chat-4-layers", f"{FP8_CACHE.options} --decode-attention-backend flashmla")
 FOUR_LAYERS = SGLang("8xH200", "chat-4-layers", EP8)
-TENSOR_PARALLEL = SGLang("8xH200", "chat-4-layers", "--tp-size 8")
+OVERLAP = "--tp-size 8 --enable-single-batch-overlap"
+TENSOR_PARALLEL = SGLang("8xH200", "chat-4-layers", OVERLAP)
 LITE = SGLang("8xH200", "lite-trunk", "")
 DATA_PARALLEL = SGLang("8xH200", "chat-4-layers", "--tp-size 8 --dp-size 8 --enable-dp-attention")
 BLACKWELL = SGLang("8xB200", "chat-4-layers", EP8)
@@ -98,6 +99,45 @@ def test_fa3_still_casts_the_whole_cache_in_fp8_for_every_attention(report_of: R
         for each in (FOUR_LAYERS, FP8_CACHE, FP8_CACHE_READ)
     ]
     assert warned == [False, True, False]
+
+
+@pytest.mark.deployments(TENSOR_PARALLEL)
+def test_decoding_has_the_moe_alone_on_the_second_stream(report_of: Reports) -> None:
+    """Beside the norms of latents, for which SGLang has another. Streams wait for each other within the layer, and sums
+    over ranks stay on the first."""
+    prefill, decode = report_of(TENSOR_PARALLEL).steps
+    for layer in range(MODELS["chat-4-layers"]["num_layers"]):
+        beside, all_of_it = decode.beside(layer), decode.in_layer(layer)
+        assert {"experts", "routing", "activation"} <= beside.keys()
+        assert not {"attention", "cache", "rotary", "collective"} & beside.keys()
+        assert beside["experts"] == all_of_it["experts"]
+        assert prefill.beside(layer) == {}
+    assert not any(prefill.unordered + decode.unordered)
+
+
+@pytest.mark.deployments(FOUR_LAYERS)
+def test_without_overlap_decoding_has_the_norms_of_latents_alone_on_another_stream(report_of: Reports) -> None:
+    prefill, decode = report_of(FOUR_LAYERS).steps
+    layers = range(MODELS["chat-4-layers"]["num_layers"])
+    assert [decode.beside(layer) for layer in layers] == [{"norm": 2}] * len(layers)
+    assert [prefill.beside(layer) for layer in layers] == [{}] * len(layers)
+
+
+HOOKS = ",".join(
+    f'{{"name":"{fault}","target_modules":["model.norm"],"hook_factory":"tests.cuda.planted:{fault}"}}'
+    for fault in ("join_left_out", "sum_in_the_branch")
+)
+PLANTED = SGLang("8xH200", "chat-4-layers", f"{OVERLAP} --forward-hooks [{HOOKS}]")
+
+
+@pytest.mark.deployments(PLANTED)
+def test_a_join_that_is_left_out_and_a_sum_on_the_second_stream_are_seen(report_of: Reports) -> None:
+    prefill, decode = report_of(PLANTED).steps
+    layers = range(MODELS["chat-4-layers"]["num_layers"])
+    assert [decode.beside(layer)["collective"] for layer in layers] == [1] * len(layers)
+    on_the_second = [sum(decode.beside(layer).values()) - decode.beside(layer)["norm"] for layer in layers]
+    assert list(decode.unordered) == on_the_second
+    assert not any(prefill.unordered)
 
 
 REFUSED = {

@@ -161,6 +161,7 @@ def test_the_experts_alone_are_on_the_second_stream(
             assert not {"attention", "cache", "norm", "rotary"} & beside.keys()
             assert beside["experts"] == all_of_it["experts"]
             assert all_of_it["collective"] - beside.get("collective", 0) == (ALL_REDUCES_A_LAYER if is_summed else 0)
+        assert not any(step.unordered)
 
 
 @pytest.mark.parametrize("deployment", [FOUR_LAYERS, FP8, DATA_PARALLEL], ids=name_of)

@@ -82,7 +82,7 @@ def test_in_front_of_an_all_to_all_four_ranks_count_each_token_once(
         choices = CountedChoices(DEFAULT)
         assert choices.publication is not None
         batch: Any = SimpleNamespace(out_cache_loc=slots)
-        choices.add([rows] * DEFAULT.num_layers, metrics.tokens_of(batch))
+        choices.add([rows] * DEFAULT.num_layers, metrics.slots_of(batch))
         for number, tokens in enumerate(choices._choices.totals()[0].tokens):
             counted[number] += tokens
     groups = settings.attn_dp_size

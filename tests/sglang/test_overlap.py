@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,12 +14,13 @@ from typing import Any, cast
 
 import pytest
 import torch
-from sglang.srt.layers.moe.utils import DeepEPMode
+from sglang.srt.layers.moe.utils import DeepEPMode, initialize_moe_config
 from torch import Tensor, nn
 
 from longcat_core.layers.routing import Routing
 from longcat_core.parallel.schedule import SHORTCUT_LAYER, SINGLE_BATCH, Resource
-from longcat_sglang import deployment, ffn, model, moe
+from longcat_core.plugin.requested import Requested
+from longcat_sglang import deployment, ffn, model, moe, requested
 from longcat_sglang.devices.branch import Branch, InARow
 from longcat_sglang.devices.cpu.device import Cpu
 from longcat_sglang.devices.cuda import overlap
@@ -359,26 +361,19 @@ def test_only_a_graph_of_a_whole_step_has_a_second_stream(
 
 
 @pytest.mark.parametrize(
-    ("asked", "transport", "kind"),
-    [
-        (True, "none", SecondStream),
-        (False, "none", InARow),
-        (True, "deepep", Exchange),
-        (False, "deepep", InARow),
-    ],
+    ("asked", "has_transport", "kind"),
+    [(True, False, SecondStream), (False, False, InARow), (True, True, Exchange), (False, True, InARow)],
 )
 def test_a_gpu_has_a_second_stream_or_four_stages_where_they_are_asked_for(
-    asked: bool, transport: str, kind: type[Branch], monkeypatch: pytest.MonkeyPatch
+    asked: bool, has_transport: bool, kind: type[Branch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = SimpleNamespace(enable_single_batch_overlap=asked, moe_a2a_backend=transport)
     made: list[str] = []
-    monkeypatch.setattr("sglang.srt.runtime_context.get_server_args", lambda: None)
-    monkeypatch.setattr("sglang.srt.arg_groups.overrides.resolved_view", lambda _: given)
+    monkeypatch.setattr(requested, "current", lambda: Requested(overlap=asked or None))
+    transport = SimpleNamespace(is_none=lambda: not has_transport)
+    monkeypatch.setattr("sglang.srt.layers.moe.utils.get_moe_a2a_backend", lambda: transport)
     monkeypatch.setattr("sglang.srt.runtime_context.get_stream", made.append)
     assert type(Cuda().branch()) is kind
     assert made == (["longcat_moe"] if kind is SecondStream else [])
-    assert Cuda().obstacles_to_overlap(given) == []
-    assert Cpu().obstacles_to_overlap(given) == ["a CPU has no streams"]
 
 
 @pytest.mark.parametrize(
@@ -393,26 +388,43 @@ def test_a_gpu_has_a_second_stream_or_four_stages_where_they_are_asked_for(
 def test_the_log_says_what_runs_beside_the_dense_path(
     asked: bool, transport: str, said: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    runner = "auto" if transport == "none" else "deep_gemm"
-    given = settings("cuda", enable_single_batch_overlap=asked, moe_a2a_backend=transport, moe_runner_backend=runner)
-    assert ("beside the dense path" in settled(given, monkeypatch, caplog)) is asked
-    assert said is None or f"beside the dense path of a layer: {said}" in caplog.text
+    given = settings(
+        "cuda", enable_single_batch_overlap=asked, moe_a2a_backend=transport, moe_runner_backend="deep_gemm"
+    )
+    log, declared = settled(given, monkeypatch, caplog)
+    assert ("beside the dense path" in log) is asked
+    assert said is None or f"beside the dense path of a layer: {said}" in log
+    if asked:
+        assert declared.pop("enable_single_batch_overlap") is False, "SGLang would refuse it on Hopper"
+        assert requested.of(SimpleNamespace(**declared)).overlap
+    else:
+        assert declared == {}
 
 
 def test_the_log_says_why_nothing_runs_beside_the_dense_path(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("sglang.srt.arg_groups.overrides.declare_resolution", lambda *_, **__: None)
-    said = settled(settings("cpu", enable_single_batch_overlap=True), monkeypatch, caplog)
-    assert "no layer's MoE runs beside its dense path: a CPU has no streams" in said
+    log, declared = settled(settings("cpu", enable_single_batch_overlap=True), monkeypatch, caplog)
+    assert "no layer's MoE runs beside its dense path: a CPU has no streams" in log
+    assert "enable_single_batch_overlap" not in declared
 
 
-def settled(given: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> str:
-    """The log of options that are fit to be served."""
+def test_sglang_still_refuses_its_own_overlap_on_hopper() -> None:
+    """Otherwise `deployment.settle` could leave the option as it is given."""
+    source = inspect.getsource(initialize_moe_config)
+    assert "SBO (single batch overlap) is not supported on SM90 GPUs" in source
+
+
+def settled(
+    given: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> tuple[str, dict[str, Any]]:
+    """The log of options that are fit to be served, and what is made of them."""
+    declared: dict[str, Any] = {}
     monkeypatch.setattr(deployment.hooks, "install", lambda _: None)
     monkeypatch.setattr(deployment, "check", lambda *_: None)
     monkeypatch.setattr("sglang.srt.arg_groups.overrides.resolving_view", lambda _: given)
     monkeypatch.setattr("sglang.srt.arg_groups.overrides.model_config_of", lambda _: MODEL_CONFIG)
+    monkeypatch.setattr("sglang.srt.arg_groups.overrides.declare_resolution", lambda *_, **made: declared.update(made))
     with caplog.at_level("INFO"):
         deployment.settle(given)
-    return caplog.text
+    return caplog.text, declared

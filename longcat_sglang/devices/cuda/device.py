@@ -103,15 +103,14 @@ class Cuda(Device):
         return {"quant_method": experts_method(quant_config)}
 
     def branch(self) -> Branch:
-        from sglang.srt.arg_groups.overrides import resolved_view
-        from sglang.srt.runtime_context import get_server_args, get_stream
-
-        settings = resolved_view(get_server_args())
-        if not settings.enable_single_batch_overlap:
+        if not requested.current().overlap:
             return InARow()
+        from sglang.srt.layers.moe.utils import get_moe_a2a_backend
+        from sglang.srt.runtime_context import get_stream
+
         from longcat_sglang.devices.cuda.overlap import Exchange, SecondStream
 
-        return SecondStream(get_stream("longcat_moe")) if settings.moe_a2a_backend == "none" else Exchange()
+        return SecondStream(get_stream("longcat_moe")) if get_moe_a2a_backend().is_none() else Exchange()
 
     def restore_experts(self, experts: Any) -> None:
         """SGLang does so itself."""
