@@ -32,7 +32,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from longcat_core.kernels.arrange import Arrangement, arrange
-from longcat_core.kernels.combine import combine, weighted_sum
+from longcat_core.kernels.combine import weighted_sum
 from longcat_core.kernels.experts import ExpertWeights, expert_outputs
 from longcat_core.kernels.quantize import quantize
 from longcat_core.kernels.route import route
@@ -187,11 +187,6 @@ def _fp32(*shape: int) -> Tensor:
     return _empty(*shape, dtype=torch.float32)
 
 
-def _combine(tokens: int, outputs: Tensor) -> None:
-    x = _empty(tokens, H)
-    combine(outputs, _ids(tokens), _fp32(tokens, K), x, _fp32(tokens), dense=x)
-
-
 def _experts(precision: str, tile: Tile) -> None:
     dtype = {"16 bit": torch.bfloat16, "fp8": torch.float8_e4m3fn, "32 bit": torch.float32}[precision]
     w13, w2 = _empty(E, 2 * INNER, H, dtype=dtype), _empty(E, H, INNER, dtype=dtype)
@@ -212,9 +207,7 @@ CASES: dict[str, Callable[[], object]] = {
     "route": lambda: route(
         _fp32(64, E + ZERO), _fp32(E + ZERO), n_routed_experts=E, top_k=K, routed_scaling_factor=6.0
     ),
-    "combine by choice": lambda: _combine(64, _empty(64, K, H)),
-    "sum for an engine": lambda: weighted_sum(_empty(64, K, H), _ids(64), _fp32(64, K), _empty(64, H)),
-    "combine by row": lambda: _combine(64, _empty(500, H)),
+    "weighted sum": lambda: weighted_sum(_empty(64, K, H), _ids(64), _fp32(64, K), _empty(64, H)),
     "arrange 64 tokens": lambda: arrange(_ids(64), E, 16),
     "arrange 64 tokens, 8 ranks": lambda: arrange(_ids(64), LOCAL, 16, expert_map=_ids(512)),
     "arrange 8192 tokens": lambda: arrange(_ids(8192), E, 128),

@@ -73,7 +73,7 @@ def floor_seconds(of: Situation) -> float:
 
 
 def our_seconds(of: Situation) -> float:
-    """arrange, both products, combine; in FP8 the hidden states are quantised first."""
+    """arrange, both products, the sum, and the identity; in FP8 the hidden states are quantised first."""
     load = of.load(is_remapped=False)
     states, slots = of.seen(load)
     hidden, inner = of.config.hidden_size, of.config.expert_ffn_hidden_size
@@ -106,9 +106,10 @@ def our_seconds(of: Situation) -> float:
     launches = 1 if slots <= ONE_LAUNCH else 3
     arranging = launches * pass_seconds(of.gpu, slots * 12)
     quantising = pass_seconds(of.gpu, states * hidden * 3) if of.precision == "fp8" else 0.0
-    combining = pass_seconds(of.gpu, (load.rows + 2 * states) * hidden * BF16_BYTES)
+    summing = pass_seconds(of.gpu, (load.rows + states) * hidden * BF16_BYTES)
+    identity = pass_seconds(of.gpu, 3 * states * hidden * BF16_BYTES)
     products = gate_up.seconds(of.gpu, of.precision) + down.seconds(of.gpu, of.precision)
-    return quantising + arranging + products + combining
+    return quantising + arranging + products + summing + identity
 
 
 def vllm_seconds(of: Situation, is_remapped: bool) -> float:

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu import our_kernels
 from benchmarks.gpu.cases import Context
 from benchmarks.gpu.checks import truth
 from benchmarks.gpu.inputs import Batch
 from benchmarks.gpu.layer import MoE, RankLayer
+from benchmarks.gpu.our_kernels import OurMoE
 from benchmarks.gpu.vllm_kernels import TritonMoE
 from longcat_core.kernels.route import route
 from longcat_core.kernels.router_product import router_product
@@ -43,12 +43,13 @@ def _sizes(layer: RankLayer) -> dict[str, Any]:
 
 
 def our_moe(layer: RankLayer, context: Context) -> MoE:
-    """Six launches in 16 bit and up to 1,024 choices: router product, route, and those of `kernels.moe`."""
+    """Seven launches in 16 bit and up to 1,024 choices: router product, route, those of `kernels.moe`, identity."""
+    experts = OurMoE(layer.experts, context.device_name, context.sizes.is_compiled)
     bias, expert_map, sizes = _bias(layer), _expert_map(layer), _sizes(layer)
 
     def moe(x: Tensor) -> Tensor:
         routing = route(router_product(x, layer.router), bias, **sizes)
-        return our_kernels.of_the_table(Batch(x, routing, expert_map), layer.experts, context.device_name)
+        return experts(Batch(x, routing, expert_map))
 
     return moe
 

@@ -17,7 +17,6 @@ from benchmarks.gpu.inputs import Batch
 from longcat_core.config import LongcatConfig
 from longcat_core.kernels.experts import ExpertWeights
 from longcat_core.layers.experts import add_identity
-from longcat_core.layers.routing import Routing
 
 _CACHE_BLOCK = 64
 """Tokens of a block of the cache."""
@@ -150,14 +149,14 @@ def arrange(ids: Tensor, experts: int, block_rows: int, expert_map: Tensor | Non
     return moe_align_block_size(ids, block_rows, experts, expert_map, ignore_invalid_experts=True)
 
 
-def combine(outputs: Tensor, routing: Routing, hidden_states: Tensor, expert_map: Tensor) -> Tensor:
-    """The sum of weighted outputs [T, K, H] without those of -1, and the identity."""
+def combine(outputs: Tensor, ids: Tensor, expert_map: Tensor) -> Tensor:
+    """The sum of weighted outputs [T, K, H] without those of -1."""
     require()
     from vllm import _custom_ops as ops
 
-    routed = torch.empty_like(hidden_states)
-    ops.moe_sum(outputs, routed, routing.ids, expert_map)
-    return add_identity(routed, hidden_states, routing.identity)
+    routed = torch.empty_like(outputs[:, 0])
+    ops.moe_sum(outputs, routed, ids, expert_map)
+    return routed
 
 
 def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,8 @@
-"""The end of an MoE layer in one pass, for NVIDIA GPUs. Reference: `combine` and `add_identity` in `layers.experts`."""
+"""The weighted sum of a token's choices in one pass, for NVIDIA GPUs. Reference: `layers.experts.combine`."""
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,17 +14,11 @@ _COLUMNS = 1024
 @triton.jit
 def combine_kernel(
     outputs: tl.tensor,
-    rows: tl.tensor,
+    ids: tl.tensor,
     weights: tl.tensor,
-    hidden_states: tl.tensor,
-    identity: tl.tensor,
-    dense: tl.tensor,
     result: tl.tensor,
     hidden_size: tl.tensor,
     top_k: tl.constexpr,
-    is_by_slot: tl.constexpr,
-    has_identity: tl.constexpr,
-    has_dense: tl.constexpr,
     columns_of_a_program: tl.constexpr,
 ) -> None:
     """A part of one token a program."""
@@ -35,87 +28,43 @@ def combine_kernel(
     total = tl.zeros([columns_of_a_program], dtype=tl.float32)
     for column in tl.static_range(top_k):
         slot = token * top_k + column
-        row = tl.load(rows + slot).to(tl.int64)
-        is_chosen = row >= 0
+        is_chosen = tl.load(ids + slot) >= 0
         weight = tl.load(weights + slot, mask=is_chosen, other=0.0)
-        if is_by_slot:
-            row = slot
-        output = tl.load(outputs + row * hidden_size + columns, mask=exists & is_chosen, other=0.0)
+        output = tl.load(outputs + slot * hidden_size + columns, mask=exists & is_chosen, other=0.0)
         total += weight * output.to(tl.float32)
-    own = token * hidden_size + columns
-    if has_identity:
-        total += tl.load(identity + token) * tl.load(hidden_states + own, mask=exists, other=0.0).to(tl.float32)
-    if has_dense:
-        total += tl.load(dense + own, mask=exists, other=0.0).to(tl.float32)
-    tl.store(result + own, total.to(result.dtype.element_ty), mask=exists)
+    tl.store(result + token * hidden_size + columns, total.to(result.dtype.element_ty), mask=exists)
 
 
-def combine(
-    outputs: Tensor, rows: Tensor, weights: Tensor, hidden_states: Tensor, identity: Tensor, dense: Tensor | None = None
-) -> Tensor:
-    """`sum_k weights[:, k] outputs[rows[:, k]] + identity * x`, and `dense` if there is one, rounded once from fp32.
+def weighted_sum(outputs: Tensor, ids: Tensor, weights: Tensor, result: Tensor) -> Tensor:
+    """`sum_k weights[:, k] outputs[:, k]` over choices with an id, rounded once from fp32, into `result`, which is
+    returned. Ranks' sums are summed before `identity * x` is added.
 
     Summed in the order of the columns, whatever else is in the batch, so that a token always has the same bits. What
-    belongs to a choice of -1 is not read, its weight neither. A rank of several that sum their results gives its part
-    of `identity`.
+    belongs to a choice of -1 is not read, its weight neither.
 
-    outputs: [R, H], unweighted, with rows int32 [T, K] that name the row of each choice or are -1; or [T, K, H], with
-    `Routing.ids` or a rank's local ids for rows, whose sign alone counts; weights: fp32 [T, K]; hidden_states: [T, H];
-    identity: fp32 [T]; dense: [T, H], of a branch beside the experts. All contiguous. Returns [T, H] in x's dtype.
+    outputs: [T, K, H], unweighted; ids: int32 [T, K], `Routing.ids` or a rank's local ids, whose sign alone counts;
+    weights: fp32 [T, K]; result: [T, H]. All contiguous.
 
     Raises:
-        ValueError: if outputs have other columns than x, or, by choice, not one row for each choice.
+        ValueError: if a shape does not fit.
     """
-    return _combine(outputs, rows, weights, torch.empty_like(hidden_states), hidden_states, identity, dense)
-
-
-def weighted_sum(outputs: Tensor, rows: Tensor, weights: Tensor, result: Tensor) -> Tensor:
-    """The FFN experts' part of `combine` alone, into `result` [T, H], contiguous, which is returned.
-
-    For an engine that sums the parts of ranks before it adds `identity * x`.
-
-    Raises:
-        ValueError: as `combine`.
-    """
-    return _combine(outputs, rows, weights, result, None, None, None)
-
-
-def _combine(
-    outputs: Tensor,
-    rows: Tensor,
-    weights: Tensor,
-    result: Tensor,
-    hidden_states: Tensor | None,
-    identity: Tensor | None,
-    dense: Tensor | None,
-) -> Tensor:
     tokens, hidden_size = result.shape
-    is_by_slot = outputs.dim() == 3
-    wanted = (*rows.shape, hidden_size) if is_by_slot else (outputs.shape[0], hidden_size)
-    if outputs.shape != wanted or rows.shape[0] != tokens:
+    if outputs.shape != (*ids.shape, hidden_size) or ids.shape[0] != tokens:
         raise ValueError(
-            f"outputs of shape {tuple(outputs.shape)} for {tuple(rows.shape)} choices of hidden states "
-            f"{tuple(result.shape)}: wanted ({', '.join(map(str, wanted))})"
+            f"outputs of shape {tuple(outputs.shape)} for {tuple(ids.shape)} choices of hidden states "
+            f"{tuple(result.shape)}: wanted ({tokens}, {ids.shape[1]}, {hidden_size})"
         )
-    given = [
-        tensor for tensor in (outputs, rows, weights, result, hidden_states, identity, dense) if tensor is not None
-    ]
+    given = (outputs, ids, weights, result)
     if not all(tensor.is_contiguous() for tensor in given):
         raise ValueError(f"strides {[tensor.stride() for tensor in given]}: wanted contiguous tensors")
     columns = min(_COLUMNS, triton.next_power_of_2(hidden_size))
     combine_kernel[(tokens, triton.cdiv(hidden_size, columns))](
         outputs,
-        rows,
+        ids,
         weights,
-        hidden_states,
-        identity,
-        dense,
         result,
         hidden_size,
-        top_k=rows.shape[1],
-        is_by_slot=is_by_slot,
-        has_identity=identity is not None,
-        has_dense=dense is not None,
+        top_k=ids.shape[1],
         columns_of_a_program=columns,
         num_warps=4,
     )

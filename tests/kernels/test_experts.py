@@ -1,4 +1,4 @@
-"""Experts over arranged rows against a loop over choices in fp64, and the whole layer against `layers.experts.moe`."""
+"""Experts over arranged rows against a loop over choices in fp64, and all of a rank against `layers.experts`."""
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from torch import Tensor
 from longcat_core.kernels import moe as kernels
 from longcat_core.kernels.arrange import arrange
 from longcat_core.kernels.experts import ExpertWeights, expert_outputs, inner_bytes
-from longcat_core.kernels.moe import moe, routed_experts
+from longcat_core.kernels.moe import routed_experts
 from longcat_core.kernels.route import route
 from longcat_core.kernels.tiles import DEFAULT, TILES, Tile, tile_for
 from longcat_core.layers import experts as reference
-from longcat_core.layers.routing import Routing
 from longcat_core.weights.blocks import dequantize_blocks, quantize_blocks
 
 UNIT = {torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}
@@ -160,10 +159,9 @@ def test_the_kernels_together_are_the_moe(tokens: int, zero_bias: float) -> None
     bias = torch.tensor([0.0] * 6 + [zero_bias] * 4)
     routing = route(logits, bias, n_routed_experts=6, top_k=4, routed_scaling_factor=6.0)
     assert zero_bias == 0 or (routing.ids == -1).all()
-    truth = reference.moe(x, routing, w13, w2)
-    torch.testing.assert_close(moe(x, routing, ExpertWeights(w13, w2), "NVIDIA X"), truth, rtol=1e-4, atol=1e-5)
-    with_dense = moe(x, routing, ExpertWeights(w13, w2), "NVIDIA X", dense=x)
-    torch.testing.assert_close(with_dense, truth + x, rtol=1e-4, atol=1e-5)
+    routed = routed_experts(x, routing.ids, routing.weights, ExpertWeights(w13, w2), "NVIDIA X")
+    ours = reference.add_identity(routed, x, routing.identity)
+    torch.testing.assert_close(ours, reference.moe(x, routing, w13, w2), rtol=1e-4, atol=1e-5)
 
 
 def test_ranks_with_a_part_of_the_experts_each_sum_to_the_whole() -> None:
@@ -171,12 +169,14 @@ def test_ranks_with_a_part_of_the_experts_each_sum_to_the_whole() -> None:
     w13, w2 = random_weights(generator, 6, 24, 16)
     x, logits = torch.randn(5, 24, generator=generator), torch.randn(5, 10, generator=generator)
     routing = route(logits, torch.zeros(10), n_routed_experts=6, top_k=4, routed_scaling_factor=6.0)
-    total, part = torch.zeros(5, 24), routing._replace(identity=routing.identity / 2)
+    total = torch.zeros(5, 24)
     for local in ([5, 1], [0, 2, 3, 4]):
         expert_map = torch.full((6,), -1, dtype=torch.int32)
         expert_map[local] = torch.arange(len(local), dtype=torch.int32)
-        total += moe(x, part, ExpertWeights(w13[local], w2[local]), "NVIDIA X", expert_map)
-    torch.testing.assert_close(total, reference.moe(x, routing, w13, w2), rtol=1e-4, atol=1e-5)
+        experts = ExpertWeights(w13[local], w2[local])
+        total += routed_experts(x, routing.ids, routing.weights, experts, "NVIDIA X", expert_map)
+    ours = reference.add_identity(total, x, routing.identity)
+    torch.testing.assert_close(ours, reference.moe(x, routing, w13, w2), rtol=1e-4, atol=1e-5)
 
 
 def test_the_tile_is_for_the_rows_of_an_expert_on_average() -> None:
@@ -186,9 +186,8 @@ def test_the_tile_is_for_the_rows_of_an_expert_on_average() -> None:
     for tokens in (3, 40):
         x, ids = torch.randn(tokens, 24, generator=generator).half(), random_ids(generator, tokens, 2, 2, 0.9)
         weights = torch.rand(tokens, 2, generator=generator)
-        routing = Routing(ids, weights, torch.rand(tokens, generator=generator))
-        ours = moe(x, routing, ExpertWeights(w13, w2), "NVIDIA X")
-        truth = reference.moe(x.double(), routing, w13.double(), w2.double())
+        ours = routed_experts(x, ids, weights, ExpertWeights(w13, w2), "NVIDIA X")
+        truth = reference.routed_experts(x.double(), ids, weights, reference.grouped_ffn(w13.double(), w2.double()))
         assert (ours.double() - truth).abs().max() < 2**-9 * truth.abs().max()
 
 

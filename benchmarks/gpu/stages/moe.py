@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.gpu import our_kernels
 from benchmarks.gpu.cases import Case, Context, Row, rows
 from benchmarks.gpu.checks import LIMITS, check, truth
 from benchmarks.gpu.inputs import Batch, cost, random_batch, random_weights
+from benchmarks.gpu.our_kernels import OurMoE
 from benchmarks.gpu.sizes import Deployment
 from benchmarks.gpu.vllm_kernels import TritonMoE
 from longcat_core.kernels.experts import ExpertWeights
@@ -77,7 +77,7 @@ class _Cases:
         batch, wanted = self._batch(kernel.endswith("remapped"))
         call: Callable[[], Tensor]
         if kernel.startswith("ours"):
-            call = partial(our_kernels.of_the_table, batch, weights, context.device_name)
+            call = partial(OurMoE(weights, context.device_name, context.sizes.is_compiled), batch)
         else:
             call = partial(TritonMoE(config, weights, context.sizes.is_compiled), batch)
         error = check(call(), wanted, LIMITS[precision])

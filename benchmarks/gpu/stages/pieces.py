@@ -17,7 +17,7 @@ from benchmarks.gpu.cases import Case, Context, Row, rows
 from benchmarks.gpu.checks import WrongResultError
 from benchmarks.gpu.inputs import random_logits
 from longcat_core.kernels.arrange import arrange, arrange_reference
-from longcat_core.kernels.combine import combine
+from longcat_core.kernels.combine import weighted_sum
 from longcat_core.kernels.quantize import quantize
 from longcat_core.kernels.route import route
 from longcat_core.kernels.router_product import router_product
@@ -157,26 +157,24 @@ def _arrange(context: Context, tokens: int, kernel: str) -> Any:
 def _combine(context: Context, tokens: int, kernel: str) -> Any:
     config, generator = context.sizes.config, _generator(context, tokens)
     routing, expert_map, _ = _ids_and_map(context, tokens)
-    x = torch.randn(tokens, config.hidden_size, generator=generator, device=context.device).bfloat16()
     shape = (tokens, config.moe_topk, config.hidden_size)
     outputs = torch.randn(shape, generator=generator, device=context.device, dtype=torch.bfloat16)
     local = torch.where(routing.ids >= 0, expert_map[routing.ids.clamp(min=0).long()], -1)
     kept = (local >= 0).unsqueeze(-1)
     weighted = torch.where(kept, outputs.float() * routing.weights.unsqueeze(-1), 0.0)
-    wanted = weighted.sum(dim=1) + routing.identity.unsqueeze(-1) * x.float()
+    wanted = weighted.sum(dim=1)
     in_bf16 = weighted.bfloat16()
 
-    def chain(outputs: Tensor, weights: Tensor, kept: Tensor, x: Tensor, identity: Tensor) -> Tensor:
-        summed = torch.where(kept, outputs.float() * weights.unsqueeze(-1), 0.0).sum(dim=1)
-        return (summed + identity.unsqueeze(-1) * x.float()).to(x.dtype)
+    def chain(outputs: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
+        return torch.where(kept, outputs.float() * weights.unsqueeze(-1), 0.0).sum(dim=1).to(outputs.dtype)
 
-    inputs = (outputs, routing.weights, kept, x, routing.identity)
+    inputs = (outputs, routing.weights, kept)
     compiled = torch.compile(chain, dynamic=True)
     kernels: Kernels = {
-        "ours": lambda: combine(outputs, local, routing.weights, x, routing.identity),
+        "ours": lambda: weighted_sum(outputs, local, routing.weights, torch.empty_like(outputs[:, 0])),
         "torch": lambda: chain(*inputs),
         "torch, compiled": lambda: compiled(*inputs),
-        "vLLM": lambda: vllm_kernels.combine(in_bf16, routing, x, expert_map),
+        "vLLM": lambda: vllm_kernels.combine(in_bf16, routing.ids, expert_map),
     }
     return kernels[kernel], lambda found: _close(found, wanted, 0.02, "the sum")
 

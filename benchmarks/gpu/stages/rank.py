@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import our_kernels
 from benchmarks.gpu.cases import Case, Context, Row, rows
 from benchmarks.gpu.checks import LIMITS, check, truth
 from benchmarks.gpu.inputs import Batch, random_batch
 from benchmarks.gpu.layer import AttentionCore, RankLayer, Step, two_products
+from benchmarks.gpu.our_kernels import OurMoE
 from benchmarks.gpu.sizes import Deployment
 from benchmarks.gpu.stages.layer import attention_core
 from benchmarks.gpu.vllm_kernels import FlashAttention3, TritonMoE
-from longcat_core.kernels.combine import combine
+from longcat_core.kernels.combine import weighted_sum
 from longcat_core.kernels.quantize import quantize
 from longcat_core.kernels.route import route
 from longcat_core.kernels.router_product import router_product
@@ -122,7 +122,7 @@ def _attention(context: Context, of: Rank, kernel: str) -> dict[str, Any]:
 def _moe(context: Context, of: Rank, kernel: str) -> dict[str, Any]:
     weights, received = of.layer.experts, of.received
     if kernel == "ours":
-        call = partial(our_kernels.of_the_table, received, weights, context.device_name)
+        call = partial(OurMoE(weights, context.device_name, context.sizes.is_compiled), received)
     else:
         local = replace(context.sizes.config, n_routed_experts=weights.w2.shape[0])
         call = partial(TritonMoE(local, weights, context.sizes.is_compiled), received)
@@ -153,9 +153,11 @@ def _rows_in_fp8(context: Context, of: Rank, kernel: str) -> dict[str, Any]:
 
 def _combine(context: Context, of: Rank, kernel: str) -> dict[str, Any]:
     routing = _routing_of(of)(of.hidden_states)
+    experts = OurMoE(of.layer.experts, context.device_name, context.sizes.is_compiled)
 
     def call() -> Tensor:
-        return combine(of.outputs, routing.ids, routing.weights, of.hidden_states, routing.identity)
+        summed = weighted_sum(of.outputs, routing.ids, routing.weights, torch.empty_like(of.hidden_states))
+        return experts.add_identity(summed, of.hidden_states, routing.identity)
 
     # Every expert here gives x, so the result is x times all weights.
     total = (routing.weights.sum(dim=1) + routing.identity).unsqueeze(-1)
@@ -170,13 +172,14 @@ def _dense(context: Context, of: Rank, kernel: str) -> dict[str, Any]:
 def _layer(context: Context, of: Rank, kernel: str) -> dict[str, Any]:
     """All that this rank computes in a layer, in a graph: the rows of others in place of those that it would send."""
     name, core = attention_core(context, context.sizes.batch, 1 + DRAFTS, context.sizes.context)
-    choose = _routing_of(of)
+    choose, experts = _routing_of(of), OurMoE(of.layer.experts, context.device_name, context.sizes.is_compiled)
 
     def moe(x: Tensor) -> Tensor:
         routing = choose(x)
         quantize(x)
-        our_kernels.of_the_table(of.received, of.layer.experts, context.device_name)
-        return combine(of.outputs, routing.ids, routing.weights, x, routing.identity)
+        experts(of.received)
+        summed = weighted_sum(of.outputs, routing.ids, routing.weights, torch.empty_like(x))
+        return experts.add_identity(summed, x, routing.identity)
 
     side = torch.cuda.Stream() if kernel.endswith("two streams") else None
     timing = context.timer(lambda: of.layer(of.hidden_states, of.step, moe, core, side))
