@@ -151,7 +151,8 @@ def read(url: str) -> Reading:
         at = time.monotonic()
         families = list(text_string_to_metric_families(text))
     except HTTPError as error:
-        raise MetricsError(f"{url}: status {error.code}; SGLang shows its metrics with --enable-metrics") from None
+        hint = "SGLang shows its metrics with --enable-metrics" if error.code == 404 else "the server's log says why"
+        raise MetricsError(f"{url}: status {error.code}; {hint}") from None
     except (OSError, HTTPException) as error:
         raise MetricsError(f"{url}: cannot be reached: {getattr(error, 'reason', error)}") from None
     except ValueError:

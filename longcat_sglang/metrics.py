@@ -14,7 +14,13 @@ import torch
 from prometheus_client import Counter
 from sglang.srt.layers.dp_attention import dp_gather_replicate, is_dp_attention_enabled
 from sglang.srt.layers.moe.utils import get_moe_a2a_backend
-from sglang.srt.runtime_context import get_parallel, get_server_args
+from sglang.srt.runtime_context import (
+    get_exec,
+    get_observability,
+    get_parallel,
+    get_serving,
+    max_speculative_num_draft_tokens,
+)
 from torch import Tensor
 
 from longcat_core.config import LongcatConfig
@@ -37,10 +43,9 @@ ACCEPTED, VERIFIED = "longcat:accepted_drafts", "longcat:verified_chains"
 def are_counted_here() -> bool:
     """Whether this rank counts choices: with --enable-metrics, the first of those whose MoE has the same rows; and all
     where the first does not know by itself which rows are tokens."""
-    server_args: Any = get_server_args()
-    if not server_args.enable_metrics or not (_shows_counts() or _gathers_tokens()):
+    if not get_observability().enable_metrics or not (_shows_counts() or _gathers_tokens()):
         return False
-    if server_args.enable_memory_saver:
+    if get_exec().features.enable_memory_saver:
         logger.warning("The experts that tokens take are not counted with --enable-memory-saver yet.")
         return False
     return True
@@ -100,8 +105,7 @@ class CountedChoices:
 
 
 def _labels() -> dict[str, str]:
-    server_args: Any = get_server_args()
-    return {"model_name": server_args.served_model_name}
+    return {"model_name": get_serving().served_model_name}
 
 
 def begin_when_warm(original: Callable[..., Any], scheduler: Scheduler, *args: Any, **kwargs: Any) -> Any:
@@ -123,9 +127,10 @@ class AcceptedDrafts:
         of_drafts = Counter(
             ACCEPTED, "Drafts that were accepted, by their position in a chain.", labelnames=[*labels, "position"]
         )
-        server_args: Any = get_server_args()
-        positions = range(server_args.speculative_num_steps)
-        self._at = [of_drafts.labels(**labels, position=str(position)) for position in positions]
+        # Not the steps: --speculative-adaptive changes them, and a chain of n-grams may be longer.
+        most_tokens = max_speculative_num_draft_tokens()
+        assert most_tokens is not None, "drafts are verified"
+        self._at = [of_drafts.labels(**labels, position=str(position)) for position in range(most_tokens - 1)]
 
     def add(self, accepted: Sequence[int]) -> None:
         """accepted: leading drafts of each chain."""
@@ -137,8 +142,8 @@ class AcceptedDrafts:
 @cache
 def _accepted_drafts() -> AcceptedDrafts | None:
     """Counted once by a process that shows metrics, of those that verify the same."""
-    server_args: Any = get_server_args()
-    return AcceptedDrafts() if server_args.enable_metrics and get_parallel().attn_tp_rank == 0 else None
+    is_counting = get_observability().enable_metrics and get_parallel().attn_tp_rank == 0
+    return AcceptedDrafts() if is_counting else None
 
 
 def note_accepted_drafts(

@@ -18,7 +18,7 @@ from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-from sglang.srt.runtime_context import get_server_args, get_stream
+from sglang.srt.runtime_context import get_model, get_stream
 from sglang.srt.utils import BumpAllocator, add_prefix
 from torch import Tensor, nn
 
@@ -43,7 +43,7 @@ class LongcatMTPLayer(nn.Module):
         super().__init__()
         config = hf_config.longcat
         fp8_config = quantization.of_model(
-            quant_config, config, PACKED, drafter=(prefix, loading.mtp_weights_in_fp8(get_server_args()))
+            quant_config, config, PACKED, drafter=(prefix, loading.mtp_weights_in_fp8(get_model()))
         )
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.enorm = nn.ModuleDict({"m": RMSNorm(hidden, eps=eps)})
@@ -141,7 +141,7 @@ class LongcatFlashMTP(LongcatCausalLM):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """As the target's; the first load also reads the auxiliary file, which SGLang leaves out if the index does."""
-        directory = None if self._is_loaded() else loading.directory(get_server_args())
+        directory = None if self._is_loaded() else loading.directory(get_model())
         if directory is not None:
             weights = chain(weights, checkpoint.unnamed_tensors(directory))
         super().load_weights(weights)

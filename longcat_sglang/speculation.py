@@ -12,7 +12,7 @@ from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-from sglang.srt.runtime_context import get_parallel
+from sglang.srt.runtime_context import get_model, get_observability, get_parallel, get_serving
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.speculative.eagle_info import EagleDraftInput, EagleVerifyInput
 from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker, EAGLEWorkerV2
@@ -34,14 +34,13 @@ class GatedWorker(EAGLEWorkerV2):
     as `topk_p`, which has no other use on a chain: the draft's probability, or 0 if it is pruned.
     """
 
-    # server_args: a ServerArgs, whose fields SGLang adds to the class at run time, so mypy knows none of them.
-    def __init__(self, server_args: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(server_args, *args, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         assert isinstance(self.draft_worker, EagleDraftWorker)
         self._drafter = self.draft_worker
         vars(self._drafter)["is_gated"] = True  # the gate sees the logits of every draft, as the runner makes them
         runner = self._drafter.draft_runner
-        directory = loading.local_directory(server_args)
+        directory = loading.local_directory(get_model())
         gate = None if directory is None else drafting.load(directory)
         assert gate is not None, "gated_worker asks for this worker where there is one"
         self._gate = gate.to(self.device)
@@ -52,10 +51,10 @@ class GatedWorker(EAGLEWorkerV2):
         self._draft = runner.forward
         runner.forward = self._draft_and_note  # type: ignore[method-assign]
         self._pruned: Counter | None = None
-        if server_args.enable_metrics and get_parallel().tp_rank == 0:
+        if get_observability().enable_metrics and get_parallel().tp_rank == 0:
             help_text = "Drafts that a gate pruned; a batch verifies as many as its longest chain all the same."
             labelled = Counter(PRUNED, help_text, labelnames=["model_name"])
-            self._pruned = labelled.labels(model_name=server_args.served_model_name)
+            self._pruned = labelled.labels(model_name=get_serving().served_model_name)
 
     def forward_batch_generation(self, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> GenerationBatchResult:
         self._made.clear()
@@ -142,6 +141,6 @@ def gated_worker(
     """On request, a worker that verifies only what passes the draft gate; `deployment.check` has made sure that there
     is a gate and that nothing prevents its use."""
     worker = original(algorithm, server_args, *args, **kwargs)
-    if not algorithm.is_eagle() or not requested.of(server_args).draft_gate:
+    if not algorithm.is_eagle() or not requested.current().draft_gate:
         return worker
     return GatedWorker

@@ -284,6 +284,8 @@ def test_an_address_without_these_metrics_is_told_apart() -> None:
         assert_refused(run(shown.url), rf"{shown.url}/metrics: what is there are no metrics")
         shown.status = 404
         assert_refused(run(shown.url), rf"{shown.url}/metrics: status 404; .*--enable-metrics")
+        shown.status = 500
+        assert_refused(run(shown.url), rf"{shown.url}/metrics: status 500; the server's log says why")
     assert_refused(run(shown.url), rf"{shown.url}/metrics: cannot be reached: .*refused")
 
 

@@ -179,6 +179,29 @@ def test_core_logs_nothing_but_warnings_by_itself(source: str) -> None:
     assert re.search(r"\blogger\.(debug|info)\(", (ROOT / source).read_text()) is None
 
 
+AS_TYPED = re.compile(r"(?<!resolved_view\()get_server_args\(\)|\bserver_args\.\w|\w\.\w+\(server_args\b(?!=)")
+"""Reads SGLang's options as they were typed, in which those that were left out are None, or hands them on to be read.
+What SGLang has made of them is in `get_model()` and its like, and in `resolved_view` and `resolving_view`."""
+MAY_READ_AS_TYPED = {
+    "longcat_sglang/deployment.py": "compares what a user gave with what SGLang made of it",
+    "longcat_sglang/devices/cpu/device.py": "the same",
+    "longcat_sglang/registration.py": "hands them to `deployment.settle`, which resolves them",
+}
+
+
+@pytest.mark.parametrize("source", [source for source in ROOMS if source.startswith("longcat_sglang/")])
+def test_sglangs_options_are_read_as_it_has_settled_them(source: str) -> None:
+    if source not in MAY_READ_AS_TYPED:
+        assert AS_TYPED.search((ROOT / source).read_text()) is None
+
+
+def test_a_reader_of_options_as_they_were_typed_is_found() -> None:
+    for line in ("get_server_args().model_path", "server_args.model_path", "loading.directory(server_args)"):
+        assert AS_TYPED.search(line)
+    for line in ("resolved_view(get_server_args())", "model_config_of(server_args)", "super().__init__(server_args)"):
+        assert AS_TYPED.search(line) is None
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_file_begins_by_saying_what_it_is(source: str) -> None:
     text = (ROOT / source).read_text()

@@ -16,7 +16,9 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 from torch import Tensor
+from typer.testing import CliRunner
 
+from longcat_cli.commands import app
 from longcat_cli.make_checkpoint import make_checkpoint
 from longcat_core.inspection import routings
 from longcat_core.observation.publication import INTERVAL_S
@@ -46,10 +48,16 @@ def reference(directory: Path) -> LongcatForCausalLM:
     return LongcatForCausalLM.from_checkpoint(directory).eval()
 
 
+def model_of(server: Server) -> str:
+    """As it calls its model."""
+    name: str = server.http.get("/v1/models").raise_for_status().json()["data"][0]["id"]
+    return name
+
+
 def shown(server: Server) -> dict[Key, float]:
     families = text_string_to_metric_families(server.http.get("/metrics").raise_for_status().text)
     samples = [sample for family in families for sample in family.samples if sample.name.startswith("longcat:")]
-    assert all(sample.labels["model_name"] == MODEL for sample in samples)
+    assert {sample.labels["model_name"] for sample in samples} <= {model_of(server)}
     assert all(engine.METRIC_LABELS.items() <= sample.labels.items() for sample in samples)
     return {
         (sample.name, sample.labels["layer"], sample.labels.get("le", sample.labels.get("kind", ""))): sample.value
@@ -104,7 +112,8 @@ def wanted(steps: list[list[Tensor]], ranks: int) -> Mapping[Key, float]:
 
 
 def answer(server: Server, prompt: list[int]) -> list[int]:
-    request = {"model": MODEL, "prompt": prompt, "temperature": 0, "max_tokens": NEW_TOKENS, "ignore_eos": True}
+    request = {"model": model_of(server), "prompt": prompt, "temperature": 0, "max_tokens": NEW_TOKENS}
+    request |= {"ignore_eos": True}
     body = server.http.post(COMPLETIONS, json=request | {"return_token_ids": True}).raise_for_status().json()
     tokens: list[int] = body["choices"][0]["token_ids"]
     return tokens
@@ -132,8 +141,12 @@ def assert_counts_what_the_reference_chooses(server: Server, reference: LongcatF
 def test_a_server_counts_what_the_reference_chooses(
     directory: Path, reference: LongcatForCausalLM, tmp_path: Path
 ) -> None:
-    with serving(engine.command(directory, served_name=MODEL), tmp_path / "server.log") as server:
+    """Under the directory's name, as with the commands of docs/observability.md."""
+    with serving(engine.command(directory), tmp_path / "server.log") as server:
+        assert model_of(server) == str(directory)
         assert_counts_what_the_reference_chooses(server, reference, ranks=1)
+        top = CliRunner().invoke(app, ["top", str(server.http.base_url)], env={"no_proxy": "127.0.0.1"})
+        assert top.stdout.startswith(f"{directory} in {engine.NAME}; requests: 0 running, 0 waiting\n"), top.output
 
 
 @pytest.fixture(scope="module")

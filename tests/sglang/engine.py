@@ -236,9 +236,14 @@ def _set(server: Server, **state: Any) -> str:
     return server.log.read_text().rpartition("/set_internal_state: ")[2]
 
 
+OWN_DRAFT_TOKENS = 3
+"""What SGLang drafts in a step if it is not told."""
+
+
 def speculation_flags(draft_tokens: int) -> list[str]:
     """What a user types for that."""
-    return ["--speculative-algorithm", "NEXTN", "--speculative-num-steps", str(draft_tokens)]
+    number = [] if draft_tokens == OWN_DRAFT_TOKENS else ["--speculative-num-steps", str(draft_tokens)]
+    return ["--speculative-algorithm", "NEXTN", *number]
 
 
 def expert_parallel_flags(ranks: int) -> list[str]:
@@ -399,7 +404,6 @@ def command(
 ) -> list[str | Path]:
     """The stock command, in fp32, with metrics of every step."""
     arguments = {
-        "--served-model-name": served_name or str(directory),
         "--dtype": "float32",
         "--context-length": str(max_model_len),
         "--max-total-tokens": str(cache_tokens),
@@ -407,6 +411,8 @@ def command(
         "--schedule-conservativeness": "0.1",
         "--decode-log-interval": "1",
     }
+    if served_name is not None:
+        arguments["--served-model-name"] = served_name
     flat = [word for argument in arguments.items() for word in argument]
     return [*stock_command(directory), "--enable-metrics", *flat]
 

@@ -185,7 +185,7 @@ def test_data_parallel_attention_has_no_ranks_beside_the_tensor_parallel_ones(
 
 def test_each_rank_with_requests_of_its_own_counts_accepted_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     found = SimpleNamespace(enable_metrics=True, tp_rank=1, attn_tp_rank=0)
-    for name in ("get_server_args", "get_parallel"):
+    for name in ("get_observability", "get_parallel"):
         monkeypatch.setattr(metrics, name, lambda: found)
     monkeypatch.setattr(metrics, "AcceptedDrafts", lambda: "counted")
     assert metrics._accepted_drafts.__wrapped__() == "counted"

@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from prometheus_client import CollectorRegistry, Counter
+from sglang.srt.runtime_context import get_context, get_exec, get_observability
+from sglang.srt.speculative.adaptive_spec_params import resolve_candidate_steps_from_config
 
 from longcat_core.observation.publication import Publication
 from longcat_sglang import metrics
@@ -19,12 +24,9 @@ IDS = torch.tensor([[0, 1, -1, -1], [0, 2, 3, 5], [7, 7, 7, 7]], dtype=torch.int
 
 
 @pytest.fixture
-def settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
-    """A server's with metrics, of one rank, to be changed by the test."""
+def settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[SimpleNamespace]:
+    """A server's ranks, one that counts, to be changed by the test. Its options are SGLang's own, with metrics."""
     found = SimpleNamespace(
-        enable_metrics=True,
-        enable_memory_saver=False,
-        served_model_name="longcat",
         tp_rank=0,
         moe_ep_size=1,
         is_none=lambda: True,
@@ -33,12 +35,12 @@ def settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace
         attn_tp_size=1,
         attn_tp_rank=0,
     )
-    for name in ("get_server_args", "get_parallel", "get_moe_a2a_backend"):
+    for name in ("get_parallel", "get_moe_a2a_backend"):
         monkeypatch.setattr(metrics, name, lambda: found)
     monkeypatch.setattr(metrics, "is_dp_attention_enabled", lambda: found.has_dp_attention)
-    monkeypatch.setattr(metrics.placement, "num_places", lambda config: config.n_routed_experts)
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
-    return found
+    with get_context().override_server_args(enable_metrics=True, served_model_name="longcat"):
+        yield found
 
 
 def test_the_first_rank_counts_where_metrics_are_asked_for(settings: SimpleNamespace) -> None:
@@ -48,8 +50,9 @@ def test_the_first_rank_counts_where_metrics_are_asked_for(settings: SimpleNames
     settings.has_dp_attention, settings.attn_dp_size = True, 2
     assert metrics.are_counted_here(), "it says which of its rows are tokens"
     assert CountedChoices(DEFAULT).publication is None
-    settings.tp_rank, settings.enable_metrics = 0, False
-    assert not metrics.are_counted_here()
+    settings.tp_rank = 0
+    with get_observability().override(enable_metrics=False):
+        assert not metrics.are_counted_here()
 
 
 def test_nothing_is_counted_where_memory_comes_and_goes(
@@ -57,8 +60,8 @@ def test_nothing_is_counted_where_memory_comes_and_goes(
 ) -> None:
     said: list[str] = []  # an engine that ran in this process before may have turned loggers off
     monkeypatch.setattr(metrics.logger, "warning", said.append)
-    settings.enable_memory_saver = True
-    assert not metrics.are_counted_here()
+    with get_exec().features.override(enable_memory_saver=True):
+        assert not metrics.are_counted_here()
     assert len(said) == 1
     assert "are not counted with --enable-memory-saver" in said[0]
 
@@ -98,6 +101,42 @@ def test_rows_with_a_slot_in_the_cache_are_tokens(slots: list[int], tokens: int,
     for layer in counted._choices.totals():
         assert sum(layer.tokens) == tokens
         assert layer.ffn_choices == [0, 2, 6, 10][tokens]
+
+
+DRAFTING = {
+    "a chain": ({"speculative_algorithm": "EAGLE", "speculative_num_steps": 3, "speculative_num_draft_tokens": 4}, 3),
+    "adaptive": (
+        {
+            "speculative_algorithm": "EAGLE",
+            "speculative_num_steps": 3,
+            "speculative_num_draft_tokens": 4,
+            "speculative_adaptive": True,
+        },
+        max(resolve_candidate_steps_from_config()),
+    ),
+    "n-grams": (
+        {"speculative_algorithm": "NGRAM", "speculative_num_steps": 1, "speculative_num_draft_tokens": 12},
+        11,
+    ),
+}
+"""SGLang's options as it settles them, none of which is given, and how many drafts can be accepted at once."""
+
+
+@pytest.mark.parametrize("name", DRAFTING)
+def test_accepted_drafts_are_counted_at_each_position_that_a_step_can_have(
+    name: str, settings: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, most = DRAFTING[name]
+    registry = CollectorRegistry()
+    monkeypatch.setattr(metrics, "Counter", partial(Counter, registry=registry))
+    with get_context().override_server_args(enable_metrics=True, served_model_name="longcat", **options):
+        counted = metrics._accepted_drafts.__wrapped__()
+        counted.add([most, 1, 0])
+        counted.add([1])
+    (accepted,) = (each for each in registry.collect() if each.name == metrics.ACCEPTED)
+    found = {each.labels["position"]: each.value for each in accepted.samples if each.name.endswith("_total")}
+    assert found == {"0": 3, **{str(position): 1 for position in range(1, most)}}
+    assert all(sample.labels["model_name"] == "longcat" for sample in accepted.samples)
 
 
 def test_counts_are_shown_before_the_first_step(settings: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,12 +13,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from sglang.srt.runtime_context import get_context
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 from torch import Tensor
 
 from longcat_core.drafting.gate import draft_chains, walk
 from longcat_core.reference import LongcatForCausalLM
+from longcat_core.weights import checkpoint
 from longcat_sglang import deployment, engine
+from longcat_sglang.model import LongcatCausalLM
+from longcat_sglang.mtp import LongcatFlashMTP
 from tests.cases import Case, drafting_tensors
 from tests.engines.test_speculation import (
     assert_drafts_are_the_references,
@@ -278,6 +283,20 @@ def test_trees_change_no_token(steps: int, branches: int, nodes: int, directory:
         assert_penalties_are_exact(served)
     taken, alone = (sum(len(each.accepted) for each in them) for them in (trees, chains))
     assert taken < alone, "a tree needs fewer steps than its chain"
+
+
+def test_the_mtp_layers_tensors_are_read_where_sglang_has_found_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With SGLANG_USE_MODELSCOPE that is another path than the one that was given, which is a repository's name."""
+    save_file({"model.mtp.norm.weight": torch.ones(2)}, tmp_path / checkpoint.AUXILIARY_NAME)
+    (tmp_path / checkpoint.INDEX_NAME).write_text('{"weight_map": {}}')
+    loaded: list[str] = []
+    monkeypatch.setattr(LongcatCausalLM, "_is_loaded", lambda _: False)
+    monkeypatch.setattr(LongcatCausalLM, "load_weights", lambda _, weights: loaded.extend(name for name, _ in weights))
+    with get_context().override_server_args(model_path=str(tmp_path)):
+        object.__new__(LongcatFlashMTP).load_weights([])
+    assert loaded == ["model.mtp.norm.weight"]
 
 
 def note_widths(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -342,12 +342,13 @@ def command(
     """The stock command, in fp32, with a cache of so many tokens of the default case."""
     bytes_per_token = DEFAULT.kv_cache_bytes_per_token(itemsize=4)
     arguments = {
-        "--served-model-name": served_name or str(directory),
         "--dtype": "float32",
         "--max-model-len": str(max_model_len),
         "--block-size": "16",
         "--kv-cache-memory-bytes": str(cache_tokens * bytes_per_token),
     }
+    if served_name is not None:
+        arguments["--served-model-name"] = served_name
     flat = [word for argument in arguments.items() for word in argument]
     return [*stock_command(directory), "--enforce-eager", *flat]
 
