@@ -17,6 +17,7 @@ from sglang.srt.sampling.penaltylib import BatchedFrequencyPenalizer as Frequenc
 from sglang.srt.sampling.penaltylib import BatchedMinNewTokensPenalizer, BatchedPenalizerOrchestrator
 from sglang.srt.sampling.penaltylib import BatchedPresencePenalizer as Presence
 from sglang.srt.sampling.penaltylib import BatchedRepetitionPenalizer as Repetition
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from torch import Tensor
 
 from longcat_sglang import penalties
@@ -41,13 +42,19 @@ class Batch:
     device: str = "cpu"
 
 
-def batch_of(settings: list[dict[str, float]], generated: list[list[int]]) -> Batch:
-    neutral = {"frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
+def batch_of(settings: list[dict[str, Any]], generated: list[list[int]]) -> Batch:
+    neutral: dict[str, Any] = {
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "min_new_tokens": 0,
+        "stop_token_ids": None,
+    }
     tokenizer = SimpleNamespace(additional_stop_token_ids=None, eos_token_id=END)
     return Batch(
         [
             SimpleNamespace(
-                sampling_params=SimpleNamespace(**neutral | each, stop_token_ids=None),
+                sampling_params=SimpleNamespace(**neutral | each),
                 eos_token_ids=None,
                 tokenizer=tokenizer,
                 output_ids=array("q", tokens),
@@ -57,7 +64,17 @@ def batch_of(settings: list[dict[str, float]], generated: list[list[int]]) -> Ba
     )
 
 
-def without_drafts(settings: dict[str, float], generated: list[int], logits: Tensor) -> Tensor:
+def sampling_of(orchestrator: BatchedPenalizerOrchestrator) -> SamplingBatchInfo:
+    """What a batch hands to the copy that it runs with."""
+    nothing: Any = None
+    needs = {name: False for name in SamplingBatchInfo.__annotations__ if name.startswith(("is_", "need_"))}
+    temperatures = torch.ones(len(orchestrator.reqs()), 1)
+    return SamplingBatchInfo(
+        temperatures, *[nothing] * 3, **needs, vocab_size=VOCABULARY, penalizer_orchestrator=orchestrator, device="cpu"
+    )
+
+
+def without_drafts(settings: dict[str, Any], generated: list[int], logits: Tensor) -> Tensor:
     """By SGLang's own penalizers, given every token."""
     batch = batch_of([settings], [[]])
     orchestrator = BatchedPenalizerOrchestrator(VOCABULARY, batch, KINDS)
@@ -103,6 +120,15 @@ class Tree:
         return [] if node == 0 else [*self.path(self.parents[node]), self.tokens[node]]
 
 
+def drafts_of(trees: list[Tree]) -> Any:
+    links = [tree.links() for tree in trees]
+    return SimpleNamespace(
+        draft_token=torch.tensor([token for tree in trees for token in tree.tokens], dtype=torch.int32),
+        retrieve_next_token=torch.tensor([children for children, _ in links]),
+        retrieve_next_sibling=torch.tensor([siblings for _, siblings in links]),
+    )
+
+
 @pytest.mark.parametrize("is_chain", [True, False], ids=["chain", "tree"])
 @pytest.mark.parametrize("requests", [1, 5])
 def test_each_node_is_penalised_for_its_own_path(requests: int, is_chain: bool) -> None:
@@ -111,16 +137,10 @@ def test_each_node_is_penalised_for_its_own_path(requests: int, is_chain: bool) 
         settings = SETTINGS[-requests:]
         generated = [[draw.randrange(VOCABULARY) for _ in range(length)] for length in (3, 1, 4, 2, 2)][-requests:]
         trees = [Tree.random(nodes, draw, is_chain=is_chain) for _ in settings]
-        links = [tree.links() for tree in trees]
-        drafts: Any = SimpleNamespace(
-            draft_token=torch.tensor([token for tree in trees for token in tree.tokens], dtype=torch.int32),
-            retrieve_next_token=torch.tensor([children for children, _ in links]),
-            retrieve_next_sibling=torch.tensor([siblings for _, siblings in links]),
-        )
         orchestrator = BatchedPenalizerOrchestrator(VOCABULARY, batch := batch_of(settings, generated), KINDS)
         logits = torch.randn(requests * nodes, VOCABULARY, generator=torch.Generator().manual_seed(nodes))
         given = logits.clone().view(requests, nodes, -1)
-        GeneratedTokenPenalties.of(orchestrator).apply(logits, drafts)
+        GeneratedTokenPenalties.of(orchestrator).apply(logits, drafts_of(trees))
         assert orchestrator.batch is batch
         for request, tree in enumerate(trees):
             for node in range(nodes):
@@ -137,6 +157,87 @@ def test_without_drafts_a_request_is_penalised_for_all_that_it_generated() -> No
     assert orchestrator.batch is batch
     for row, tokens, settings, before in zip(logits, generated, SETTINGS, given, strict=True):
         assert_penalised(row, without_drafts(settings, tokens, before))
+
+
+@pytest.mark.parametrize("nodes", [1, 3], ids=["without drafts", "with drafts"])
+@pytest.mark.parametrize("seed", range(4))
+def test_requests_that_come_and_go_are_penalised_for_all_that_they_generated(seed: int, nodes: int) -> None:
+    """As they finish, or are retracted from the cache and come back, with their tokens or without."""
+    draw = random.Random(seed)
+    running, retracted = batch_of(draw.choices(SETTINGS, k=2), [[], []]), list[Any]()
+    orchestrator = BatchedPenalizerOrchestrator(VOCABULARY, running, KINDS)
+    for step in range(40):
+        if running.reqs and draw.random() < 0.3:
+            leaving, *keep = draw.sample(range(len(running.reqs)), len(running.reqs))
+            if keep:  # SGLang drops a batch of which nothing is left
+                retracted += [running.reqs[leaving]] * draw.randrange(2)
+                running.reqs = [running.reqs[n] for n in sorted(keep)]
+                orchestrator.filter(torch.tensor(sorted(keep)))
+        if len(running.reqs) < 6 and draw.random() < 0.6:
+            new = batch_of(asked := draw.choices(SETTINGS, k=draw.randrange(1, 3)), [[]] * len(asked))
+            if retracted:
+                new.reqs.append(retracted.pop())
+                if draw.random() < 0.3:
+                    new.reqs[-1].output_ids = array("q")
+            orchestrator.merge(BatchedPenalizerOrchestrator(VOCABULARY, new, KINDS))
+            running.reqs = running.reqs + new.reqs
+        if not orchestrator.is_required:
+            continue
+        for request in running.reqs:
+            request.output_ids.extend(draw.choices(range(VOCABULARY), k=draw.randrange(nodes + 1)))
+        trees = [Tree.random(nodes, draw, is_chain=False) for _ in running.reqs]
+        logits = torch.randn(len(trees) * nodes, VOCABULARY, generator=torch.Generator().manual_seed(step))
+        given = logits.clone().view(len(trees), nodes, -1)
+        copy = penalties.penalties_of_what_was_generated(SamplingBatchInfo.copy_for_forward, sampling_of(orchestrator))
+        ours: Any = copy.penalizer_orchestrator
+        ours.apply(logits, drafts_of(trees) if nodes > 1 else None)
+        for request, tree, before, after in zip(running.reqs, trees, given, logits.view_as(given), strict=True):
+            for node in range(nodes):
+                generated = [*request.output_ids, *tree.path(node)]
+                wanted = without_drafts(vars(request.sampling_params), generated, before[node])
+                assert_penalised(after[node], wanted)
+
+
+def test_a_step_reads_the_new_tokens_of_penalised_requests_and_no_others() -> None:
+    """So that one penalised request of long answers does not slow each step."""
+    read = list[int]()
+
+    class Noted(array):  # type: ignore[type-arg]  # cannot be given one at run time
+        def __getitem__(self, index: Any) -> Any:
+            found = super().__getitem__(index)
+            read.append(len(found) if isinstance(index, slice) else 1)
+            return found
+
+    lengths = {"frequency_penalty": 100, "neutral": 200, "min_new_tokens": 300}
+    batch = batch_of([{"frequency_penalty": 1.0}, {}, {"min_new_tokens": 7}], [[1] * n for n in lengths.values()])
+    for request in batch.reqs:
+        request.output_ids = Noted("q", request.output_ids)
+    orchestrator = BatchedPenalizerOrchestrator(VOCABULARY, batch, KINDS)
+    steps = list[list[int]]()
+    for _ in range(3):
+        GeneratedTokenPenalties.of(orchestrator).apply(torch.zeros(3, VOCABULARY))
+        steps.append([number for number in read if number])
+        read.clear()
+        for request in batch.reqs:
+            request.output_ids.extend([2, 3])
+    assert steps == [[100], [2], [2]]
+
+
+def test_a_request_that_has_enough_tokens_is_penalised_no_more() -> None:
+    orchestrator = BatchedPenalizerOrchestrator(VOCABULARY, batch := batch_of([{"min_new_tokens": 2}], [[1]]), KINDS)
+    logits = torch.zeros(1, VOCABULARY)
+    for wanted in (UNLIKELY, 0.0, 0.0):
+        GeneratedTokenPenalties.of(orchestrator).apply(logits.zero_())
+        assert logits[0, END] == wanted
+        batch.reqs[0].output_ids.append(1)
+
+
+def test_sglangs_sum_of_its_own_penalties_is_not_made() -> None:
+    orchestrator = BatchedPenalizerOrchestrator(VOCABULARY, batch := batch_of([{"min_new_tokens": 2}], [[1]]), KINDS)
+    orchestrator.accumulate_additive_penalties = orchestrator.accumulate_scaling_penalties = None  # type: ignore
+    copy = penalties.penalties_of_what_was_generated(SamplingBatchInfo.copy_for_forward, sampling_of(orchestrator))
+    assert orchestrator.batch is batch
+    assert isinstance(copy.penalizer_orchestrator, GeneratedTokenPenalties)
 
 
 def test_a_grammar_that_allows_nothing_but_an_end_ends_a_request_that_is_short() -> None:
