@@ -380,10 +380,10 @@ HOOKS: tuple[Hook, ...] = (
 )
 
 
-def require_supported() -> None:
-    """Raise UnsupportedEngineError unless this version of SGLang is supported and our hooks are in place; SGLang itself
-    only logs a hook that fails."""
-    SGLANG.require_supported(HOOKS)
+def require_supported(stage: Stage = Stage.PROCESS, device: str = "") -> None:
+    """Raise UnsupportedEngineError unless this version of SGLang is supported and our hooks are in place, those of
+    every process and of a stage; SGLang itself only logs a hook that fails."""
+    SGLANG.require_supported(HOOKS, stage, device)
 
 
 def install(stage: Stage) -> None:
@@ -395,6 +395,7 @@ def install(stage: Stage) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry
     from sglang.srt.utils import get_device
 
-    SGLANG.install(HOOKS, stage, get_device().partition(":")[0])
+    device = get_device().partition(":")[0]
+    SGLANG.install(HOOKS, stage, device)
     HookRegistry.apply_hooks()  # as SGLang has done with what was registered while it loaded its plugins
-    require_supported()
+    require_supported(stage, device)

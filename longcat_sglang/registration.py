@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import inspect
+import pkgutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,22 +32,40 @@ _RULES = ("sglang.srt.parser.template_detection", "sglang.srt.parser.template_ma
 
 
 def register_around(target: str, around: Around) -> None:
+    """Have SGLang put `around` around a function when it applies hooks, or at once where it has applied others to it:
+    it passes over such a target from then on."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    if around not in [registered for _, registered, _ in HookRegistry._hooks.get(target, ())]:
-        HookRegistry.register(target, around, HookType.AROUND)
+    if around in [registered for _, registered, _ in HookRegistry._hooks.get(target, ())]:
+        return
+    HookRegistry.register(target, around, HookType.AROUND)
+    if target in HookRegistry._patched:
+        HookRegistry._apply_target(target, HookRegistry._hooks[target][-1:])
 
 
 def module_around(target: str) -> str:
-    """The module of our wrapper, if SGLang has applied it."""
+    """The module of our wrapper, if SGLang has put it around the function, under whatever else is around it."""
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    ours = [around.__module__ for _, around, _ in HookRegistry._hooks.get(target, ()) if _is_ours(around)]
-    return ours[0] if ours and target in HookRegistry._patched else "none"
+    if target not in HookRegistry._patched:
+        return "none"
+    function = pkgutil.resolve_name(target)
+    function = getattr(function, "__func__", function)
+    while function is not None:
+        hook = _hook_of(function)
+        if hook is not None and hook.__module__.startswith("longcat_"):
+            return str(hook.__module__)
+        function = getattr(function, "__wrapped__", None)
+    return "none"
 
 
-def _is_ours(around: Callable[..., Any]) -> bool:
-    return around.__module__.startswith("longcat_")
+def _hook_of(function: Any) -> Callable[..., Any] | None:
+    """What a wrapper of SGLang's calls, which it has in its closure (`hook_registry._wrap_fn`); None of another one."""
+    if not inspect.isfunction(function) or "hook" not in function.__code__.co_freevars:
+        return None
+    cells = function.__closure__ or ()
+    hook: Callable[..., Any] = cells[function.__code__.co_freevars.index("hook")].cell_contents
+    return hook
 
 
 def register_config_class() -> None:

@@ -274,9 +274,10 @@ HOOKS: tuple[Hook, ...] = (
 )
 
 
-def require_supported() -> None:
-    """Raise UnsupportedEngineError unless this version of vLLM is supported and our hooks are in place."""
-    VLLM.require_supported(HOOKS)
+def require_supported(stage: Stage = Stage.PROCESS, device: str = "") -> None:
+    """Raise UnsupportedEngineError unless this version of vLLM is supported and our hooks are in place, those of every
+    process and of a stage."""
+    VLLM.require_supported(HOOKS, stage, device)
 
 
 def install(stage: Stage) -> None:
@@ -288,4 +289,4 @@ def install(stage: Stage) -> None:
     from vllm.platforms import current_platform
 
     VLLM.install(HOOKS, stage, current_platform.device_type)
-    require_supported()
+    require_supported(stage, current_platform.device_type)

@@ -75,8 +75,9 @@ class Engine:
                     logger.warning("longcat-serving could not hook its %s into %s: %r", hook.name, self.name, error)
                 self.failures[hook.name] = repr(error)
 
-    def require_supported(self, hooks: Iterable[Hook]) -> None:
-        """Check that the engine's version is supported, and that the hooks that every process needs are in place.
+    def require_supported(self, hooks: Sequence[Hook], stage: Stage = Stage.PROCESS, device: str = "") -> None:
+        """Check that the engine's version is supported, and that hooks are in place: those that every process needs,
+        and those of a stage that has been installed, with those for a type of device.
 
         Called when a LongCat model is requested, so that other models are never disturbed.
 
@@ -89,7 +90,7 @@ class Engine:
                 f"install such a {self.name}, or uninstall longcat-serving to get {self.name}'s own model"
             )
         failures = dict(self.failures)
-        for hook in of_stage(hooks, Stage.PROCESS):
+        for hook in (*of_stage(hooks, Stage.PROCESS), *of_stage(hooks, stage, device)):
             if hook.name not in failures and not hook.module().startswith("longcat_"):
                 failures[hook.name] = f"{hook.module()} is in its place"
         if failures:

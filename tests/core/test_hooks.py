@@ -192,6 +192,15 @@ def test_a_hook_that_is_no_longer_in_place_is_an_error_when_a_longcat_is_asked_f
         engine.require_supported((ENTRY,))
 
 
+def test_a_hook_of_a_later_stage_is_asked_for_with_its_stage_and_device(engine_module: ModuleType) -> None:
+    engine = an_engine()
+    engine.install((ENTRY, LATER), Stage.PROCESS)
+    engine.require_supported((ENTRY, LATER))
+    engine.require_supported((ENTRY, LATER), Stage.MODEL, "cuda")
+    with pytest.raises(UnsupportedEngineError, match=r"later: .* is in its place"):
+        engine.require_supported((ENTRY, LATER), Stage.MODEL, "cpu")
+
+
 def test_the_table_for_the_documentation_has_a_row_for_each_hook() -> None:
     heading, _, *rows = table((ENTRY, LATER)).splitlines()
     assert heading.count("|") == 7

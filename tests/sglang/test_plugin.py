@@ -8,14 +8,18 @@ import json
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from transformers import LlamaForCausalLM
 
 from longcat_core.plugin.engine import UnsupportedEngineError
+from longcat_core.plugin.hooks import guarded
 from longcat_sglang import deployment, registration
 from longcat_sglang.devices.cpu import platform
 from longcat_sglang.devices.cpu.platform import PREPARED, is_server, model_of, read_cores
@@ -105,6 +109,37 @@ def test_a_hook_that_fails_is_named(checkpoint_of: Callable[[Case], Path], monke
     longcat_sglang.register()
     with pytest.raises(UnsupportedEngineError, match=r"could not hook into SGLang .*checkpoint check.*no such table"):
         configure(checkpoint_of(CASE))
+
+
+def doubled(original: Callable[[int], int], number: int) -> int:
+    return 2 * original(number)
+
+
+def test_a_hook_into_what_another_plugin_has_hooked_is_put_around_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whenever it is registered, and in modules that have imported the function by name. SGLang passes over a target
+    that it has applied hooks to."""
+    monkeypatch.setattr(HookRegistry, "_hooks", defaultdict(list))
+    monkeypatch.setattr(HookRegistry, "_patched", set())
+    hooked, importer = ModuleType("hooked"), ModuleType("importer")
+    vars(hooked)["function"] = vars(importer)["function"] = lambda number: number
+    for module in (hooked, importer):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    ours = guarded(f"{__name__}:doubled", f"{__name__}:is_any")
+    ours.__module__ = "longcat_sglang.doubled"
+    HookRegistry.register("hooked.function", lambda original, number: original(number) + 1, HookType.AROUND)
+    HookRegistry.apply_hooks()
+    assert registration.module_around("hooked.function") == "none"
+    for _ in range(2):
+        registration.register_around("hooked.function", ours)
+        HookRegistry.apply_hooks()
+        assert (hooked.function(3), importer.function(3)) == (8, 8)
+        assert registration.module_around("hooked.function") == "longcat_sglang.doubled"
+    vars(hooked)["function"] = lambda number: number
+    assert registration.module_around("hooked.function") == "none"
+
+
+def is_any(*_: object) -> bool:
+    return True
 
 
 TREE = {"speculative_algorithm": "NEXTN", "speculative_num_steps": 3, "speculative_eagle_topk": 3}
