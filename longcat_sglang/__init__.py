@@ -19,11 +19,16 @@ def register() -> None:
 
 
 def register_platform() -> None:
-    """Entry point `sglang.srt.platforms`: prepares a CPU for a LongCat, and leaves the platform's choice to SGLang.
+    """Entry point `sglang.srt.platforms`: prepares a CPU for a LongCat, and leaves the platform's choice to SGLang. An
+    SGLang of another version is left as it is.
 
     SGLang calls it when it is imported, before anything that needs the preparation; a platform of our own would
     turn off its speculation (speculative/eagle_worker_v2.py in 0.5.21).
     """
+    from longcat_sglang.engine import SGLANG
+
+    if not SGLANG.is_supported():
+        return
     from longcat_sglang.devices.cpu.platform import prepare_cpu
     from longcat_sglang.one_batch import load_plugins_for_one_batch
 

@@ -27,7 +27,7 @@ from longcat_sglang.engine import SGLANG, is_longcat
 from longcat_sglang.hooks import HOOKS
 from tests.cases import CASES, Case
 from tests.plugin import python, save_llama
-from tests.sglang.engine import configure, serving
+from tests.sglang.engine import UNSUPPORTED, configure, serving
 
 CASE = CASES["default"]
 
@@ -292,8 +292,10 @@ def test_a_client_of_a_longcat_is_as_without_the_plugin(client: str, checkpoint_
 
 @pytest.mark.parametrize("model", ["a directory", "an-organisation/a-llama"])
 def test_a_server_of_another_model_is_as_without_the_plugin(model: str, llama: Path) -> None:
+    """Also one that a process which has made an engine has started."""
     script = started_as(*SERVER, llama if model == "a directory" else model)
-    assert outcome(script + IS_PREPARED) == "False False False"
+    for environment in ({}, {PREPARED: "1"}):
+        assert outcome(script + IS_PREPARED, **environment) == "False False False"
 
 
 def test_a_longcats_server_and_what_it_starts_are_prepared(checkpoint_of: Callable[[Case], Path]) -> None:
@@ -303,6 +305,21 @@ def test_a_longcats_server_and_what_it_starts_are_prepared(checkpoint_of: Callab
 
 def test_a_process_that_makes_an_engine_is_prepared() -> None:
     assert outcome(f"import sglang.srt.entrypoints.engine\n{IS_PREPARED}") == "True True True"
+
+
+@pytest.mark.parametrize("version", UNSUPPORTED)
+def test_where_sglang_is_of_another_version_nothing_is_prepared(
+    version: str, checkpoint_of: Callable[[Case], Path]
+) -> None:
+    of_another_version = (
+        "from packaging.version import Version\n"
+        "from longcat_core.plugin.engine import Engine\n"
+        f"Engine.version = lambda self: Version({version!r})\n"
+    )
+    for started in (started_as(*SERVER, checkpoint_of(CASE)), "import sglang\n"):
+        finders = "import sys; print([each for each in sys.meta_path if type(each).__module__.startswith('longcat_')])"
+        assert outcome(of_another_version + started + IS_PREPARED) == "False False False"
+        assert outcome(of_another_version + started + finders) == "[]"
 
 
 def test_the_model_is_found_as_sglang_finds_it(tmp_path: Path) -> None:

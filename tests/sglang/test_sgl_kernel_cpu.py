@@ -251,5 +251,5 @@ def test_the_longest_path_that_the_target_predicts_is_accepted(shape: tuple[int,
 def test_what_is_not_there_is_an_attribute_error() -> None:
     with pytest.raises(ImportError):
         from longcat_sglang.devices.cpu.sgl_kernel import topk_softmax_cpu  # noqa: F401
-    with pytest.raises(AttributeError, match="sgl_kernel is not installed, and LongCat-Flash does not need its topk"):
+    with pytest.raises(AttributeError, match=r"stand-in .* has no topk_softmax_cpu; for another model install"):
         _ = kernel.topk_softmax_cpu

@@ -28,20 +28,21 @@ def prepare_cpu() -> None:
     """Let SGLang serve a LongCat on a machine without accelerator and without `sgl_kernel`. Harmless when called again.
 
     Called when SGLang is imported, in whatever process, as a server's modules ask once, at their import, whether they
-    are on a CPU. Something is changed only in a process that serves a LongCat: where the command line is a server's and
-    names one, in processes that such a process has started, and, where the command line is no server's, in a process
-    that imports SGLang's engine. Nothing is changed where there is an accelerator or `sgl_kernel`, which is never
-    shadowed; without them SGLang's engine runs no model at all.
+    are on a CPU. Where the command line is a server's and names a model, something is changed if that is a LongCat.
+    Else it is in processes that a prepared one has started, and, where the command line is no server's, in a process
+    that imports SGLang's engine, whose model is not known yet. Nothing is changed where there is an accelerator or
+    `sgl_kernel`, which is never shadowed; without them SGLang's engine runs no model at all.
     """
     if not _is_bare_cpu():
         return
-    if os.environ.get(PREPARED):
-        _prepare()
-    elif is_server(sys.orig_argv):
-        model = model_of(sys.orig_argv)
-        if model is not None and is_longcat(model):
+    serves = is_server(sys.orig_argv)
+    model = model_of(sys.orig_argv) if serves else None
+    if model is not None:
+        if is_longcat(model):
             _prepare()
-    elif not any(isinstance(finder, _PreparesForAnEngine) for finder in sys.meta_path):
+    elif os.environ.get(PREPARED):
+        _prepare()
+    elif not serves and not any(isinstance(finder, _PreparesForAnEngine) for finder in sys.meta_path):
         sys.meta_path.insert(0, _PreparesForAnEngine())
 
 

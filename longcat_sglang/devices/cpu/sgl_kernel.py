@@ -19,7 +19,10 @@ _FULL_MASK, _TREE_ONLY = 0, 1
 
 
 def __getattr__(name: str) -> NoReturn:
-    raise AttributeError(f"sgl_kernel is not installed, and LongCat-Flash does not need its {name}")
+    raise AttributeError(
+        f"sgl_kernel is not installed, and longcat-serving's stand-in for it, which has what LongCat-Flash needs on a "
+        f"CPU, has no {name}; for another model install sgl_kernel"
+    )
 
 
 # -- slots -------------------------------------------------------------------------------------------
