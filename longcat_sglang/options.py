@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from longcat_core.config import LongcatConfig
 from longcat_core.plugin.options import Option, Outcome
 from longcat_sglang import placement
-from longcat_sglang.engine import MTP_ALGORITHMS, PARSER, algorithm_of
+from longcat_sglang.engine import MTP_ALGORITHMS, PARSER, algorithm_of, drafts_with_mtp
 from longcat_sglang.requested import ON_REQUEST
 
 Concern = Callable[[Any, LongcatConfig], bool]
@@ -196,7 +196,7 @@ WRONG: tuple[Rule, ...] = (
         ),
         lambda settings, _: (
             settings.load_format == "sharded_state"
-            and settings.speculative_algorithm in ("NEXTN", "EAGLE")
+            and drafts_with_mtp(settings)
             and settings.speculative_draft_load_format in (None, "sharded_state")
         ),
         "leave --speculative-algorithm out",
@@ -302,7 +302,7 @@ SERVED: tuple[Option, ...] = (
             f"--{kind}-parser longcat",
             Outcome.SERVED,
             f"{what} ([more](agents.md)); `auto` takes it for a template that has LongCat's tags.",
-            f"{RUN}: SGLang's parsers, and its chat endpoint's methods; no server over HTTP",
+            f"{RUN}: stock servers over HTTP",
         )
         for kind, what in (("tool-call", "Both forms of calls"), ("reasoning", "Reasoning in LongCat's tags"))
     ),

@@ -55,14 +55,14 @@ OPTIONS: tuple[Option, ...] = (
         Outcome.SERVED,
         "Calls in JSON and in XML, guided in the checkpoint's form ([more](agents.md#vllm)); ours in the place of "
         "vLLM's own, which reads JSON only. Other parsers are as they were.",
-        "the parser run on a CPU, in the tests; no server has",
+        "run on a CPU: stock servers over HTTP",
     ),
     Option(
         "--reasoning-parser longcat",
         Outcome.SERVED,
         "Reasoning that begins in the prompt or in the output ([more](agents.md#vllm)). Refused if the tokenizer has "
         "no token for a tag around it.",
-        "the parser run on a CPU, in the tests; no server has",
+        "run on a CPU: stock servers over HTTP",
     ),
     # -- adapters
     Option(

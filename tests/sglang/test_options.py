@@ -112,6 +112,13 @@ def test_a_refusal_names_the_option_of_its_row(flag: str) -> None:
     assert any(flag.split()[0] in problem for problem in problems), problems
 
 
+@pytest.mark.parametrize("algorithm", ["NEXTN", "EAGLE", "nextn", "Eagle"])
+def test_drafts_from_a_saved_state_are_refused_however_they_are_spelled(algorithm: str) -> None:
+    assert refused("cpu", load_format="sharded_state") == []
+    (problem,) = refused("cpu", load_format="sharded_state", speculative_algorithm=algorithm)
+    assert "leave --speculative-algorithm out" in problem
+
+
 @pytest.mark.parametrize("rule", WRONG, ids=lambda rule: rule.option.flag)
 def test_a_refusal_is_of_no_gpu_or_of_none_but_a_cpu(rule: options.Rule) -> None:
     problems = refused("cuda", **ASKED[rule.option.flag])
