@@ -387,11 +387,7 @@ def require_supported(stage: Stage = Stage.PROCESS, device: str = "") -> None:
 
 
 def install(stage: Stage) -> None:
-    """Called when a LongCat model is about to be served, or is built in this process.
-
-    Raises:
-        UnsupportedEngineError: as `require_supported`.
-    """
+    """Called when a LongCat model is about to be served, or is built in this process; raises as `require_supported`."""
     from sglang.srt.plugins.hook_registry import HookRegistry
     from sglang.srt.utils import get_device
 
