@@ -17,10 +17,12 @@ def of(name: str) -> Device:
         return Cpu()
     from sglang.srt.utils import is_hip
 
-    if name == "cuda" and not is_hip():
-        from longcat_sglang.devices.cuda.device import Cuda
+    if name == "cuda":
+        if not is_hip():
+            from longcat_sglang.devices.cuda.device import Cuda
 
-        return Cuda()
+            return Cuda()
+        name = "rocm"  # which SGLang, as PyTorch, calls cuda
     from longcat_sglang.devices.unknown import Unknown
 
     return Unknown(name)

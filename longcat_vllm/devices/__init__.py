@@ -15,7 +15,7 @@ def current() -> Device:
         from longcat_vllm.devices.cpu.device import Cpu
 
         return Cpu()
-    if current_platform.is_cuda_alike():
+    if current_platform.is_cuda():  # not ROCm, where vLLM has other kernels of experts
         from longcat_vllm.devices.cuda.device import Cuda
 
         return Cuda()

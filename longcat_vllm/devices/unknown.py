@@ -1,10 +1,12 @@
-"""A device that this package does not know, such as another platform plugin's: vLLM's own class serves there."""
+"""A device that this package does not know, as AMD's GPUs or another plugin's: vLLM's own class serves there."""
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from longcat_core.config import LongcatConfig
+from longcat_core.plugin.diagnosis import Finding
 from longcat_vllm.devices.cuda.device import Cuda
 
 if TYPE_CHECKING:
@@ -17,3 +19,6 @@ class Unknown(Cuda):
 
     def reasons_for_own_class(self, vllm_config: VllmConfig) -> list[str]:
         return [f"longcat-serving does not know the platform {self.platform!r}"]
+
+    def implementations(self, config: LongcatConfig | None) -> list[Finding]:
+        return [Finding("model", f"vLLM's own class, as longcat-serving does not know the platform {self.platform!r}")]

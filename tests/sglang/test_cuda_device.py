@@ -26,10 +26,11 @@ from longcat_core.plugin.requested import Requested
 from longcat_core.quantization import Quantization
 from longcat_core.weights.blocks import FP8
 from longcat_core.weights.names import MTP_PREFIX
-from longcat_sglang import model, moe, quantization
+from longcat_sglang import devices, model, moe, quantization
 from longcat_sglang.attention import LongcatAttention
 from longcat_sglang.devices.cpu.device import Cpu
 from longcat_sglang.devices.cuda.device import Cuda, SglangFp8Kernels
+from longcat_sglang.devices.unknown import Unknown
 from longcat_sglang.quantization import LongcatFp8Config
 from tests.cases import DEFAULT, Case, in_dtype, write_checkpoint
 from tests.fp8 import CONFIG
@@ -424,3 +425,19 @@ def test_kernels_that_were_asked_for_and_cannot_be_used(
     assert len(obstacles) == bool(wanted)
     assert all(obstacle.startswith(wanted) for obstacle in obstacles)
     assert deployment.requested.of(given).kernels
+
+
+@pytest.mark.parametrize(("name", "is_amds"), [("cuda", True), ("npu", False)])
+def test_on_a_device_that_is_not_known_sglangs_own_class_serves(
+    name: str, is_amds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on GPUs of AMD, which SGLang calls cuda."""
+    from sglang.srt import utils
+
+    assert type(devices.of("cuda")) is Cuda
+    monkeypatch.setattr(utils, "is_hip", lambda: is_amds)
+    device = devices.of(name)
+    assert type(device) is Unknown
+    why = f"longcat-serving does not know the device '{'rocm' if is_amds else name}'"
+    assert device.reasons_for_own_class() == [why]
+    assert [finding.value for finding in device.implementations()] == [f"SGLang's own class, as {why}"]

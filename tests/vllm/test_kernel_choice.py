@@ -218,6 +218,24 @@ def test_on_a_platform_of_another_plugin_vllms_own_class_serves() -> None:
     from longcat_vllm.devices.unknown import Unknown
 
     assert Unknown("npu").reasons_for_own_class(asked()) == ["longcat-serving does not know the platform 'npu'"]
+    (finding,) = Unknown("npu").implementations(None)
+    assert finding.value == "vLLM's own class, as longcat-serving does not know the platform 'npu'"
+
+
+def test_on_gpus_of_amd_vllms_own_class_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first choice of experts there is AITER's, which is not known to skip zero experts."""
+    from vllm import platforms
+    from vllm.platforms.interface import Platform, PlatformEnum
+
+    from longcat_vllm import devices
+    from longcat_vllm.devices.unknown import Unknown
+
+    rocm = type("Rocm", (Platform,), {"_enum": PlatformEnum.ROCM, "device_name": "rocm", "device_type": "cuda"})
+    monkeypatch.setattr(platforms, "_current_platform", rocm())
+    assert type(devices.current()) is Unknown
+    assert devices.current().reasons_for_own_class(asked()) == ["longcat-serving does not know the platform 'rocm'"]
+    monkeypatch.setattr(rocm, "_enum", PlatformEnum.CUDA)
+    assert type(devices.current()) is Cuda
 
 
 @pytest.mark.parametrize("asks_for_gate", [False, True])
