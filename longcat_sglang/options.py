@@ -61,6 +61,14 @@ def _refused(flag: str, why: str, known_by: str = READ) -> Option:
     return Option(flag, Outcome.REFUSED, why, known_by)
 
 
+def _excepted(flag: str, why: str, known_by: str = READ) -> Option:
+    return Option(flag, Outcome.WITH_EXCEPTIONS, why, known_by)
+
+
+def _of_gpus(flag: str, refused: str, known_by: str) -> Option:
+    return Option(flag, Outcome.UNTRIED, f"On a GPU. {refused} on a CPU.", known_by)
+
+
 def _parses_in_workers(settings: Any, _: LongcatConfig) -> bool:
     names = {settings.tool_call_parser, settings.reasoning_parser}
     return settings.tokenizer_worker_num > 1 and not names.isdisjoint((PARSER, "auto"))
@@ -68,7 +76,7 @@ def _parses_in_workers(settings: Any, _: LongcatConfig) -> bool:
 
 WRONG: tuple[Rule, ...] = (
     Rule(
-        _refused(
+        _excepted(
             "--tokenizer-worker-num",
             "SGLang loads no plugins in these processes, and the parsers `longcat`, which `auto` takes for LongCat's "
             "templates, are unknown there; without them it is served",
@@ -158,8 +166,10 @@ WRONG: tuple[Rule, ...] = (
         lambda settings, _: bool(settings.enable_lora or (settings.lora_paths and settings.enable_lora is None)),
     ),
     Rule(
-        _refused(
-            "--enable-return-routed-experts", "on a CPU SGLang's buffer for them, of pinned memory, needs CUDA", RUN
+        _excepted(
+            "--enable-return-routed-experts",
+            "on a CPU SGLang's buffer for them, of pinned memory, needs CUDA; on a GPU -1 stands for a zero expert",
+            f"a CPU: {RUN}; a GPU: {READ}",
         ),
         _is_set("enable_return_routed_experts"),
         device="cpu",
@@ -191,8 +201,11 @@ WRONG: tuple[Rule, ...] = (
         _is("load_format", "layered"),
     ),
     Rule(
-        _refused(
-            "--load-format sharded_state", "SGLang saves the target alone, so there is no MTP layer to draft with"
+        _excepted(
+            "--load-format sharded_state",
+            "SGLang saves the target alone, so there is no MTP layer to draft with; without drafts it is served, and "
+            "not checked before",
+            RUN,
         ),
         lambda settings, _: (
             settings.load_format == "sharded_state"
@@ -206,21 +219,14 @@ WRONG: tuple[Rule, ...] = (
 
 OWN: tuple[Rule, ...] = (
     Rule(
-        Option(
-            "--moe-runner-backend",
-            Outcome.OWN_CLASS,
-            f"it is not known to skip zero experts, as {', '.join(SKIP_ZERO_EXPERTS)} do",
-            READ,
-        ),
+        _excepted("--moe-runner-backend", f"only {', '.join(SKIP_ZERO_EXPERTS)} are known to skip zero experts"),
         lambda settings, _: settings.moe_runner_backend not in SKIP_ZERO_EXPERTS,
         device="cuda",
     ),
     Rule(
-        Option(
+        _excepted(
             "--moe-a2a-backend",
-            Outcome.OWN_CLASS,
-            "it is not known to take -1 for a zero expert, as none and deepep do; on a CPU all but none are refused",
-            READ,
+            "only none and deepep are known to take -1 for a zero expert; on a CPU all but none are refused",
         ),
         lambda settings, longcat: (
             settings.moe_a2a_backend not in ("none", "deepep") and not _has_no_runner(settings, longcat)
@@ -243,11 +249,10 @@ OWN: tuple[Rule, ...] = (
         _is_set("kt_weight_path"),
     ),
     Rule(
-        Option(
+        _excepted(
             "--speculative-algorithm",
-            Outcome.OWN_CLASS,
-            "longcat-serving drafts with the MTP layer (NEXTN), or on a GPU with n-grams (NGRAM); refused on a CPU",
-            READ,
+            "longcat-serving drafts with the MTP layer (NEXTN), or on a GPU with n-grams (NGRAM); others are refused "
+            "on a CPU",
         ),
         lambda settings, _: algorithm_of(settings) not in (None, *MTP_ALGORITHMS, "NGRAM"),
         device="cuda",
@@ -260,38 +265,37 @@ OWN: tuple[Rule, ...] = (
 """What SGLang's own class can serve and ours cannot; it runs on GPUs only."""
 
 CHECKED_BY_VALUE: tuple[Option, ...] = (
-    _refused("--attention-backend", "a CPU has one backend, longcat-serving's", RUN),
-    _refused("--prefill-attention-backend", "a CPU has one backend, longcat-serving's", RUN),
-    _refused("--decode-attention-backend", "a CPU has one backend, longcat-serving's", RUN),
-    _refused("--kv-cache-dtype", "on a CPU the cache cannot be in FP8", RUN),
-    _refused("--page-size", "on a CPU pages have one token", RUN),
-    _refused(
+    *(
+        _of_gpus(f"--{kind}attention-backend", "Another than longcat-serving's is refused", RUN)
+        for kind in ("", "prefill-", "decode-", "speculative-draft-")
+    ),
+    _excepted("--kv-cache-dtype", "FP8 is refused on a CPU", RUN),
+    _of_gpus("--page-size", "Another than 1 is refused", RUN),
+    _of_gpus(
         "--enable-torch-compile",
-        "not supported on a CPU yet. Not tried on a GPU, where a step of one token keeps the kernels of any other: "
-        "SGLang's products in PyTorch for it would compute every zero expert",
+        "A step of one token keeps the kernels of any other there, as SGLang's products in PyTorch for it would "
+        "compute every zero expert. Refused",
         f"a CPU: {RUN}; a GPU: {READ}",
     ),
     _refused("--pp-size", "SGLang's layer boundaries have no pipeline for LongCat", RUN),
-    _refused("--tp-size", "it has to divide the attention heads", RUN),
-    _refused("--ep-size", "it has to divide the FFN experts, redundant ones included", RUN),
-    _refused("--init-expert-location", "it has to be of this model's experts, and they on several ranks", RUN),
+    _excepted("--tp-size", "refused where it does not divide the attention heads", RUN),
+    _excepted("--ep-size", "refused where it does not divide the FFN experts, redundant ones included", RUN),
     _refused("--eplb-algorithm deepseek_hierarchical", "those in `_hierarchical` want experts in groups", RUN),
-    _refused("--speculative-draft-model-path", "the MTP layer is in the model's own checkpoint", RUN),
-    _refused("--speculative-num-steps", "it has to be a number of drafts", RUN),
-    _refused("--speculative-num-draft-tokens", "it has to fit the tree", RUN),
+    _excepted(
+        "--speculative-draft-model-path", "refused where it is not the model, whose checkpoint has the MTP layer", RUN
+    ),
+    _excepted("--speculative-num-steps", "refused where it is no number of drafts", RUN),
+    _excepted("--speculative-num-draft-tokens", "refused where it does not fit the tree", RUN),
     _refused("--speculative-token-map", "the MTP layer has the whole vocabulary", RUN),
-    _refused(
+    _excepted(
         "--speculative-draft-model-quantization",
-        "the MTP layer is served as its tensors are; it may name what the model is in",
+        "refused where it is not what the model is in: the MTP layer is served as its tensors are",
         RUN,
     ),
     _refused("--enable-multi-layer-eagle", "LongCat has one MTP layer", RUN),
-    _refused("--speculative-draft-attention-backend", "a CPU has one backend, longcat-serving's", RUN),
-    Option(
+    _excepted(
         "--quantization",
-        Outcome.OWN_CLASS,
-        "longcat-serving serves what is published in FP8 with blocks of 128 x 128; others are refused on a CPU",
-        READ,
+        "what is not published in FP8 with blocks of 128 x 128 is left to SGLang's own class, and refused on a CPU",
     ),
 )
 """Checked in `deployment.py`, as these depend on the value or on other options."""
@@ -330,7 +334,6 @@ SERVED: tuple[Option, ...] = (
         "a warning says so. `--decode-attention-backend flashmla` and `triton` read it in FP8. Refused on a CPU.",
         f"{READ}; both ways in a dry run, without a GPU",
     ),
-    Option("--load-format sharded_state", Outcome.SERVED, "What `save_sharded_model` wrote; not checked before.", RUN),
     Option(
         "--enable-single-batch-overlap",
         Outcome.SERVED,
@@ -348,7 +351,6 @@ SERVED: tuple[Option, ...] = (
         "built and stepped in a dry run, without drafts",
     ),
     *placement.SERVED,
-    Option("--enable-return-routed-experts", Outcome.SERVED, "-1 stands for a zero expert.", READ),
 )
 
 UNTRIED: tuple[Option, ...] = (

@@ -29,26 +29,26 @@ OPTIONS: tuple[Option, ...] = (
     Option("--load-format dummy", Outcome.SERVED, "Nothing to check.", TESTED),
     Option(
         "--load-format sharded_state",
-        Outcome.REFUSED,
-        "With drafts only: a saved state has no MTP layer. Without drafts it is served; save it on a GPU with "
+        Outcome.WITH_EXCEPTIONS,
+        "Without drafts. With them it is refused, as a saved state has no MTP layer. Save it on a GPU with "
         "--moe-backend triton, as the kernels of a CPU and FlashInfer's repack the weights.",
         TESTED,
     ),
     Option(
         "--quantization",
-        Outcome.REFUSED,
+        Outcome.WITH_EXCEPTIONS,
         "A checkpoint in FP8 with blocks of 128 x 128 is served as it is published. Every other quantisation is "
         "refused on a CPU, and on a GPU left to vLLM's own class.",
         TESTED,
     ),
     Option(
         "--convert",
-        Outcome.REFUSED,
-        "`classify`, on a CPU; on a GPU it is left to vLLM's own class. `embed` (--runner pooling) is served.",
+        Outcome.WITH_EXCEPTIONS,
+        "`embed` (--runner pooling). `classify` is refused on a CPU, and on a GPU left to vLLM's own class.",
         TESTED,
     ),
     Option("--enable-ep-weight-filter", Outcome.SERVED, "A rank reads its own experts.", RUN),
-    Option("--cpu-offload-gb", Outcome.SERVED, "On a CPU nothing is moved.", RUN),
+    Option("--cpu-offload-gb", Outcome.UNTRIED, "On a GPU. On a CPU nothing is moved.", f"a CPU: {RUN}"),
     # -- chat
     Option(
         "--tool-call-parser longcat",
@@ -74,18 +74,17 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "--lora-target-modules",
-        Outcome.REFUSED,
-        "If it names a module that no adapter can change.",
+        Outcome.WITH_EXCEPTIONS,
+        "A module that no adapter can change is refused.",
         TESTED,
     ),
     # -- experts
     Option(
         "--moe-backend",
-        Outcome.REFUSED,
-        "On a CPU other values than auto, triton, flashinfer_cutlass, humming; on a GPU other values than these, and "
-        "for experts in FP8 than auto, triton, flashinfer_cutlass, deep_gemm, are left to vLLM's own class, as their "
-        "kernels are not known to skip zero experts. Where vLLM's own choice is such a kernel, "
-        "Triton's is taken, which is said in the log.",
+        Outcome.WITH_EXCEPTIONS,
+        "auto, triton, flashinfer_cutlass, humming; for experts in FP8 on a GPU auto, triton, flashinfer_cutlass, "
+        "deep_gemm. Others are refused on a CPU, and on a GPU left to vLLM's own class, as their kernels are not known "
+        "to skip zero experts. Where vLLM's own choice is such a kernel, Triton's is taken, which is said in the log.",
         "the refusal and the choice in the tests; the kernels read",
     ),
     Option(
@@ -125,10 +124,10 @@ OPTIONS: tuple[Option, ...] = (
     Option("--enable-expert-parallel", Outcome.SERVED, "A rank computes its own experts, zero experts none.", TESTED),
     Option(
         "--all2all-backend",
-        Outcome.REFUSED,
-        "deepep_low_latency, where data-parallel ranks share experts: it has room for 11 experts a token where LongCat "
-        "has 12. Others than it, allgather_reducescatter and deepep_high_throughput are left to vLLM's own class, as "
-        "they are not known to take zero experts.",
+        Outcome.WITH_EXCEPTIONS,
+        "allgather_reducescatter. Where data-parallel ranks share experts, deepep_low_latency is refused, as it has "
+        "room for 11 experts a token where LongCat has 12; others than these and deepep_high_throughput are left to "
+        "vLLM's own class, as they are not known to take zero experts.",
         f"the outcome of every value in the tests; the reasons {READ}",
     ),
     Option(
@@ -148,9 +147,9 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "--moe-backend flashinfer_cutlass",
         Outcome.UNTRIED,
-        "vLLM's own choice on Blackwell, and on Hopper for experts in FP8 that ranks share. FlashInfer compiles it "
-        "while vLLM starts, in 248 files and with nvcc, unless `vllm download-kernels` was run. With `--moe-backend "
-        "triton` nothing is compiled by nvcc.",
+        "vLLM's own choice on Blackwell, but for experts in bf16 of several data-parallel ranks, and on Hopper for "
+        "experts in FP8 that ranks share. FlashInfer compiles it while vLLM starts, in 248 files and with nvcc, unless "
+        "`vllm download-kernels` was run. With `--moe-backend triton` nothing is compiled by nvcc.",
         f"the files counted; the rest {READ}",
     ),
     Option(
@@ -195,9 +194,9 @@ OPTIONS: tuple[Option, ...] = (
     # -- drafts
     Option(
         "--speculative-config",
-        Outcome.REFUSED,
-        "A draft model other than the checkpoint's own MTP layer, and that layer with a quantisation, cache or "
-        "reduction of its own. With the method `mtp` and nothing more it is served.",
+        Outcome.WITH_EXCEPTIONS,
+        "With the method `mtp` the checkpoint's own MTP layer drafts. Another draft model is refused, and this one "
+        "with a quantisation, cache or reduction of its own.",
         TESTED,
     ),
     Option("--speculative-config ngram", Outcome.SERVED, "Drafts are found in the context.", RUN),
@@ -207,7 +206,12 @@ OPTIONS: tuple[Option, ...] = (
         "--speculative-config eagle", Outcome.UNTRIED, "vLLM refuses a LongCat checkpoint as an EAGLE drafter.", RUN
     ),
     # -- the cache, and what is kept in it
-    Option("--kv-cache-dtype", Outcome.REFUSED, "On a CPU, where the cache has the model's dtype.", TESTED),
+    Option(
+        "--kv-cache-dtype",
+        Outcome.WITH_EXCEPTIONS,
+        "On a GPU. In FP8 it is refused on a CPU, where the cache has the model's dtype.",
+        f"a CPU: {TESTED}; a GPU: dry run",
+    ),
     Option("--enable-prefix-caching", Outcome.SERVED, "On a CPU too, where vLLM turns it off for MLA.", TESTED),
     Option("--enable-chunked-prefill", Outcome.SERVED, "On a CPU too, where vLLM turns it off for MLA.", TESTED),
     Option("--prefix-caching-hash-algo", Outcome.SERVED, "It is the scheduler's.", RUN),
@@ -218,21 +222,21 @@ OPTIONS: tuple[Option, ...] = (
     Option("--tensor-parallel-size", Outcome.SERVED, "It splits heads, dense FFNs and experts.", TESTED),
     Option(
         "--pipeline-parallel-size",
-        Outcome.REFUSED,
-        "With drafts, where the model runner makes them on one stage only. Without drafts it is served.",
+        Outcome.WITH_EXCEPTIONS,
+        "Without drafts. With them it is refused where the model runner makes them on one stage only.",
         TESTED,
     ),
     Option(
         "--decode-context-parallel-size",
-        Outcome.REFUSED,
-        "On a CPU, where every rank attends to the whole context; untried on GPUs.",
+        Outcome.UNTRIED,
+        "On a GPU. Refused on a CPU, where every rank attends to the whole context.",
         TESTED,
     ),
     Option(
         "--data-parallel-size",
-        Outcome.REFUSED,
-        "On a CPU without --enable-expert-parallel. With it ranks send tokens to each other's experts while the dense "
-        "path of the layer runs ([more](overlap.md)); on a GPU it is vLLM's own, and not tried. With "
+        Outcome.WITH_EXCEPTIONS,
+        "On a CPU with --enable-expert-parallel: ranks send tokens to each other's experts while the dense path of the "
+        "layer runs ([more](overlap.md)); without that it is refused. On a GPU it is vLLM's own, and not tried. With "
         "--tensor-parallel-size each rank sends a share of the tokens that it has in common with others, as in vLLM's "
         "models.",
         "two ranks on a CPU, with drafts too, the refusal, and the shares of two ranks, in the tests; by hand in bf16, "
@@ -255,13 +259,23 @@ OPTIONS: tuple[Option, ...] = (
         TESTED,
     ),
     # -- how steps are run
-    Option("--async-scheduling", Outcome.SERVED, "With drafts too.", RUN),
+    Option(
+        "--async-scheduling",
+        Outcome.UNTRIED,
+        "On a GPU, where it is vLLM's default. On a CPU vLLM turns it off, whatever is requested.",
+        f"a CPU: {RUN}; a GPU: {READ}",
+    ),
     Option("--enforce-eager", Outcome.SERVED, "With and without.", TESTED),
     Option("-O", Outcome.SERVED, "Compiled or not.", "0 run on a CPU, 2, the default, in the tests"),
     Option("--enable-prompt-embeds", Outcome.SERVED, "The same tokens as from the prompt itself.", RUN),
     Option("--scheduling-policy", Outcome.SERVED, "It is the scheduler's.", RUN),
-    Option("--attention-backend", Outcome.SERVED, "A CPU has one backend, whatever is requested.", RUN),
-    Option("--linear-backend", Outcome.SERVED, "For projections and dense FFNs.", "`torch` run on a CPU"),
+    Option(
+        "--attention-backend",
+        Outcome.UNTRIED,
+        "On a GPU. A CPU has one backend, whatever is requested.",
+        f"a CPU: {RUN}",
+    ),
+    Option("--linear-backend", Outcome.UNTRIED, "On a GPU. On a CPU it chooses none of LongCat's kernels.", READ),
     Option(
         "--model-impl transformers", Outcome.UNTRIED, "On a CPU vLLM fails with it: its MLA takes other sizes.", RUN
     ),

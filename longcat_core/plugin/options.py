@@ -12,7 +12,10 @@ class Outcome(Enum):
     """What happens where an option is given."""
 
     SERVED = "served"
+    WITH_EXCEPTIONS = "served, with exceptions: refused before any worker starts, or left to the engine's own class"
+    """Of some values, or in some deployments; `Option.why` says which."""
     REFUSED = "refused, with the reason, before any worker starts"
+    """In every deployment."""
     OWN_CLASS = "left to the engine's own class, with one warning"
     UNTRIED = "not tried"
 
@@ -25,7 +28,7 @@ class Option:
     """As it is typed on the command line, with its value where the row is about that value alone."""
     outcome: Outcome
     why: str
-    """What it does with LongCat; for a refusal, what would go wrong."""
+    """What it does with LongCat; of what is refused, what would go wrong."""
     known_by: str
     """How that is known: run on a CPU, or read in the engine's source."""
 

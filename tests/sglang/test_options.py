@@ -28,7 +28,7 @@ MTP = {"speculative_algorithm": "NEXTN"}
 ASKED: dict[str, dict[str, Any]] = {
     "--tokenizer-worker-num": {"tokenizer_worker_num": 2, "tool_call_parser": "longcat"},
     "--ep-dispatch-algorithm lp": {"ep_dispatch_algorithm": "lp"},
-    "--init-expert-location": {"init_expert_location": "counts.pt"},
+    "--init-expert-location FILE": {"init_expert_location": "counts.pt"},
     "--eplb-algorithm deepseek_hierarchical": {
         "eplb_algorithm": "deepseek_hierarchical",
         "init_expert_location": "counts.pt",
@@ -81,8 +81,33 @@ ASKED: dict[str, dict[str, Any]] = {
     "--model-impl transformers": {"model_impl": "transformers"},
 }
 """What asks for each option that is refused or left to SGLang's own class."""
-REFUSED = [option.flag for option in OPTIONS if option.outcome is Outcome.REFUSED]
-LEFT = [option.flag for option in OPTIONS if option.outcome is Outcome.OWN_CLASS]
+LEFT = [*(rule.option.flag for rule in OWN), "--quantization"]
+REFUSED = [option.flag for option in (*(rule.option for rule in WRONG), *CHECKED_BY_VALUE) if option.flag not in LEFT]
+REFUSED += ["--init-expert-location FILE"]
+SERVED: dict[str, tuple[str, dict[str, Any]]] = {
+    "--tokenizer-worker-num": ("cpu", {"tokenizer_worker_num": 2}),
+    "--enable-return-routed-experts": ("cuda", {"enable_return_routed_experts": True}),
+    "--load-format sharded_state": ("cpu", {"load_format": "sharded_state"}),
+    "--kv-cache-dtype": ("cuda", {"kv_cache_dtype": "fp8_e4m3"}),
+    "--tp-size": ("cpu", {"tp_size": 2}),
+    "--ep-size": ("cpu", {"ep_size": 2, "tp_size": 2}),
+    "--init-expert-location FILE": ("cpu", {"init_expert_location": "trivial"}),
+    "--speculative-draft-model-path": ("cpu", {"speculative_draft_model_path": "nowhere", **MTP}),
+    "--speculative-num-steps": ("cpu", {"speculative_num_steps": 3, **MTP}),
+    "--speculative-num-draft-tokens": (
+        "cpu",
+        {"speculative_num_draft_tokens": 4, "speculative_num_steps": 2, "speculative_eagle_topk": 2, **MTP},
+    ),
+    "--speculative-draft-model-quantization": (
+        "cpu",
+        {"speculative_draft_model_quantization": "fp8", "quantization": "fp8", **MTP},
+    ),
+    "--speculative-algorithm": ("cpu", MTP),
+    "--quantization": ("cpu", {"quantization": "fp8"}),
+    "--moe-runner-backend": ("cuda", {"moe_runner_backend": "deep_gemm"}),
+    "--moe-a2a-backend": ("cuda", {"moe_a2a_backend": "deepep", "deepep_mode": "normal"}),
+}
+"""Of each row with exceptions, what is served, on which device; with --quantization, of a release in FP8."""
 LONGCAT = replace(CASES["default"].config, moe_topk=12)
 MODEL_CONFIG: Any = SimpleNamespace(hf_config=SimpleNamespace(longcat=LONGCAT), quantization=None, dtype=torch.bfloat16)
 
@@ -100,9 +125,23 @@ def refused(device: str, **asked: Any) -> list[str]:
 
 
 def test_what_is_asked_for_is_each_row_that_is_refused_or_left() -> None:
-    assert sorted(ASKED) == sorted({*REFUSED, *LEFT})
-    assert len(REFUSED) == len(WRONG) + len(CHECKED_BY_VALUE) - 1
-    assert len({option.flag for option in OPTIONS}) > 50
+    assert sorted(ASKED) == sorted([*REFUSED, *LEFT])
+    outcomes = (Outcome.REFUSED, Outcome.WITH_EXCEPTIONS, Outcome.OWN_CLASS)
+    rows = {option.flag for option in OPTIONS if option.outcome in outcomes}
+    assert rows | {option.flag for option in CHECKED_BY_VALUE if option.outcome is Outcome.UNTRIED} == {*ASKED}
+    assert len(OPTIONS) > 50
+
+
+def test_each_row_with_exceptions_is_looked_at() -> None:
+    assert {option.flag for option in OPTIONS if option.outcome is Outcome.WITH_EXCEPTIONS} == SERVED.keys()
+
+
+@pytest.mark.parametrize("flag", SERVED)
+def test_an_option_with_exceptions_is_served_without(flag: str) -> None:
+    device, asked = SERVED[flag]
+    given, model = settings(device, **asked), in_fp8() if "quantization" in asked else MODEL_CONFIG
+    assert deployment._unsupported(given, given, model) == []
+    assert deployment.reasons_for_sglangs_own_class(given, model) == []
 
 
 @pytest.mark.parametrize("flag", REFUSED)
