@@ -47,8 +47,7 @@ SERVED: tuple[Option, ...] = (
         "--init-expert-location FILE",
         Outcome.WITH_EXCEPTIONS,
         "Places of experts, as `longcat place` writes them, or counts, from which they are placed as --eplb-algorithm "
-        "says. Refused where it is not of this model's experts, or one rank has them all. A choice of a zero expert has "
-        "no place.",
+        "says. Refused where it is not of this model's experts, or one rank has them all. A zero expert has no place.",
         _KNOWN_BY,
     ),
     Option(
