@@ -304,11 +304,22 @@ HOOKS: tuple[Hook, ...] = (
         name="refused update",
         target="sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
         ".update_weights_from_tensor",
-        around="longcat_sglang.loading:say_that_an_update_is_refused",
+        around="longcat_sglang.updates:say_that_an_update_is_refused",
         concerns="longcat_sglang.engine:updates_longcat",
         why="An update whose tensors are not the model's ends the server: SGLang catches such errors only in updates "
         "from a disk and from another process group.",
         remove_when="`update_weights_from_tensor` answers with what a model's `load_weights` raises.",
+    ),
+    _Registered(
+        name="update from a disk",
+        target="sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
+        ".update_weights_from_disk",
+        around="longcat_sglang.updates:read_a_whole_checkpoint",
+        concerns="longcat_sglang.engine:updates_longcat",
+        why="A checkpoint that does not match ends the server: SGLang's way back to the weights of before reads the "
+        "new files again, as `model_path` is changed already (weight_updater.py:186). And a model cannot tell such an "
+        "update, which has to be whole, from a part of its weights that a trainer sends.",
+        remove_when="SGLang goes back to the files of before, and tells a model that it is given a whole checkpoint.",
     ),
     Wrapper(
         name="slots that drafts reserve",

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from longcat_core.config import LongcatConfig
 from longcat_core.weights import checkpoint
-from longcat_core.weights.audit import CheckpointError
 from longcat_sglang.engine import drafts_with_mtp
 
 logger = logging.getLogger(__name__)
@@ -43,7 +41,7 @@ def directory(settings: Any) -> Path | None:
 
 
 def check(directory: Path | None, settings: Any, longcat: LongcatConfig) -> None:
-    """Check the checkpoint against its configuration if it can be read here; otherwise log once that it was not.
+    """Check the checkpoint against its configuration if it can be read here; otherwise log that it was not.
 
     Raises:
         CheckpointError: as `checkpoint.verify`.
@@ -73,13 +71,3 @@ def _readable(directory: Path | None, settings: Any) -> tuple[Path | None, str]:
     if not any(directory.glob("*.safetensors")) and (found := [*directory.glob("*.bin"), *directory.glob("*.pt")]):
         return None, f"{found[0].name} is not safetensors"
     return directory, ""
-
-
-def say_that_an_update_is_refused(
-    original: Callable[..., tuple[bool, str]], updater: Any, *args: Any, **kwargs: Any
-) -> tuple[bool, str]:
-    """False, and the reason, if an update has tensors that are not the model's."""
-    try:
-        return original(updater, *args, **kwargs)
-    except CheckpointError as error:
-        return False, str(error)

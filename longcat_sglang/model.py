@@ -41,6 +41,7 @@ from longcat_sglang.devices.cuda.rotary import LongcatRotaryEmbedding
 from longcat_sglang.ffn import LongcatFFN
 from longcat_sglang.moe import LongcatMoE
 from longcat_sglang.quantization import LongcatFp8Config
+from longcat_sglang.updates import Checkpoint
 
 logger = logging.getLogger(__name__)
 LAYOUT = Layout(fused_qkv_a="fused_qkv_a_proj_with_mqa", experts="experts")
@@ -215,6 +216,8 @@ class LongcatCausalLM(nn.Module):
 
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = PACKED
     _audited = staticmethod(audit.audited)
+    checkpoint: Checkpoint | None = None
+    """What an update from a disk reads, while it does."""
 
     def __init__(
         self, config: LongcatFlashConfig, quant_config: QuantizationConfig | None, plan: Mapping[str, Target]
@@ -229,15 +232,15 @@ class LongcatCausalLM(nn.Module):
         """Load published tensors.
 
         Raises:
-            CheckpointError: listing every tensor that is extra or misshapen, and in the first load every missing one;
-                later loads update a running model and may be partial.
+            CheckpointError: listing every tensor that is extra or misshapen, and in the first load, as in an update
+                from a disk, every missing one; other loads update a running model and may be partial.
         """
         longcat = self.config.longcat
         for module in self.modules():
             if isinstance(module, LongcatMoE):
                 devices.current().restore_experts(module.experts)
         parameters, copies = dict(self.named_parameters()), list[Future[None]]()
-        audited = self._audited(weights, longcat, is_partial=self._is_loaded())
+        audited = self._audited(weights, longcat, is_partial=self._is_loaded() and self.checkpoint is None)
         tensors = dequantized(audited, longcat, partial(is_kept, self._plan, parameters), logger)
         with ThreadPoolExecutor() as executor:  # as SGLang's own models do
             for name, tensor in tensors:

@@ -140,8 +140,11 @@ class LongcatFlashMTP(LongcatCausalLM):
         return self.model.embed_tokens
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """As the target's; the first load also reads the auxiliary file, which SGLang leaves out if the index does."""
-        directory = None if self._is_loaded() else loading.directory(get_model())
+        """As the target's; from a disk also the auxiliary file, which SGLang leaves out if the index does."""
+        if self.checkpoint is not None:
+            directory = self.checkpoint.directory
+        else:
+            directory = None if self._is_loaded() else loading.directory(get_model())
         if directory is not None:
             weights = chain(weights, checkpoint.unnamed_tensors(directory))
         super().load_weights(weights)

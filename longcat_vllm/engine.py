@@ -69,6 +69,11 @@ def drafts_for_longcat(proposer: Any, *_: Any, **__: Any) -> bool:
     return is_longcat(proposer.vllm_config.model_config)
 
 
+def updates_longcat(model: Any, *_: Any, **__: Any) -> bool:
+    """Also a model that vLLM has made of ours, to pool with it."""
+    return any(base.__module__ == "longcat_vllm.model" for base in type(model).__mro__)
+
+
 def reads_reasoning_of_longcat(parser: Any, *_: Any, **__: Any) -> bool:
     """Of any model, as --reasoning-parser says it."""
     return type(parser.reasoning_parser).__module__ == CHAT

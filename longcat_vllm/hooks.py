@@ -262,6 +262,17 @@ HOOKS: tuple[Hook, ...] = (
         remove_when="As end of warm-up.",
     ),
     Wrapper(
+        name="end of a weight update",
+        target="vllm.model_executor.model_loader.reload.layerwise.finalize_layerwise_processing",
+        around="longcat_vllm.updates:finish",
+        concerns="longcat_vllm.engine:updates_longcat",
+        stage=Stage.MODEL,
+        why="An update that lacks an expert, or half of a fused projection, puts uninitialised memory in its place: a "
+        "layer that was loaded in part is made anew and copied over the one that runs "
+        "(model_executor/model_loader/reload/layerwise.py:273, `_layerwise_process`).",
+        remove_when="vLLM puts such a layer's weights back, and says which tensors did not come.",
+    ),
+    Wrapper(
         name="dial by the queue",
         target="vllm.v1.worker.gpu_worker.Worker.execute_model",
         around="longcat_vllm.dial:follow_queue",

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from functools import partial
 from itertools import islice
 from typing import Any, ClassVar
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
+from vllm.model_executor.layers.attention.mla_attention import MLAAttention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsPP
 from vllm.model_executor.models.utils import (
@@ -34,12 +34,12 @@ from longcat_core import spellings
 from longcat_core.config import LongcatConfig
 from longcat_core.layers import rotary
 from longcat_core.plugin.hooks import Stage
-from longcat_core.weights import audit, names
+from longcat_core.weights import audit, checkpoint, names
 from longcat_core.weights.audit import CheckpointError
 from longcat_core.weights.blocks import FP8
 from longcat_core.weights.plan import Layout, Target, load_plan
 from longcat_core.weights.precision import dequantized, is_kept, require_precision
-from longcat_vllm import devices, dial, hooks, metrics, placement, quantization, requested
+from longcat_vllm import devices, dial, hooks, loading, metrics, placement, quantization, requested, updates
 from longcat_vllm.adapters import AdapterNames
 from longcat_vllm.attention import LongcatAttention
 from longcat_vllm.ffn import LongcatFFN
@@ -173,11 +173,8 @@ class LongcatCausalLM(nn.Module):
         self.longcat = config
         self._plan = plan
         self.logits_processor = LogitsProcessor(config.vocab_size)
-        self._model_config = vllm_config.model_config
-        # With dummy weights the first load is an update; with vLLM's filter the other ranks' experts are left out.
-        self._loads_are_partial = (
-            vllm_config.load_config.load_format == "dummy" or vllm_config.parallel_config.enable_ep_weight_filter
-        )
+        self._vllm_config = vllm_config
+        self.update = updates.Update(plan)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         return self.logits_processor(self.lm_head, hidden_states)
@@ -186,38 +183,66 @@ class LongcatCausalLM(nn.Module):
         """Load published tensors; the names of the parameters that were written.
 
         Raises:
-            CheckpointError: listing every tensor that is extra or misshapen, and in the first load every missing one;
-                later loads update a running model and may be partial.
+            CheckpointError: listing every tensor that is extra or misshapen, and in the first load, as in a reload from
+                a checkpoint, every missing one; other loads update a running model and may be partial. After an error
+                within vLLM's `reload_weights`, or within an update by its engines of weight transfer, each layer has
+                all of its new weights or those that it had; which have the new ones is in the message.
         """
         self.model.kernels = None  # of weights that may lie elsewhere now
+        is_update = updates.is_begun(self)
+        self.update.follow(self)
         # With LoRA, vLLM puts a module around each one that adapters change.
         parameters = {name.replace(".base_layer.", "."): parameter for name, parameter in self.named_parameters()}
         loaded: set[str] = set()
-        experts = (module for module in self.modules() if isinstance(module, ZeroExpertAwareExperts))
-        self._experts_are_packed = any(devices.current().has_packed(module) for module in experts)
         try:
             if len(self.expert_weights):
                 raise CheckpointError(
                     "weights cannot be loaded again where experts move between ranks; restart the server with the new "
                     "ones"
                 )
-            if hasattr(self.config, placement.FIELD) and any(parameter.is_meta for parameter in parameters.values()):
+            if is_update and hasattr(self.config, placement.FIELD):
                 raise CheckpointError(
                     "weights cannot be reloaded where a file places experts; restart the server with the new ones"
                 )
-            audited = self._audited(weights, self.longcat, is_partial=self._loads_are_partial)
+            is_whole = updates.is_checkpoint(weights) if is_update else not self._is_loaded()
+            if is_update and is_whole and (directory := loading.directory(self._vllm_config)) is not None:
+                checkpoint.verify(directory, self.longcat)
+            # With vLLM's filter, the experts of other ranks are left out.
+            is_partial = not is_whole or self._vllm_config.parallel_config.enable_ep_weight_filter
+            audited = self._audited(weights, self.longcat, is_partial=is_partial)
             kept = partial(is_kept, self._plan, parameters)
-            for name, tensor in dequantized(audited, self.longcat, kept, logger):
-                loaded |= self._load(parameters, name, tensor)
-        except Exception:  # of a file that cannot be read, too
-            if any(parameter.is_meta for parameter in parameters.values()):
-                # vLLM has set the weights aside for a reload, and puts them back only if it succeeds.
-                finalize_layerwise_reload(self, self._model_config)
+            waiting = self.update.waiting if is_update else None
+            packed = self._packed(parameters) if not is_update and self._is_loaded() else frozenset[str]()
+            for name, tensor in dequantized(audited, self.longcat, kept, logger, waiting):
+                if is_update:
+                    self.update.add(name)
+                loaded |= self._load(parameters, packed, name, tensor)
+        except Exception as error:  # of a file that cannot be read, too
+            if is_update:
+                updates.abandon(self, self.update, self._vllm_config.model_config, error)
             raise
-        self._loads_are_partial = True
         return loaded
 
-    def _load(self, parameters: dict[str, Any], name: str, tensor: Tensor) -> set[str]:
+    def _is_loaded(self) -> bool:
+        """Judged by tensors derived from the weights, as some of vLLM's loaders call no method of this class."""
+        return any(isinstance(module, MLAAttention) and hasattr(module, "W_UV") for module in self.modules())
+
+    def _packed(self, parameters: Mapping[str, Tensor]) -> frozenset[str]:
+        """Names of those that a loaded model may have in another form than published: vLLM arranges FP8 weights and
+        their scales anew for some kernels on a GPU, and a CPU's for all."""
+        packs = devices.current().has_packed
+        experts = tuple(
+            f"{name}.".replace(".base_layer.", ".")
+            for name, module in self.named_modules()
+            if isinstance(module, ZeroExpertAwareExperts) and packs(module)
+        )
+        return frozenset(
+            name
+            for name, parameter in parameters.items()
+            if parameter.dtype == FP8 or name.endswith(names.SCALE_SUFFIX) or name.startswith(experts)
+        )
+
+    def _load(self, parameters: dict[str, Any], packed: Container[str], name: str, tensor: Tensor) -> set[str]:
         """Load one tensor, or leave it to another stage, another rank or the other of the two models."""
         target = self._plan.get(name)
         if target is None or is_pp_missing_parameter(target.parameter, self):
@@ -225,8 +250,7 @@ class LongcatCausalLM(nn.Module):
         parameter: Any = parameters.get(target.parameter)
         require_precision(name, tensor, parameter)
         loader: Callable[..., Any] = getattr(parameter, "weight_loader", default_weight_loader)
-        is_packed = self._experts_are_packed and (target.expert is not None or parameter.dtype == FP8)
-        if is_packed and not parameter.is_meta:
+        if target.parameter in packed:
             raise CheckpointError(
                 f"{name}: the weights of experts, and those in FP8, are packed for this device's kernels, and cannot "
                 "be written in place; update them with vLLM's reload_weights"

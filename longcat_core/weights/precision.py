@@ -127,18 +127,25 @@ def require_precision(name: str, tensor: Tensor, parameter: Tensor | None) -> No
 
 
 def dequantized(
-    weights: Iterable[tuple[str, Tensor]], config: LongcatConfig, is_kept: Callable[[str], bool], log: logging.Logger
+    weights: Iterable[tuple[str, Tensor]],
+    config: LongcatConfig,
+    is_kept: Callable[[str], bool],
+    log: logging.Logger,
+    waiting: dict[str, Tensor] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Tensors by their published names. An FP8 weight that is not kept comes in fp32, multiplied by its scales, which
     do not come; everything else comes as it is. At the end one line of an engine's log counts the former.
 
+    waiting: of an update in many calls, what came without its other half, which may be in the next; nothing is logged.
+
     Raises:
-        CheckpointError: after the last tensor, if an FP8 weight or its scales did not come.
+        CheckpointError: after the last tensor, if an FP8 weight or its scales did not come, unless they may come later.
     """
     if config.quantization is None:
         yield from weights
         return
-    waiting: dict[str, Tensor] = {}
+    may_come_later = waiting is not None
+    waiting = {} if waiting is None else waiting
     found: Counter[str] = Counter()
     size = 0
     for name, tensor in weights:
@@ -155,6 +162,8 @@ def dequantized(
             yield weight, expanded
         else:
             waiting[name] = tensor.clone()  # some loaders read the next tensor into the same memory
+    if may_come_later:
+        return
     if waiting:
         first = next(iter(waiting))
         other = first.removesuffix(SCALE_SUFFIX) if first.endswith(SCALE_SUFFIX) else first + SCALE_SUFFIX

@@ -32,6 +32,7 @@ from longcat_vllm.devices.cpu.experts import CompactedRowsMethod
 from longcat_vllm.devices.cpu.fp8 import CompactedFp8RowsMethod
 from longcat_vllm.moe import MovableExperts, PrecomputedRouting, ZeroExpertAwareExperts
 from longcat_vllm.placement import FIELD, Placed
+from longcat_vllm.updates import Update
 from tests.cases import CASES, Case
 from tests.oracle import assert_greedy_equal, greedy, oracle
 from tests.vllm.engine import in_each_rank, serving
@@ -104,18 +105,20 @@ def test_an_expert_is_written_wherever_it_is(monkeypatch: pytest.MonkeyPatch) ->
     assert written == [0, 8, 9, 1]
 
 
-def test_weights_are_not_reloaded_where_replicas_would_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And vLLM is told to put those that it has set aside back."""
-    put_back: list[Any] = []
-    monkeypatch.setattr(model, "finalize_layerwise_reload", lambda causal, _: put_back.append(causal))
-    causal = object.__new__(model.LongcatCausalLM)
+def test_weights_are_not_reloaded_where_replicas_would_be_written() -> None:
+    """And vLLM puts those that it has set aside back."""
+    from vllm.model_executor.model_loader import reload
+
+    causal: Any = object.__new__(model.LongcatCausalLM)
     torch.nn.Module.__init__(causal)
-    causal.weight = torch.nn.Parameter(torch.empty(2, device="meta"))
-    causal.model, causal._model_config = torch.nn.Module(), None
+    weight = causal.weight = torch.nn.Parameter(torch.ones(2))
+    causal.model, causal._vllm_config, causal.update = torch.nn.Module(), SimpleNamespace(model_config=None), Update({})
     causal.config = SimpleNamespace(**{FIELD: [REPLICATED]})
+    reload.record_metadata_for_reloading(causal)
+    reload.initialize_layerwise_reload(causal)
     with pytest.raises(CheckpointError, match="cannot be reloaded where a file places experts; restart"):
         causal.load_weights([])
-    assert put_back == [causal]
+    assert causal.weight is weight
 
 
 def test_weights_are_not_loaded_again_where_experts_move() -> None:
