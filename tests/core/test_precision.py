@@ -171,3 +171,16 @@ def test_a_weight_without_its_scales_is_named(lost: str) -> None:
     tensors = [each for each in stream("any") if each[0] != missing]
     with pytest.raises(CheckpointError, match=f"missing: {missing}, without which {there} cannot be read"):
         list(dequantized(tensors, CONFIG, lambda _: False, logging.getLogger()))
+
+
+def test_what_came_alone_waits_for_the_next_chunk(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    tensors, waiting = stream("any"), dict[str, Tensor]()
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        found |= dequantized([(name, tensor)], CONFIG, lambda _: False, logging.getLogger(), waiting)
+    assert not waiting
+    exact = dequantised(dict(tensors))
+    assert found.keys() == exact.keys()
+    assert all(torch.equal(found[name].float(), exact[name]) for name in found)
+    assert not caplog.messages, "it is told of a first load"
