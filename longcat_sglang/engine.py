@@ -98,5 +98,6 @@ def updates_longcat(updater: Any, *_: Any, **__: Any) -> bool:
 
 
 def is_longcats_process(*_: Any, **__: Any) -> bool:
-    """For hooks that are installed only where a LongCat model is built."""
+    """For hooks that are installed only where a LongCat model is served: SGLang has one model in a process, and its
+    drafter."""
     return True

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from packaging.specifiers import SpecifierSet
@@ -25,6 +26,8 @@ DRAFT_ARCHITECTURE = "LongCatFlashMTPModel"
 """What vLLM calls the MTP layer of any model whose model_type is longcat_flash (config/speculative.py)."""
 CHAT = "longcat_vllm.chat"
 """The module of our parsers, by name, as it is imported only when they are asked for."""
+SAMPLING: ContextVar[bool] = ContextVar("longcat_sampling", default=False)
+"""Whether it is a LongCat's runner that samples now, on a CPU. What it calls for that gets tensors alone."""
 TRANSPORT_WITH_TOO_FEW_COLUMNS = "deepep_low_latency"
 """A value of --all2all-backend that has room for 11 experts a token, where LongCat has 12."""
 
@@ -61,7 +64,15 @@ def runs_longcat(runner: Any, *_: Any, **__: Any) -> bool:
     return is_longcat(runner.model_config)
 
 
+def samples_longcat(*_: Any, **__: Any) -> bool:
+    return SAMPLING.get()
+
+
 def starts_engines_for_longcat(*_: Any, vllm_config: VllmConfig, **__: Any) -> bool:
+    return is_longcat(vllm_config.model_config)
+
+
+def adapts_longcat(_manager: Any, _tokens: int, vllm_config: VllmConfig, *_: Any, **__: Any) -> bool:
     return is_longcat(vllm_config.model_config)
 
 

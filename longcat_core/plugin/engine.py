@@ -14,7 +14,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from longcat_core import spellings
-from longcat_core.plugin.hooks import Hook, Stage, of_stage
+from longcat_core.plugin.hooks import Hook, Stage, expect_longcat, of_stage
 from longcat_core.quantization import PUBLISHED_BLOCK
 
 logger = logging.getLogger(__name__)
@@ -66,6 +66,8 @@ class Engine:
         if not self.is_supported():
             self._say_that_it_is_left_alone()
             return
+        if stage in (Stage.DEPLOYMENT, Stage.MODEL):
+            expect_longcat()
         for hook in of_stage(hooks, stage, device):
             try:
                 hook.install()

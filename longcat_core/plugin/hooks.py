@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import logging
 import pkgutil
 import sys
 from abc import ABC, abstractmethod
@@ -13,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 Around = Callable[..., Any]
 """(original, *args, **kwargs): what an engine gets in place of `original(*args, **kwargs)`."""
@@ -85,7 +88,7 @@ class Wrapper(Hook):
     """`module:function` (target) that returns the module of what is in place."""
 
     def install(self) -> None:
-        pkgutil.resolve_name(self.wrap)(self.target, guarded(self.around, self.concerns))
+        pkgutil.resolve_name(self.wrap)(self.target, guarded(self.name, self.around, self.concerns))
 
     def module(self) -> str:
         module: str = pkgutil.resolve_name(self.wrapped_by)(self.target)
@@ -93,15 +96,15 @@ class Wrapper(Hook):
 
 
 @functools.cache
-def guarded(around: str, concerns: str) -> Around:
+def guarded(name: str, around: str, concerns: str) -> Around:
     """`around` where `concerns` says that a call is about a LongCat model. Every other call reaches the original with
     exactly the arguments that it was made with, even where `concerns` fails on them.
 
-    The same two names give the same function, by which an engine's registry knows that it has it already.
+    name: of the hook. The same names give the same function, by which an engine's registry knows it again.
     """
 
     def call(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if not _is_true(concerns, args, kwargs):
+        if not _is_true(name, concerns, args, kwargs):
             return original(*args, **kwargs)
         return _function(around)(original, *args, **kwargs)
 
@@ -109,11 +112,35 @@ def guarded(around: str, concerns: str) -> Around:
     return call
 
 
-def _is_true(concerns: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _is_true(name: str, concerns: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     try:
         return bool(_function(concerns)(*args, **kwargs))
-    except Exception:  # the call may be of another model, in whatever way an engine of another version makes it
+    except Exception as error:  # it may be another model's call, made in whatever way
+        _note_failure(name, error)
         return False
+
+
+_failed: set[str] | None = None
+"""Hooks that could not tell what a call is about, as was logged; None where no LongCat is served."""
+
+
+def expect_longcat() -> None:
+    """Have such failures logged, each hook's first. For processes that serve a LongCat: elsewhere they are another
+    model's matter, and a hook that fails on it does what it should."""
+    global _failed
+    if _failed is None:
+        _failed = set()
+
+
+def _note_failure(name: str, error: Exception) -> None:
+    if _failed is not None and name not in _failed:
+        _failed.add(name)
+        logger.warning(
+            "longcat-serving cannot tell whether a call is about LongCat-Flash, and leaves it as it is without the "
+            "hook %s: %r",
+            name,
+            error,
+        )
 
 
 def _function(name: str) -> Callable[..., Any]:

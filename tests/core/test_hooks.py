@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from longcat_core.plugin import hooks
 from longcat_core.plugin.engine import Engine, UnsupportedEngineError
 from longcat_core.plugin.hooks import Around, Entry, Stage, Wrapper, guarded, module_of_attribute, table, wrap_attribute
 
@@ -64,7 +65,7 @@ def engine_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def around() -> Around:
-    return guarded(OURS, f"{__name__}:is_for_longcat")
+    return guarded("negation", OURS, f"{__name__}:is_for_longcat")
 
 
 def test_a_call_about_a_longcat_is_wrapped_and_any_other_is_not(engine_module: ModuleType) -> None:
@@ -199,6 +200,24 @@ def test_a_hook_of_a_later_stage_is_asked_for_with_its_stage_and_device(engine_m
     engine.require_supported((ENTRY, LATER), Stage.MODEL, "cuda")
     with pytest.raises(UnsupportedEngineError, match=r"later: .* is in its place"):
         engine.require_supported((ENTRY, LATER), Stage.MODEL, "cpu")
+
+
+def test_a_hook_that_cannot_tell_what_a_call_is_about_is_logged_once_where_a_longcat_is_served(
+    engine_module: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where an engine has renamed what it looks at. Of another model's process that says nothing."""
+    monkeypatch.setattr(hooks, "_failed", None)
+    LATER.install()
+    renamed = SimpleNamespace(model_name="longcat")
+    assert engine_module.function(renamed, 3) == 3
+    an_engine().install((LATER,), Stage.PROCESS, "cpu")
+    assert engine_module.function(renamed, 3) == 3
+    assert caplog.text == ""
+    an_engine().install((LATER,), Stage.MODEL, "cpu")
+    assert [engine_module.function(renamed, 3) for _ in range(2)] == [3, 3]
+    assert engine_module.function(Model("llama"), 3) == 3
+    assert caplog.text.count("cannot tell whether a call is about LongCat-Flash") == 1
+    assert "without the hook later: AttributeError(" in caplog.text
 
 
 def test_the_table_for_the_documentation_has_a_row_for_each_hook() -> None:

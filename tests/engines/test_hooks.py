@@ -42,6 +42,13 @@ def test_a_row_names_what_is_there_and_says_why(hook: Hook) -> None:
         assert all(callable(pkgutil.resolve_name(name)) for name in (hook.put, hook.found))
 
 
+@pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook.name)
+def test_what_a_call_is_about_is_decided_where_a_longcat_is_recognised(hook: Hook) -> None:
+    """By the model. Elsewhere it was decided by a tensor's device, which another model's has too."""
+    if isinstance(hook, Wrapper):
+        assert hook.concerns.startswith(f"{engine.PACKAGE}.engine:")
+
+
 def test_names_of_hooks_are_unique() -> None:
     assert len({hook.name for hook in HOOKS}) == len(HOOKS)
 
@@ -80,5 +87,5 @@ def test_a_call_about_another_model_reaches_the_engine_as_it_came(
         seen.append((given, named))
         return served
 
-    assert guarded(hook.around, hook.concerns)(original, *args, **kwargs) is served
+    assert guarded(hook.name, hook.around, hook.concerns)(original, *args, **kwargs) is served
     assert seen == [(args, kwargs)]

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from longcat_core.plugin.hooks import Stage
 from longcat_core.reference import LongcatForCausalLM
 from longcat_core.weights import names
 from tests.cases import CASES, Case, drafting_tensors
@@ -160,6 +162,29 @@ def test_target_modules_that_no_adapter_can_change_are_refused(checkpoint_of: Ca
     assert "lora_target_modules: 'model.layers.0.mlp.experts', wanted" in message
     assert "'o_proj'" not in message
     assert "'gate_up_proj'" not in message
+
+
+@pytest.mark.parametrize("architecture", ["LongcatFlashForCausalLM", "LlamaForCausalLM"])
+def test_requests_without_an_adapter_are_kept_from_it_in_a_longcat_alone(architecture: str) -> None:
+    """Another model in the same process has what vLLM gives it."""
+    from vllm.lora.layers import LoRAMapping
+    from vllm.lora.model_manager import LoRAModelManager
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    from longcat_vllm import hooks
+
+    hooks.install(Stage.MODEL)
+    manager: Any = SimpleNamespace(
+        model=None, max_num_seqs=2, device=torch.device("cpu"), lora_config=None, punica_wrapper_mapping={}
+    )
+    config: Any = SimpleNamespace(model_config=SimpleNamespace(hf_config=SimpleNamespace(architectures=[architecture])))
+    LoRAModelManager._init_punica_wrapper(manager, 8, config)
+    (punica,) = manager.punica_wrapper_mapping.values()
+    assert type(punica) is PunicaWrapperCPU
+    punica.update_metadata(LoRAMapping((0, 1), (0, 1), is_prefill=True), [1], 2, 100)
+    shrunk = torch.zeros(2, 1)
+    punica.add_shrink((shrunk,), torch.ones(2, 1), (torch.ones(1, 1, 1, 1),), 1.0)
+    assert shrunk.flatten().tolist() == [0 if architecture.startswith("Longcat") else 1, 1]
 
 
 def test_vllm_still_adds_an_adapter_to_requests_without_one_on_a_cpu() -> None:

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from longcat_core.plugin.hooks import Around, Wrapper, guarded
 from longcat_vllm.devices.cpu import patches
+from longcat_vllm.hooks import HOOKS
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM takes the kernels of the GPU")
 VOCABULARY = 11
@@ -91,6 +93,36 @@ def test_a_rejected_draft_is_replaced_by_the_rest_of_the_distribution() -> None:
     drawn = sample_recovered_tokens(1, [1] * count, ends, drafts, None, target, metadata, torch.device("cpu"))
     shares = drawn.bincount(minlength=4) / count
     torch.testing.assert_close(shares, torch.tensor([0.0, 0.6, 0.3, 0.1]), atol=0.02, rtol=0)
+
+
+def around(name: str) -> Around:
+    """What the hook of this name puts around vLLM's function."""
+    (hook,) = (hook for hook in HOOKS if isinstance(hook, Wrapper) and hook.name == name)
+    return guarded(hook.name, hook.around, hook.concerns)
+
+
+@pytest.mark.parametrize("architecture", ["LongcatFlashForCausalLM", "LlamaForCausalLM"])
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("sampling parameters of drafts", "expand_on_a_cpu"),
+        ("constraints of no drafts", "constrain_drafts_there_are"),
+    ],
+)
+def test_what_gets_tensors_alone_is_ours_under_a_longcats_runner_alone(
+    name: str, ours: str, architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another model in the same process has vLLM's own."""
+    monkeypatch.setattr(patches, ours, lambda *_: "ours")
+    model = SimpleNamespace(hf_config=SimpleNamespace(architectures=[architecture]))
+    runner = SimpleNamespace(model_config=model, input_batch=SimpleNamespace(generators={}))
+
+    def sample(*_: Any) -> Any:
+        return around(name)(lambda *_: "vLLM's", GREEDY, ENDS)
+
+    is_longcat = architecture.startswith("Longcat")
+    assert around("generators of discarded chunks")(sample, runner) == ("ours" if is_longcat else "vLLM's")
+    assert sample() == "vLLM's"
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32])

@@ -5,24 +5,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from longcat_vllm.engine import mtp_speculation
+from longcat_vllm.engine import SAMPLING, mtp_speculation
 
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+    from vllm.lora.model_manager import LoRAModelManager
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
     from vllm.v1.spec_decode.eagle import EagleProposer
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
-
-
-def is_on_a_cpu(values: Any, *_: Any, **__: Any) -> bool:
-    return bool(values.device.type == "cpu")
-
-
-def has_tokens_without_adapter(punica: Any, *_: Any, **__: Any) -> bool:
-    return bool((punica.token_lora_indices < 0).any())
 
 
 def keep_scheduling_settings(
@@ -50,9 +44,11 @@ def sample_without_discarded_requests(
     """Keep a seeded request's generator out of the sampling of a chunk whose token is thrown away."""
     generators: dict[int, torch.Generator] = runner.input_batch.generators
     discarded = {row: generators.pop(row) for row in list(generators) if runner.discard_request_mask.np[row]}
+    before = SAMPLING.set(True)  # for the hooks on what samples, which see tensors alone
     try:
         return original(runner, *args, **kwargs)
     finally:
+        SAMPLING.reset(before)
         generators.update(discarded)
 
 
@@ -77,11 +73,21 @@ def constrain_drafts_there_are(
 
 
 def shrink_with_adapters_only(
-    original: Callable[..., None], punica: PunicaWrapperCPU, shrunk: torch.Tensor, *args: Any, **kwargs: Any
+    original: Callable[..., None], manager: LoRAModelManager, *args: Any, **kwargs: Any
+) -> None:
+    """Of this manager's model alone."""
+    original(manager, *args, **kwargs)
+    punica: Any  # a CPU's
+    for punica in manager.punica_wrapper_mapping.values():
+        punica._shrink_prefill = partial(_shrink, punica._shrink_prefill, punica)
+
+
+def _shrink(
+    shrink: Callable[..., None], punica: PunicaWrapperCPU, shrunk: torch.Tensor, *args: Any, **kwargs: Any
 ) -> None:
     """shrunk: [T, rank], which is multiplied by B next, and added to the layer's output without adapters."""
-    original(punica, shrunk, *args, **kwargs)
-    shrunk[punica.token_lora_indices < 0] = 0
+    shrink(shrunk, *args, **kwargs)
+    shrunk.masked_fill_((punica.token_lora_indices < 0).unsqueeze(1), 0.0)
 
 
 def time_events() -> None:
