@@ -171,8 +171,9 @@ def test_requests_without_an_adapter_are_kept_from_it_in_a_longcat_alone(archite
     from vllm.lora.model_manager import LoRAModelManager
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-    from longcat_vllm import hooks
+    from longcat_vllm import hooks, register
 
+    register()
     hooks.install(Stage.MODEL)
     manager: Any = SimpleNamespace(
         model=None, max_num_seqs=2, device=torch.device("cpu"), lora_config=None, punica_wrapper_mapping={}
