@@ -37,10 +37,11 @@ def read_a_whole_checkpoint(
 ) -> tuple[bool, str]:
     """False, and the reason, if a checkpoint does not match the model's configuration, which is seen before anything is
     written where its files can be read beforehand. After any other error the weights of before are read again."""
+    from sglang.srt.arg_groups.overrides import resolved_view
     from sglang.srt.runtime_context import get_model, get_server_args
 
     model = updater.get_model()
-    settings: Any = get_server_args()
+    settings: Any = resolved_view(get_server_args())
     source = SimpleNamespace(
         model_path=model_path,
         load_format=load_format,

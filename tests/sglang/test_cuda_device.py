@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +28,7 @@ from longcat_core.plugin.requested import Requested
 from longcat_core.quantization import Quantization
 from longcat_core.weights.blocks import FP8
 from longcat_core.weights.names import MTP_PREFIX
-from longcat_sglang import devices, model, moe, quantization
+from longcat_sglang import devices, model, moe, mtp, quantization
 from longcat_sglang.attention import LongcatAttention
 from longcat_sglang.devices.cpu.device import Cpu
 from longcat_sglang.devices.cuda.device import Cuda, SglangFp8Kernels
@@ -185,6 +187,31 @@ def test_sglangs_products_for_one_token_still_take_an_id_of_minus_one_for_the_la
     assert torch.equal(computed(-1), computed(2))
 
 
+def test_sglangs_router_for_hpc_still_shortens_its_weight_and_takes_no_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails, a GPU's router may take it (docs/differences.md)."""
+    from sglang.kernels.ops.gemm import bf16_fp32
+
+    hpc: Any = ModuleType("hpc")
+    hpc.get_gemm_bf16xfp32_workspace = torch.zeros
+    monkeypatch.setitem(sys.modules, "hpc", hpc)
+    monkeypatch.setattr(bf16_fp32, "_hpc_gemm_enabled", True)
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    high, low, _ = bf16_fp32._get_bf16xfp32_weight_split(weight)
+    error = relative_error(high.double() + low.double() * bf16_fp32._HPC_GEMM_WEIGHT_SCALE, weight.double())
+    assert 2**-21 < error < 2**-17
+    assert "HPC-Ops" in _unsupported_derived_weight_cache_error()
+
+
+def test_sglang_still_captures_the_prompts_of_a_drafter_that_has_layers() -> None:
+    """Its own has none (docs/drafts.md)."""
+    from sglang.srt.model_executor.model_runner_components import cuda_graph_setup
+    from sglang.srt.models import longcat_flash_nextn
+
+    assert 'while not hasattr(layer_model, "layers")' in inspect.getsource(cuda_graph_setup)
+    assert "self.layers" not in inspect.getsource(longcat_flash_nextn)
+    assert "self.layers" in inspect.getsource(mtp.LongcatMTPModel)
+
+
 def test_a_gpus_attention_is_the_two_halves_of_sglangs_own_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, Any]] = []
 
@@ -210,8 +237,6 @@ def test_a_gpus_attention_is_the_two_halves_of_sglangs_own_forward_pass(monkeypa
 
 def test_an_attention_may_take_a_zero_for_each_absorbed_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     """SGLang asks for one where it multiplies with `w_kc`, and for one at `w_vc`, if they are in FP8."""
-    import inspect
-
     from sglang.srt.models.deepseek_common.attention_forward_methods import forward_mla
 
     assert inspect.getsource(forward_mla).count("zero_allocator.allocate(1)") == model.ZEROS_OF_AN_ATTENTION
