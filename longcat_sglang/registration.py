@@ -253,7 +253,10 @@ def wrap_when_imported(target: str, around: Around) -> None:
 
 
 def module_when_imported(target: str) -> str:
-    return __name__ if is_awaited(target.rsplit(".", 2)[0]) else module_of_attribute(target)
+    module = target.rsplit(".", 2)[0]
+    if is_awaited(module):
+        return __name__
+    return module_of_attribute(target) if module in sys.modules else "none"
 
 
 def keep_tags(original: Callable[..., None], serving: Any, request: Any, *args: Any, **kwargs: Any) -> None:
