@@ -180,6 +180,12 @@ OPTIONS: tuple[Option, ...] = (
         "two ranks on a CPU, in the tests",
     ),
     Option(
+        "--worker-cls",
+        Outcome.REFUSED,
+        "With `eplb` on a CPU and `overlap` on a GPU, which have workers of their own. Without them it is untried.",
+        "the refusals in the tests",
+    ),
+    Option(
         "--enable-return-routed-experts",
         Outcome.REFUSED,
         "Experts are returned as unsigned numbers: a zero expert (-1) would be expert 255 or 65535.",
