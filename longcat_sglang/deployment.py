@@ -61,8 +61,8 @@ def settle(server_args: ServerArgs) -> None:
 
 
 def _settle_overlap(server_args: ServerArgs, settings: Any) -> None:
-    """Ask our layers for it, and SGLang no more: it supports what it does for other models not on Hopper, and ends each
-    process that is asked for it there (layers/moe/utils.py, `initialize_moe_config`)."""
+    """Ask our layers for it, and SGLang no more: its own overlap of other models does not run on Hopper, and each
+    process that is asked for it ends there (layers/moe/utils.py, `initialize_moe_config`)."""
     from sglang.srt.arg_groups.overrides import declare_resolution
 
     device = devices.of(settings.device)
