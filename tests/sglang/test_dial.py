@@ -155,7 +155,7 @@ def test_sglang_still_refuses_fields_that_it_does_not_know() -> None:
 
 
 ANSWERS, RESPONSES = (
-    guarded(hook.around, hook.concerns)
+    guarded(hook.name, hook.around, hook.concerns)
     for name in ("target in answers", "target in responses")
     for hook in HOOKS
     if isinstance(hook, Wrapper) and hook.name == name

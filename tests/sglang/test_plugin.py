@@ -124,7 +124,7 @@ def test_a_hook_into_what_another_plugin_has_hooked_is_put_around_that(monkeypat
     vars(hooked)["function"] = vars(importer)["function"] = lambda number: number
     for module in (hooked, importer):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    ours = guarded(f"{__name__}:doubled", f"{__name__}:is_any")
+    ours = guarded("doubled", f"{__name__}:doubled", f"{__name__}:is_any")
     ours.__module__ = "longcat_sglang.doubled"
     HookRegistry.register("hooked.function", lambda original, number: original(number) + 1, HookType.AROUND)
     HookRegistry.apply_hooks()
