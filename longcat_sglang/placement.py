@@ -53,8 +53,8 @@ SERVED: tuple[Option, ...] = (
     Option(
         "--ep-num-redundant-experts",
         Outcome.SERVED,
-        "Every replica is loaded. Without --init-expert-location tokens go to the first of each, as in SGLang, or with "
-        "--ep-dispatch-algorithm dynamic to all in turn.",
+        "Every replica is loaded. Without --init-expert-location and --enable-eplb tokens go to the first of each, as "
+        "in SGLang, or with --ep-dispatch-algorithm dynamic to all in turn.",
         _KNOWN_BY,
     ),
     Option("--expert-distribution-recorder-mode stat", Outcome.SERVED, "Only FFN experts are counted.", _KNOWN_BY),
@@ -154,14 +154,16 @@ def place_by_load(
     counts = torch.as_tensor(logical_count)
     counts = counts.reshape(-1, *counts.shape[-2:])
     _, layers, experts = counts.shape
-    now = get_global_expert_location_metadata()
+    now, ranks_a_node = get_global_expert_location_metadata(), parallel.ep_size // parallel.nnodes
+    if ranks_a_node * parallel.nnodes != parallel.ep_size:  # not every rank's experts are on one node
+        ranks_a_node = parallel.ep_size
     places = torch.zeros(layers, experts + moe.ep_num_redundant_experts, dtype=torch.int64)
     for layer in range(dist.get_rank(), layers, dist.get_world_size()):
         placed = place_while_serving(
             counts[:, layer].double().cpu().numpy(),
             parallel.ep_size,
             moe.ep_num_redundant_experts,
-            ranks_a_node=parallel.ep_size // parallel.nnodes,
+            ranks_a_node=ranks_a_node,
             current=None if now is None else now.physical_to_logical_map_cpu[layer].numpy(),
         )
         places[layer] = torch.from_numpy(placed)

@@ -40,29 +40,44 @@ def read_a_whole_checkpoint(
     from sglang.srt.arg_groups.overrides import resolved_view
     from sglang.srt.runtime_context import get_model, get_server_args
 
-    model = updater.get_model()
-    settings: Any = resolved_view(get_server_args())
-    source = SimpleNamespace(
-        model_path=model_path,
-        load_format=load_format,
-        revision=settings.revision,
-        download_dir=settings.download_dir,
-        speculative_algorithm=settings.speculative_algorithm,
-    )
-    before = updater.model_config.model_path, get_model().load_format
+    from longcat_sglang.mtp import LongcatFlashMTP
+
+    model, settings = updater.get_model(), resolved_view(get_server_args())
+
+    def source_of(path: str, written_in: str) -> Any:
+        return SimpleNamespace(
+            model_path=path,
+            load_format=written_in,
+            revision=settings.revision,
+            download_dir=settings.download_dir,
+            speculative_algorithm=settings.speculative_algorithm,
+        )
+
+    new = source_of(model_path, load_format)
+    before = source_of(updater.model_config.model_path, get_model().load_format)
     try:
-        loading.check(loading.local_directory(source), source, model.config.longcat)
+        loading.check(loading.local_directory(new), new, model.config.longcat)
     except CheckpointError as error:
         return False, str(error)
     try:
-        model.checkpoint = Checkpoint(loading.directory(source))
-        return original(updater, model_path, load_format, **kwargs)
+        return _read(original, updater, new, **kwargs)
     except Exception as error:  # of SGLang's own way back, which reads the new files a second time
-        model.checkpoint = Checkpoint(None)
-        logger.warning("LongCat: an update failed; reading the weights of before again, from %s", before[0])
-        succeeded, message = original(updater, *before, **kwargs)
+        logger.warning("LongCat: an update failed; reading the weights of before again, from %s", before.model_path)
+        succeeded, message = _read(original, updater, before, **kwargs)
         if not succeeded:
             raise RuntimeError(f"neither the new weights can be read nor those of before: {message}") from error
-        return False, f"{error}; the weights of before were read again"
+        of_target = "; the target has the new ones" if isinstance(model, LongcatFlashMTP) else ""
+        return False, f"{error}; the weights of before were read again{of_target}"
+
+
+def _read(original: Callable[..., tuple[bool, str]], updater: Any, source: Any, **kwargs: Any) -> tuple[bool, str]:
+    """As SGLang's own, which says False where it has written nothing, and then still has the path that it refused."""
+    model, path = updater.get_model(), updater.model_config.model_path
+    model.checkpoint = Checkpoint(loading.directory(source))
+    try:
+        succeeded, message = original(updater, source.model_path, source.load_format, **kwargs)
     finally:
         model.checkpoint = None
+    if not succeeded:
+        updater.model_config.model_path = path
+    return succeeded, message

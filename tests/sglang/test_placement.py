@@ -96,9 +96,12 @@ def test_scales_of_experts_move_with_their_weights() -> None:
 MODEL_CONFIG: Any = SimpleNamespace(hf_config=SimpleNamespace(longcat=DEFAULT))
 
 
-def policy(algorithm: str, rank: int, ranks: int, counts: Any, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+def policy(
+    algorithm: str, rank: int, ranks: int, counts: Any, monkeypatch: pytest.MonkeyPatch, nodes: int = 1
+) -> list[list[int]]:
     """The places that one of some ranks gives, of other ranks' layers zeros."""
     options: dict[str, Any] = {"tp_size": 2, "ep_size": 2, "device": "cpu", "ep_num_redundant_experts": 2}
+    options["nnodes"] = nodes
     monkeypatch.setattr("torch.distributed.get_rank", lambda: rank)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: ranks)
     monkeypatch.setattr("torch.distributed.all_reduce", lambda _: None)
@@ -118,6 +121,23 @@ def test_ours_is_the_policy_unless_another_is_asked_for(monkeypatch: pytest.Monk
     places = policy("auto", 0, 1, BUSY_TOGETHER, monkeypatch)
     assert places == place(np.array(BUSY_TOGETHER, dtype=float), 2, 2, ranks_a_node=2).physical_to_logical.tolist()
     assert policy("deepseek", 0, 1, BUSY_TOGETHER, monkeypatch) is BUSY_TOGETHER
+
+
+@pytest.mark.parametrize("nodes", [2, 3, 4])
+def test_ranks_of_a_node_are_told_from_others_if_each_node_has_as_many(
+    nodes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two ranks, on more nodes, one at least has its experts spread over several."""
+    told: list[int] = []
+    place_now = placement.place_while_serving
+
+    def noting(*args: Any, ranks_a_node: int, **kwargs: Any) -> Any:
+        told.append(ranks_a_node)
+        return place_now(*args, ranks_a_node=ranks_a_node, **kwargs)
+
+    monkeypatch.setattr(placement, "place_while_serving", noting)
+    policy("auto", 0, 1, BUSY_TOGETHER, monkeypatch, nodes)
+    assert {*told} == {1 if nodes == 2 else 2}
 
 
 def test_ranks_place_a_share_of_the_layers_each(monkeypatch: pytest.MonkeyPatch) -> None:

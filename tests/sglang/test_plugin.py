@@ -330,6 +330,10 @@ def test_the_model_is_found_as_sglang_finds_it(tmp_path: Path) -> None:
     assert model_of([*serve, "--model-path=a/b", "--port", "1"]) == "a/b"
     assert model_of([*serve, "--config", str(options)]) == "a/b"
     assert model_of([*serve, "--host", "127.0.0.1"]) is None
+    options.write_text("# nothing yet\n")
+    assert model_of([*serve, "--config", str(options)]) is None
+    assert model_of(["/usr/bin/sglang", "serve", "a/b", "--port", "1"]) == "a/b"
+    assert model_of(["/usr/bin/sglang", "serve", "--port", "1"]) is None
     assert is_server(serve)
     assert is_server(["python", "/usr/bin/sglang", "serve", "--model-path", "a/b"])
     assert not is_server(["python", "-m", "sglang.bench_serving", "--model", "a/b"])

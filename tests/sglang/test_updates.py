@@ -99,6 +99,7 @@ class Updater:
         self.model_config = SimpleNamespace(model_path=path)
         self.model = SimpleNamespace(config=SimpleNamespace(longcat=CASE.config), checkpoint=None)
         self.read: list[tuple[str, str]] = []
+        self.directories: list[Path | None] = []
 
     def get_model(self) -> Any:
         return self.model
@@ -107,7 +108,10 @@ class Updater:
         assert not recapture_cuda_graph
         assert self.model.checkpoint is not None
         self.model_config.model_path = model_path
+        if load_format == "dummy":
+            return False, "Failed to get model loader"
         self.read.append((model_path, load_format))
+        self.directories.append(self.model.checkpoint.directory)
         if model_path.endswith("broken"):
             raise OSError("the disk is gone")
         return True, "read"
@@ -124,6 +128,8 @@ def test_after_an_error_the_weights_of_before_are_read_again(
     monkeypatch.setattr(runtime_context, "get_model", lambda: SimpleNamespace(load_format="safetensors"))
     old = str(tmp_path / ("old" if is_there else "old and broken"))
     broken = str(write_checkpoint(tmp_path / "broken", CASE.config, CASE.published()))
+    if is_there:
+        write_checkpoint(Path(old), CASE.config, CASE.published())
     updater = Updater(old)
     read = partial(updates.read_a_whole_checkpoint, Updater.update, updater, recapture_cuda_graph=False)
     if is_there:
@@ -132,6 +138,7 @@ def test_after_an_error_the_weights_of_before_are_read_again(
         with pytest.raises(OSError, match="the disk is gone"):
             read(broken, load_format="auto")
     assert updater.read == [(broken, "auto"), (old, "safetensors")]
+    assert updater.directories[1] == (Path(old) if is_there else None), "where an auxiliary file is read, too"
     assert updater.model.checkpoint is None
     lacking = write_checkpoint(
         tmp_path / "lacking", CASE.config, {"lm_head.weight": CASE.published()["lm_head.weight"]}
@@ -140,6 +147,9 @@ def test_after_an_error_the_weights_of_before_are_read_again(
     assert not succeeded
     assert "missing: model.norm.weight" in message
     assert len(updater.read) == 2, "it is not read at all"
+    at = updater.model_config.model_path
+    assert read(broken, "dummy") == (False, "Failed to get model loader")
+    assert updater.model_config.model_path == at, "for the way back of the next update"
 
 
 def test_weights_that_sglang_has_saved_are_the_same_when_it_loads_them(

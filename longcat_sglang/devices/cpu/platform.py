@@ -65,14 +65,15 @@ def is_server(command: Sequence[str]) -> bool:
 
 
 def model_of(command: Sequence[str]) -> str | None:
-    """The model that a command line of SGLang's names, by an option or in a file of options; None if there is none."""
+    """The model that a command line of SGLang's names, by an option, in a file of options or after `serve`; None if
+    there is none."""
     for option, value in _options(command):
-        if option in ("--model-path", "--model"):
+        if option in ("--model-path", "--model") or (option == "serve" and value and not value.startswith("-")):
             return value
         if option == "--config" and Path(value).is_file():
             import yaml
 
-            given = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+            given = yaml.safe_load(Path(value).read_text(encoding="utf-8")) or {}
             named = [given[key] for key in ("model-path", "model_path", "model") if key in given]
             if named:
                 return str(named[0])
