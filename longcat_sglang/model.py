@@ -216,6 +216,7 @@ class LongcatCausalLM(nn.Module):
 
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = PACKED
     _audited = staticmethod(audit.audited)
+    is_drafter: ClassVar[bool] = False
     checkpoint: Checkpoint | None = None
     """What an update from a disk reads, while it does."""
 

@@ -127,6 +127,7 @@ class LongcatFlashMTP(LongcatCausalLM):
     """
 
     _audited = staticmethod(audit.audited_mtp)
+    is_drafter = True
 
     def __init__(
         self, config: LongcatFlashConfig, quant_config: QuantizationConfig | None = None, prefix: str = ""

@@ -40,8 +40,6 @@ def read_a_whole_checkpoint(
     from sglang.srt.arg_groups.overrides import resolved_view
     from sglang.srt.runtime_context import get_model, get_server_args
 
-    from longcat_sglang.mtp import LongcatFlashMTP
-
     model, settings = updater.get_model(), resolved_view(get_server_args())
 
     def source_of(path: str, written_in: str) -> Any:
@@ -66,7 +64,7 @@ def read_a_whole_checkpoint(
         succeeded, message = _read(original, updater, before, **kwargs)
         if not succeeded:
             raise RuntimeError(f"neither the new weights can be read nor those of before: {message}") from error
-        of_target = "; the target has the new ones" if isinstance(model, LongcatFlashMTP) else ""
+        of_target = "; the target has the new ones" if model.is_drafter else ""
         return False, f"{error}; the weights of before were read again{of_target}"
 
 

@@ -194,6 +194,7 @@ class LongcatCausalLM(nn.Module):
         # With LoRA, vLLM puts a module around each one that adapters change.
         parameters = {name.replace(".base_layer.", "."): parameter for name, parameter in self.named_parameters()}
         loaded: set[str] = set()
+        is_whole = updates.is_checkpoint(weights) if is_update else not self._is_loaded()
         try:
             if len(self.expert_weights):
                 raise CheckpointError(
@@ -204,7 +205,6 @@ class LongcatCausalLM(nn.Module):
                 raise CheckpointError(
                     "weights cannot be reloaded where a file places experts; restart the server with the new ones"
                 )
-            is_whole = updates.is_checkpoint(weights) if is_update else not self._is_loaded()
             if is_update and is_whole and (directory := loading.directory(self._vllm_config)) is not None:
                 checkpoint.verify(directory, self.longcat)
             # With vLLM's filter, the experts of other ranks are left out.
@@ -219,8 +219,12 @@ class LongcatCausalLM(nn.Module):
                 loaded |= self._load(parameters, packed, name, tensor)
         except Exception as error:  # of a file that cannot be read, too
             if is_update:
+                if is_whole:
+                    self.update.restore_source(self._vllm_config.model_config)
                 updates.abandon(self, self.update, self._vllm_config.model_config, error)
             raise
+        if is_whole:
+            self.update.note_source(self._vllm_config.model_config)
         return loaded
 
     def _is_loaded(self) -> bool:

@@ -181,8 +181,9 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "--worker-cls",
-        Outcome.REFUSED,
-        "With `eplb` on a CPU and `overlap` on a GPU, which have workers of their own. Without them it is untried.",
+        Outcome.WITH_EXCEPTIONS,
+        "Refused with `eplb` on a CPU and `overlap` on a GPU, which have workers of their own. Without them it is "
+        "untried.",
         "the refusals in the tests",
     ),
     Option(

@@ -30,6 +30,16 @@ class Update:
         self.waiting: dict[str, Tensor] = {}
         """FP8 weights to be dequantised whose scales did not come yet, and scales without their weights."""
         self._set_aside: Any = None
+        self._source: tuple[Any, ...] | None = None
+
+    def note_source(self, model_config: ModelConfig) -> None:
+        """Of a checkpoint that was loaded: `reload_weights` writes its path into vLLM's configuration beforehand."""
+        self._source = model_config.model, model_config.model_weights, model_config.revision
+
+    def restore_source(self, model_config: ModelConfig) -> None:
+        """After one that was not, so that a reload without a path reads the weights that are served."""
+        if self._source is not None:
+            model_config.model, model_config.model_weights, model_config.revision = self._source
 
     def follow(self, model: nn.Module) -> None:
         """Begin anew if vLLM has set other weights aside since: not every update is finished, as one that an engine of

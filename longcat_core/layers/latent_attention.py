@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -95,6 +94,7 @@ class PagedBatch:
     """The R rows of the table to use, if not the first ones in order."""
     requests: dict[int, list[int]] = field(default_factory=dict, init=False)
     """Those that have new tokens, by their number."""
+    _groups: dict[int, tuple[RequestGroup, ...]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """
@@ -111,19 +111,22 @@ class PagedBatch:
     def new_tokens(self, request: int) -> int:
         return self.query_starts[request + 1] - self.query_starts[request]
 
-    @cached_property
+    @property
     def groups(self) -> tuple[RequestGroup, ...]:
         return tuple(group for new in self.requests for group in self.groups_of(new))
 
     def groups_of(self, new: int) -> tuple[RequestGroup, ...]:
-        """Of the requests with so many new tokens."""
+        """Of the requests with so many new tokens; made once."""
+        if new in self._groups:
+            return self._groups[new]
         buckets: dict[int, list[int]] = {}
         for request in self.requests[new]:
             # Contexts in a bucket differ by less than two times, which bounds the padding; a prompt chunk is
             # large enough to go alone.
             key = self.seq_lens[request].bit_length() if new <= FEW_TOKENS else -1 - request
             buckets.setdefault(key, []).append(request)
-        return tuple(self._group(new, bucket) for bucket in buckets.values())
+        self._groups[new] = tuple(self._group(new, bucket) for bucket in buckets.values())
+        return self._groups[new]
 
     def rows_of(self, requests: Sequence[int]) -> Sequence[int]:
         """Of the table."""

@@ -97,7 +97,7 @@ class Updater:
 
     def __init__(self, path: str) -> None:
         self.model_config = SimpleNamespace(model_path=path)
-        self.model = SimpleNamespace(config=SimpleNamespace(longcat=CASE.config), checkpoint=None)
+        self.model = SimpleNamespace(config=SimpleNamespace(longcat=CASE.config), checkpoint=None, is_drafter=False)
         self.read: list[tuple[str, str]] = []
         self.directories: list[Path | None] = []
 
@@ -131,9 +131,13 @@ def test_after_an_error_the_weights_of_before_are_read_again(
     if is_there:
         write_checkpoint(Path(old), CASE.config, CASE.published())
     updater = Updater(old)
+    updater.model.is_drafter = is_there
     read = partial(updates.read_a_whole_checkpoint, Updater.update, updater, recapture_cuda_graph=False)
     if is_there:
-        assert read(broken, "auto") == (False, "the disk is gone; the weights of before were read again")
+        assert read(broken, "auto") == (
+            False,
+            "the disk is gone; the weights of before were read again; the target has the new ones",
+        )
     else:
         with pytest.raises(OSError, match="the disk is gone"):
             read(broken, load_format="auto")

@@ -266,6 +266,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_written(
         reload(served, weights_path=str(directories[wrong]))
     assert wrong in str(refused.value)
     assert not changed(served.model, state)
+    reload(served)
+    assert not changed(served.model, state), "without a path it reads the weights that are served"
 
 
 def test_torchs_files_that_lack_a_tensor_are_refused_too(

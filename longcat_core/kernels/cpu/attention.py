@@ -102,10 +102,21 @@ def is_decoding(batch: PagedBatch, up: UpProjection) -> bool:
     return bool(batch.requests) and not any(_is_for_torch(new, up) for new in batch.requests)
 
 
-def groups_of(batch: PagedBatch, up: UpProjection, cache: Tensor, rope: int, scale: float) -> list[Group]:
-    """Of a batch that the kernel takes."""
-    parts = [part for new in batch.requests for part in _at_once(batch, new)]
-    return [Group.of(batch, part, up, cache, rope, scale) for part in parts]
+_last: tuple[PagedBatch, tuple[Any, ...], dict[int, list[Group]]] | None = None
+"""Those of a step, which all layers share."""
+
+
+def groups_of(batch: PagedBatch, new: int, up: UpProjection, cache: Tensor, rope: int, scale: float) -> list[Group]:
+    """Of the requests with so many new tokens, which the kernel takes."""
+    global _last
+    key = (up.w_uk.shape, up.w_uv.shape, cache.stride(0), rope, scale)
+    last = _last
+    if last is None or last[0] is not batch or last[1] != key:
+        _last = last = batch, key, {}
+    found = last[2]
+    if new not in found:
+        found[new] = [Group.of(batch, part, up, cache, rope, scale) for part in _at_once(batch, new)]
+    return found[new]
 
 
 def paged_attention(
@@ -122,8 +133,8 @@ def paged_attention(
             for group in batch.groups_of(new):
                 latent_attention.attend(output, queries, cache, group, up, softmax_scale, linear, attend_to_expanded)
         else:
-            for part in _at_once(batch, new):
-                _attend(output, queries, cache, batch, part, up, softmax_scale)
+            for each in groups_of(batch, new, up, cache, queries.shape[-1] - up.w_uk.shape[1], softmax_scale):
+                _attend(output, queries, cache, each, up)
     return output
 
 
@@ -169,18 +180,8 @@ def takes(up: UpProjection) -> bool:
     return is_available() and up.w_uk.dtype == up.w_uv.dtype == torch.bfloat16 and up.w_uk.shape[2] % GROUP == 0
 
 
-def _attend(
-    output: Tensor,
-    queries: Tensor,
-    cache: Tensor,
-    batch: PagedBatch,
-    requests: Sequence[int],
-    up: UpProjection,
-    scale: float,
-) -> None:
-    """Some requests of a batch, with equally many new tokens."""
+def _attend(output: Tensor, queries: Tensor, cache: Tensor, group: Group, up: UpProjection) -> None:
     w_uk, w_uv, queries = up.w_uk.transpose(1, 2).contiguous(), up.w_uv.contiguous(), queries.contiguous()
-    group = Group.of(batch, requests, up, cache, queries.shape[-1] - up.w_uk.shape[1], scale)
     scratch_size = library().longcat_attention_scratch(ctypes.byref(group.fields.attention))
     scratch = torch.empty(scratch_size, dtype=torch.float32)
     library().longcat_attention(

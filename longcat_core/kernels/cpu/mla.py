@@ -134,7 +134,9 @@ class Mla:
         """What the kernels are told of such a call's tokens; None, or raises, as the call."""
         if not self.takes(len(x), cache, batch):
             return None
-        groups = _groups(batch, self._up, cache, self._rope, self._scale)
+        groups = [
+            group for new in batch.requests for group in groups_of(batch, new, self._up, cache, self._rope, self._scale)
+        ]
         self._require(x, cos, sin, cache, new_slots, batch.query_starts[-1])
         return Tokens.of(cos, sin, cache, new_slots, groups)
 
@@ -205,16 +207,3 @@ class Tokens(NamedTuple):
         pointers = (each.data_ptr() for each in (cos, sin, cache, new_slots))
         fields = TokensFields(*pointers, ctypes.addressof(array), len(groups), tokens, address_of(wanted), count)
         return cls(fields, count, (cos, sin, cache, new_slots, groups, array, wanted))
-
-
-_last: tuple[PagedBatch, tuple[Any, ...], list[Group]] | None = None
-"""Those of a step, which all layers share."""
-
-
-def _groups(batch: PagedBatch, up: UpProjection, cache: Tensor, rope: int, scale: float) -> list[Group]:
-    global _last
-    key = (up.w_uk.shape, up.w_uv.shape, cache.stride(0), rope, scale)
-    last = _last
-    if last is None or last[0] is not batch or last[1] != key:
-        _last = last = batch, key, groups_of(batch, up, cache, rope, scale)
-    return last[2]
