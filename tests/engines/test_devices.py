@@ -103,7 +103,7 @@ def test_a_cpu_norms_as_the_engine_and_by_core_in_bf16(dtype: torch.dtype, monke
         assert by_core == (["a"] if dtype == torch.bfloat16 and library.is_available() else [])
 
 
-KERNELS = tuple(f"longcat_{name}" for name in ("rms_norm", "rotate", "write_latents", "half_layer", "mtp", "route"))
+KERNELS = tuple(f"longcat_{name}" for name in ("rms_norm", "rotate", "write_latents", "half_layer", "draft", "route"))
 """Of a prompt, of a decode step, in which half of a layer is one call, and of a draft."""
 
 
