@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
@@ -18,6 +18,9 @@ from longcat_core.weights.blocks import FP8, dequantize_blocks
 from longcat_sglang import devices
 from longcat_sglang.config import LongcatFlashConfig
 from longcat_sglang.devices.cuda.rotary import LongcatRotaryEmbedding
+
+if TYPE_CHECKING:
+    from longcat_sglang.devices.base import Angles
 
 
 class LongcatAttention(DeepseekV2AttentionMLA):
@@ -69,11 +72,10 @@ class LongcatAttention(DeepseekV2AttentionMLA):
         hidden_states: Tensor,
         forward_batch: ForwardBatch,
         zero_allocator: BumpAllocator,
-        cos: Tensor,
-        sin: Tensor,
+        angles: Angles | None,
     ) -> Tensor:
-        """hidden_states: [T, H]; cos and sin: fp32 [T, 1, rope / 2]. Returns [T, H], a part of the sum over ranks."""
-        return self.project(positions, hidden_states, forward_batch, zero_allocator, cos, sin)()
+        """hidden_states: [T, H]; angles: the device's. Returns [T, H], a part of the sum over ranks."""
+        return self.project(positions, hidden_states, forward_batch, zero_allocator, angles)()
 
     def project(
         self,
@@ -81,12 +83,10 @@ class LongcatAttention(DeepseekV2AttentionMLA):
         hidden_states: Tensor,
         forward_batch: ForwardBatch,
         zero_allocator: BumpAllocator,
-        cos: Tensor,
-        sin: Tensor,
+        angles: Angles | None,
     ) -> Callable[[], Tensor]:
         """The part of `forward` before tokens attend to each other. Returns the rest of it, with its result."""
-        device = devices.current()
-        return device.project(self, positions, hidden_states, forward_batch, zero_allocator, cos, sin)
+        return devices.current().project(self, positions, hidden_states, forward_batch, zero_allocator, angles)
 
     def process_weights_after_loading(self) -> None:
         """Take `kv_b_proj` apart into w_kc [heads, nope, latent] and w_vc [heads, latent, v], in SGLang's strides.

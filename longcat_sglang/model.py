@@ -175,10 +175,10 @@ class LongcatModel(nn.Module):
         self, input_ids: Tensor, positions: Tensor, forward_batch: ForwardBatch, input_embeds: Tensor | None = None
     ) -> Tensor:
         hidden_states = self.embed_tokens(input_ids) if input_embeds is None else input_embeds
-        cos, sin = rotary.cos_sin(positions.unsqueeze(-1), self.inverse_frequencies, self.attention_factor)
-        inputs = {"positions": positions, "forward_batch": forward_batch, "cos": cos, "sin": sin}
+        angles = devices.current().angles(self, positions)
+        inputs = {"positions": positions, "forward_batch": forward_batch, "angles": angles}
         choices = self.begin_step()
-        decoded = devices.current().decode(self, hidden_states, forward_batch, cos, sin, choices)
+        decoded = devices.current().decode(self, hidden_states, forward_batch, angles, choices)
         if decoded is None:
             decoded = self._by_layers(hidden_states, forward_batch, inputs, choices)
         if choices is not None:

@@ -103,15 +103,14 @@ class LongcatMTPModel(nn.Module):
 
     def forward(self, input_ids: Tensor, positions: Tensor, forward_batch: ForwardBatch) -> Tensor:
         embedded = self.embed_tokens(input_ids)
-        cos, sin = rotary.cos_sin(positions.unsqueeze(-1), self.inverse_frequencies, self.attention_factor)
-        drafted = devices.current().draft(self, embedded, forward_batch, cos, sin)
+        angles = devices.current().angles(self, positions)
+        drafted = devices.current().draft(self, embedded, forward_batch, angles)
         if drafted is not None:
             return drafted
         attention_inputs = {
             "positions": positions,
             "forward_batch": forward_batch,
-            "cos": cos,
-            "sin": sin,
+            "angles": angles,
             "zero_allocator": BumpAllocator(ZEROS_OF_AN_ATTENTION, dtype=torch.float32, device=embedded.device),
         }
         residual_batch.start(forward_batch)

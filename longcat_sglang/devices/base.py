@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from longcat_sglang.mtp import LongcatMTPModel
     from longcat_sglang.quantization import LongcatFp8Config
 
+    Angles = tuple[Tensor, Tensor]
+    """Cosines and sines, each fp32 [T, 1, rope / 2]."""
+
 
 class Device(ABC):
     """Without state, so that each can be made and called on any machine."""
@@ -40,7 +43,11 @@ class Device(ABC):
 
     @abstractmethod
     def rotary_embedding(self, config: LongcatConfig) -> LongcatRotaryEmbedding | None:
-        """What SGLang's attention rotates with, one for all attentions of a model; None where `attend` rotates."""
+        """What SGLang's attention rotates with, one for all attentions of a model; None where `project` rotates."""
+
+    @abstractmethod
+    def angles(self, model: LongcatModel | LongcatMTPModel, positions: Tensor) -> Angles | None:
+        """What `project`, `decode` and `draft` rotate by; None where SGLang's attention does. positions: int64 [T]."""
 
     @abstractmethod
     def project(
@@ -50,13 +57,12 @@ class Device(ABC):
         hidden_states: Tensor,
         forward_batch: ForwardBatch,
         zero_allocator: BumpAllocator,
-        cos: Tensor,
-        sin: Tensor,
+        angles: Angles | None,
     ) -> Callable[[], Tensor]:
         """An attention up to where tokens attend to each other, as far as the device parts them there.
 
-        hidden_states: [T, H]; cos and sin: fp32 [T, 1, rope / 2]. Returns what computes the rest, and the output,
-        [T, H], a part of the sum over ranks."""
+        hidden_states: [T, H]; angles: as `angles` returns them. Returns what computes the rest, and the output, [T, H],
+        a part of the sum over ranks."""
 
     @abstractmethod
     def dense_ffn(self, ffn: LongcatFFN, hidden_states: Tensor) -> Tensor | None:
@@ -68,18 +74,17 @@ class Device(ABC):
         model: LongcatModel,
         embedded: Tensor,
         forward_batch: ForwardBatch,
-        cos: Tensor,
-        sin: Tensor,
+        angles: Angles | None,
         choices: list[Tensor] | None,
     ) -> Tensor | None:
-        """embedded: [T, H]; cos and sin: fp32 [T, 1, rope / 2]; choices: where the ids of each layer's routing are to
+        """embedded: [T, H]; angles: as `angles` returns them; choices: where the ids of each layer's routing are to
         be noted. Returns the model's output with the last norm, [T, H]; None where its layers are to be asked."""
 
     @abstractmethod
     def draft(
-        self, model: LongcatMTPModel, embedded: Tensor, forward_batch: ForwardBatch, cos: Tensor, sin: Tensor
+        self, model: LongcatMTPModel, embedded: Tensor, forward_batch: ForwardBatch, angles: Angles | None
     ) -> Tensor | None:
-        """embedded: [T, H], of the next tokens; cos and sin: fp32 [T, 1, rope / 2]. Returns the MTP layer's output with
+        """embedded: [T, H], of the next tokens; angles: as `angles` returns them. Returns the MTP layer's output with
         the last norm, [T, H]; None where its modules are to be asked."""
 
     @abstractmethod

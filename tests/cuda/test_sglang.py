@@ -88,6 +88,14 @@ def test_a_layer_launches_two_attentions_eight_norms_and_two_products_of_experts
     assert decode.in_layer(1)["norm"] == 8
 
 
+@pytest.mark.deployments(FOUR_LAYERS)
+@pytest.mark.parametrize("step", [0, 1], ids=["prefill", "decode"])
+def test_no_angle_is_computed_beside_sglangs_table(step: int, report_of: Reports) -> None:
+    """Its attentions rotate by that; our own functions of a CPU take angles."""
+    kernels = {each.kernel.split()[-1] for each in report_of(FOUR_LAYERS).steps[step].operations}
+    assert not kernels & {"cos", "sin"}
+
+
 @pytest.mark.deployments(FOUR_LAYERS, FP8_CACHE, FP8_CACHE_READ)
 def test_fa3_still_casts_the_whole_cache_in_fp8_for_every_attention(report_of: Reports) -> None:
     """One more copy for each of the two attentions, of which the log warns (`CASTS_AN_FP8_CACHE`)."""

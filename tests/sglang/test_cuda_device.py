@@ -228,9 +228,9 @@ def test_a_gpus_attention_is_the_two_halves_of_sglangs_own_forward_pass(monkeypa
     monkeypatch.setattr(model.devices, "current", Cuda)
     attention = LongcatAttention.__new__(LongcatAttention)
     given: list[Any] = ["positions", "hidden_states", "forward_batch", "zeros"]
-    rest = LongcatAttention.project(attention, *given, cos="cos", sin="sin")
+    rest = LongcatAttention.project(attention, *given, angles=None)
     assert calls == [("prepare", given)]
-    assert rest() == LongcatAttention.forward(attention, *given, cos="cos", sin="sin") == "attended"
+    assert rest() == LongcatAttention.forward(attention, *given, angles=None) == "attended"
     assert DeepseekV2AttentionMLA.forward(attention, *given) == "attended"
     assert calls == 3 * [("prepare", given), ("core", "prepared")]
 
@@ -247,7 +247,7 @@ def test_an_attention_may_take_a_zero_for_each_absorbed_weight(monkeypatch: pyte
     stack = model.LongcatModel.__new__(model.LongcatModel)
     torch.nn.Module.__init__(stack)
     stack.layers = [lambda hidden_states, *_: hidden_states] * 3
-    stack.inverse_frequencies, stack.attention_factor, stack.norm = torch.ones(2), 1.0, None
+    stack.norm = None  # and nothing to compute angles of, which SGLang's attention has in its rotary embedding
     stack(None, torch.zeros(1, dtype=torch.int64), SimpleNamespace(), input_embeds=torch.zeros(1, 4))
     assert sizes == [3 * 2 * model.ZEROS_OF_AN_ATTENTION]
 

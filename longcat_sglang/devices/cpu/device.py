@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor, dtype, nn
 
     from longcat_sglang.attention import LongcatAttention
+    from longcat_sglang.devices.base import Angles
     from longcat_sglang.ffn import LongcatFFN
     from longcat_sglang.model import LongcatModel
     from longcat_sglang.mtp import LongcatMTPModel
@@ -42,6 +43,11 @@ class Cpu(Device):
     def rotary_embedding(self, config: LongcatConfig) -> None:
         return None
 
+    def angles(self, model: LongcatModel | LongcatMTPModel, positions: Tensor) -> Angles:
+        from longcat_core.layers import rotary
+
+        return rotary.cos_sin(positions.unsqueeze(-1), model.inverse_frequencies, model.attention_factor)
+
     def project(
         self,
         attention: LongcatAttention,
@@ -49,12 +55,12 @@ class Cpu(Device):
         hidden_states: Tensor,
         forward_batch: ForwardBatch,
         zero_allocator: BumpAllocator,
-        cos: Tensor,
-        sin: Tensor,
+        angles: Angles | None,
     ) -> Callable[[], Tensor]:
         from longcat_sglang.devices.cpu.attention import attend
 
-        return partial(attend, attention, hidden_states, forward_batch, cos, sin)
+        assert angles is not None
+        return partial(attend, attention, hidden_states, forward_batch, *angles)
 
     def dense_ffn(self, ffn: LongcatFFN, hidden_states: Tensor) -> Tensor | None:
         from longcat_sglang.devices.cpu.linear import compiled_ffn
@@ -67,20 +73,21 @@ class Cpu(Device):
         model: LongcatModel,
         embedded: Tensor,
         forward_batch: ForwardBatch,
-        cos: Tensor,
-        sin: Tensor,
+        angles: Angles | None,
         choices: list[Tensor] | None,
     ) -> Tensor | None:
         from longcat_sglang.devices.cpu.decoding import decode
 
-        return decode(model, embedded, forward_batch, cos, sin, choices)
+        assert angles is not None
+        return decode(model, embedded, forward_batch, *angles, choices)
 
     def draft(
-        self, model: LongcatMTPModel, embedded: Tensor, forward_batch: ForwardBatch, cos: Tensor, sin: Tensor
+        self, model: LongcatMTPModel, embedded: Tensor, forward_batch: ForwardBatch, angles: Angles | None
     ) -> Tensor | None:
         from longcat_sglang.devices.cpu.drafting import draft
 
-        return draft(model, embedded, forward_batch, cos, sin)
+        assert angles is not None
+        return draft(model, embedded, forward_batch, *angles)
 
     def fp8_kernels(self, activations: dtype) -> Fp8Kernels | None:
         from longcat_core.kernels.cpu.fp8 import CompiledFp8Kernels

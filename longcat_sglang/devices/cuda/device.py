@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, dtype, nn
 
     from longcat_sglang.attention import LongcatAttention
+    from longcat_sglang.devices.base import Angles
     from longcat_sglang.devices.cuda.rotary import LongcatRotaryEmbedding
     from longcat_sglang.ffn import LongcatFFN
     from longcat_sglang.model import LongcatModel
@@ -49,6 +50,9 @@ class Cuda(Device):
 
         return LongcatRotaryEmbedding(config)
 
+    def angles(self, model: LongcatModel | LongcatMTPModel, positions: Tensor) -> None:
+        return None
+
     def project(
         self,
         attention: LongcatAttention,
@@ -56,8 +60,7 @@ class Cuda(Device):
         hidden_states: Tensor,
         forward_batch: ForwardBatch,
         zero_allocator: BumpAllocator,
-        cos: Tensor,
-        sin: Tensor,
+        angles: Angles | None,
     ) -> Callable[[], Tensor]:
         """SGLang's own two halves, which dispatch to its MLA backends and rotate by `rotary_embedding`."""
         prepared = attention.forward_prepare(positions, hidden_states, forward_batch, zero_allocator)
@@ -71,14 +74,13 @@ class Cuda(Device):
         model: LongcatModel,
         embedded: Tensor,
         forward_batch: ForwardBatch,
-        cos: Tensor,
-        sin: Tensor,
+        angles: Angles | None,
         choices: list[Tensor] | None,
     ) -> None:
         return None
 
     def draft(
-        self, model: LongcatMTPModel, embedded: Tensor, forward_batch: ForwardBatch, cos: Tensor, sin: Tensor
+        self, model: LongcatMTPModel, embedded: Tensor, forward_batch: ForwardBatch, angles: Angles | None
     ) -> None:
         return None
 
