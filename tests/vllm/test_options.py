@@ -85,6 +85,7 @@ WITH_EXCEPTIONS: dict[str, dict[str, Any]] = {
     "--lora-target-modules": {"enable_lora": True, "lora_target_modules": ["o_proj"]},
     "--moe-backend": {"moe_backend": "triton"},
     "--all2all-backend": {"all2all_backend": "allgather_reducescatter"},
+    "--worker-cls": {"worker_cls": "auto"},
     "--speculative-config": speculation(2),
     "--kv-cache-dtype": {"kv_cache_dtype": "auto"},
     "--pipeline-parallel-size": {"pipeline_parallel_size": 2},
