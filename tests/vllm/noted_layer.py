@@ -103,6 +103,7 @@ def a_layer(recorder: LaneRecorder, mode: CUDAGraphMode, patch: pytest.MonkeyPat
         is_sequence_parallel=False,
         router=router,
         placed=None,
+        balancing=None,
         route=lambda *_, **__: routing,
         experts=runner,
         branch=SecondStream(runner),

@@ -168,6 +168,7 @@ def test_experts_that_a_gpus_kernel_has_rearranged_are_not_saved(
     monkeypatch.setattr(devices, "current", Cuda)
     experts = ZeroExpertAwareExperts.__new__(ZeroExpertAwareExperts)
     torch.nn.Module.__init__(experts)
+    vars(experts)["moe_config"] = SimpleNamespace(moe_parallel_config=SimpleNamespace(enable_eplb=False))
     experts.quant_method = SimpleNamespace(experts_cls=type(kernel, (), {}), moe_kernel=object() if is_set_up else None)
     experts.w2_weight = torch.nn.Parameter(torch.zeros(1))
     if is_saved:

@@ -25,7 +25,7 @@ from vllm.v1.worker import cpu_model_runner
 from longcat_core.parallel.location import COUNTS, PLACES
 from longcat_core.weights.audit import CheckpointError
 from longcat_core.weights.blocks import FP8
-from longcat_vllm import model
+from longcat_vllm import model, updates
 from longcat_vllm.devices.cpu import balancing, patches
 from longcat_vllm.devices.cpu.device import Cpu
 from longcat_vllm.devices.cpu.experts import CompactedRowsMethod
@@ -125,6 +125,7 @@ def test_weights_are_not_loaded_again_where_experts_move() -> None:
     causal = object.__new__(model.LongcatCausalLM)
     torch.nn.Module.__init__(causal)
     causal.model, causal.expert_weights = torch.nn.Module(), [[torch.zeros(1)]]
+    causal.update = updates.Update({})
     with pytest.raises(CheckpointError, match="cannot be loaded again where experts move between ranks; restart"):
         causal.load_weights([])
 
