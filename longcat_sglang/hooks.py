@@ -160,7 +160,7 @@ HOOKS: tuple[Hook, ...] = (
         why="SGLang's algorithms look at means alone, and move most experts whenever they balance. None can be added.",
         remove_when="A model, or a plugin, can add an algorithm.",
     ),
-    *cpu_hooks.HOOKS,  # within the next one, which is around one of the same functions
+    *cpu_hooks.HOOKS,  # before `penalties of drafts`, which goes around one of the same functions
     _Registered(
         name="penalties of drafts",
         target="sglang.srt.speculative.eagle_utils.eagle_sample",

@@ -120,7 +120,7 @@ HOOKS: tuple[Hook, ...] = (
         "/v1/completions, with </longcat_s>, unless a request says `add_special_tokens: false`.",
         remove_when="LongCat's tokenizer.json is published without the end in its post-processor.",
     ),
-    *cpu_hooks.HOOKS,  # within the next one, which is around one of the same functions
+    *cpu_hooks.HOOKS,  # before `draft gate`, which goes around one of the same functions
     Wrapper(
         name="draft gate",
         target="vllm.v1.spec_decode.eagle.EagleProposer.propose",

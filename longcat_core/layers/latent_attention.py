@@ -74,8 +74,8 @@ class RequestGroup:
 class PagedBatch:
     """Where the tokens of one engine step are in the cache; built once a step, used by every layer.
 
-    Groups for torch are made when they are first asked for, as kernels read the table themselves: in the step that it
-    was built for, before an engine writes the next one's blocks into it.
+    Only for the step that it was built for: the table is read when a layer attends, and the engine writes the next
+    step's blocks into it. Groups, which torch alone needs, are made when they are first asked for.
     """
 
     query_starts: Sequence[int]

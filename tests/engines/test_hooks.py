@@ -53,6 +53,15 @@ def test_names_of_hooks_are_unique() -> None:
     assert len({hook.name for hook in HOOKS}) == len(HOOKS)
 
 
+def test_of_hooks_into_one_function_the_last_one_is_around_the_others() -> None:
+    """As they are installed in the order of the table: a gate judges what chains draft, and penalties change what is
+    sampled from."""
+    inside = {"vllm": ["chains of drafts", "draft gate"], "sglang": ["sampled verification", "penalties of drafts"]}
+    targets = [hook.target for hook in HOOKS]
+    shared = [hook.name for hook in HOOKS if targets.count(hook.target) > 1]
+    assert shared == inside[ENGINE]
+
+
 def test_every_process_has_the_hooks_that_belong_there() -> None:
     modules = json.loads(python(LOAD_PLUGINS + "load_plugins()" + MODULES))
     assert modules

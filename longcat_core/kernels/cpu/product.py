@@ -80,7 +80,7 @@ def product(x: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tensor:
 
 
 def choose(x: Tensor, weight: Tensor) -> Tensor:
-    """`product(x, weight).argmax(dim=-1)`, without the products in memory; what is no number is never chosen.
+    """`product(x, weight).argmax(dim=-1)`, without the products in memory. NaN is never the greatest.
 
     x: bf16 [T, columns]; weight: bf16 [rows, columns], contiguous. Returns int64 [T], of equal products the first.
 
