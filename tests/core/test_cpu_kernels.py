@@ -594,6 +594,9 @@ def test_a_draft_after_some_tokens_is_that_of_a_pass_over_all(is_fp8: bool) -> N
     for bad in (wanted + 5, wanted - 2):
         with pytest.raises(ValueError, match=r"wanted: \[.*\], of 20 tokens"):
             layer.draft(vocabulary, ids, hidden, *places, bad, before.squeeze(1) + accepted)
+    for beyond in (accepted + 74, accepted - 1):
+        with pytest.raises(ValueError, match=r"lengths: \[.*\], wanted from 1 up to the batch's 74"):
+            layer.draft(vocabulary, ids, hidden, *places, wanted, beyond)
     with pytest.raises(ValueError, match=r"lengths: \[4\], wanted as many as the 5 requests"):
         layer.draft(vocabulary, ids, hidden, *places, wanted, accepted[1:])
     with pytest.raises(ValueError, match=r"a batch of 20, wanted"):

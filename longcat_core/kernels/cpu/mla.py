@@ -161,6 +161,9 @@ class Mla:
         self._require(x, cos, sin, cache, new_slots, len(requests) if wanted is None else batch.query_starts[-1])
         if lengths.shape[-1] != len(requests) or (wanted is not None and len(wanted) != len(requests)):
             raise ValueError(f"lengths: {[*lengths.shape]}, wanted as many as the {len(requests)} requests")
+        least, most = lengths.aminmax()
+        if not 0 < int(least) <= int(most) <= max(batch.seq_lens):
+            raise ValueError(f"lengths: {lengths.tolist()}, wanted from 1 up to the batch's {max(batch.seq_lens)}")
         lengths = lengths.long().contiguous()
         group = Group.of(batch, requests, self._up, cache, self._rope, self._scale, requests, lengths)
         return Tokens.of(cos, sin, cache, new_slots, [group], wanted)
